@@ -1,0 +1,1 @@
+"""Configuration, the door to Horovod, and what a run records."""

@@ -1,0 +1,46 @@
+"""What every command line of the project shares: `--config`, `--set`, and errors as sentences."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from horovod_lm.utils.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add `--config FILE` and the repeatable `--set section.key=value` to `parser`."""
+    parser.add_argument(
+        "--config",
+        default=default,
+        required=default is None,
+        metavar="FILE",
+        help="a YAML file, for example configs/tiny.yaml" + (f" (default: {default})" if default else ""),
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one setting, for example --set training.learning_rate=1e-3 (repeatable)",
+    )
+
+
+def run_cli(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> None:
+    """Run `main(argv)` and exit: 0 when all went well, 2 with one sentence when the user can mend it."""
+    try:
+        sys.exit(main(argv) or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()  # a reader such as `head` left: nothing is wrong here
+        sys.exit(0)

@@ -1,0 +1,23 @@
+"""Errors that a user can cause and mend: one sentence saying what, where, and what to do."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """An error a user can mend. Its text is the whole message: command lines print it alone."""
+
+
+class ConfigError(UserError, ValueError):
+    """A setting that does not exist, has the wrong type, or cannot work."""
+
+
+class DataError(UserError, ValueError):
+    """Text, tokens or prepared data that cannot be used as they are."""
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint that is missing, cut short, unsafe, or of another model."""
+
+
+class DistributedError(UserError, RuntimeError):
+    """Horovod is missing, or the ranks cannot work together as they were started."""
