@@ -19,7 +19,8 @@ def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = 
         default=default,
         required=default is None,
         metavar="FILE",
-        help="a YAML file, for example configs/tiny.yaml" + (f" (default: {default})" if default else ""),
+        help="a YAML file, for example configs/tiny.yaml"
+        + (f" (default: {default})" if default else ""),
     )
     parser.add_argument(
         "--set",
@@ -31,7 +32,9 @@ def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = 
     )
 
 
-def run_cli(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> None:
+def run_cli(
+    main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
+) -> None:
     """Run `main(argv)` and exit: 0 when all went well, 2 with one sentence when the user can mend it."""
     try:
         sys.exit(main(argv) or 0)

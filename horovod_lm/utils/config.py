@@ -10,8 +10,6 @@ same file works from the root and from `notebooks/`.
 from __future__ import annotations
 
 import copy
-import difflib
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,8 +17,8 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
+from horovod_lm.utils.config_errors import describe, sentence
 from horovod_lm.utils.errors import ConfigError
 
 RUN_NAME = "${run_name}"
@@ -35,132 +33,220 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     """A frozen group of settings: unknown keys are refused, types are not bent."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
 
 
 class ModelConfig(Section):
     """The shape of the model: GPT-2's architecture (Radford et al., 2019)."""
 
-    vocab_size: PositiveInt = Field(50257, description="rows of the embedding; also the BPE's target vocabulary")
-    d_model: PositiveInt = Field(768, description="width of the residual stream")
-    n_heads: PositiveInt = Field(12, description="attention heads; must divide d_model")
-    n_layers: PositiveInt = Field(12, description="transformer blocks")
-    d_ff: PositiveInt = Field(3072, description="width inside the feed-forward layer")
-    max_seq_len: Annotated[int, Field(gt=1)] = Field(512, description="context length, and block length of the data, in tokens")
-    dropout: Fraction = Field(0.1, description="probability that an activation is dropped in training")
-    pad_token_id: NonNegativeInt | None = Field(50256, description="fills rows that ended; null: the tokenizer's end-of-text")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
+    vocab_size: PositiveInt = 50257
+    """Rows of the embedding; also the BPE's target vocabulary."""
+    d_model: PositiveInt = 768
+    """Width of the residual stream."""
+    n_heads: PositiveInt = 12
+    """Attention heads; must divide d_model."""
+    n_layers: PositiveInt = 12
+    """Transformer blocks."""
+    d_ff: PositiveInt = 3072
+    """Width inside the feed-forward layer."""
+    max_seq_len: Annotated[int, Field(gt=1)] = 512
+    """Context length, and block length of the data, in tokens."""
+    dropout: Fraction = 0.1
+    """Probability that an activation is dropped in training."""
+    pad_token_id: NonNegativeInt | None = 50256
+    """Fills rows that ended; null: the tokenizer's end-of-text."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: less memory, more time."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelConfig:
         if self.d_model % self.n_heads:
-            raise ValueError(f"d_model ({self.d_model}) must be divisible by n_heads ({self.n_heads})")
+            raise ValueError(
+                f"d_model ({self.d_model}) must be divisible by n_heads ({self.n_heads})"
+            )
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
-            raise ValueError(f"pad_token_id ({self.pad_token_id}) must be smaller than vocab_size ({self.vocab_size})")
+            raise ValueError(
+                f"pad_token_id ({self.pad_token_id}) must be smaller than"
+                f" vocab_size ({self.vocab_size})"
+            )
         return self
 
 
 class TrainingConfig(Section):
     """How long, how fast and in which precision the model is trained."""
 
-    num_epochs: PositiveInt = Field(1, description="passes over the training tokens")
-    max_steps: PositiveInt | None = Field(None, description="stop after so many optimizer steps, whatever the epochs say")
-    per_gpu_batch_size: PositiveInt = Field(16, description="blocks in one forward pass of one rank (a GPU or a CPU process)")
-    gradient_accumulation_steps: PositiveInt = Field(2, description="backward passes before one optimizer step")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw (Loshchilov & Hutter, 2019) or sgd")
-    learning_rate: PositiveFloat = Field(3e-4, description="peak rate, reached after the warm-up")
-    min_learning_rate_fraction: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="end of the decay, as a fraction of the peak")
-    lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape of the decay after the warm-up")
-    warmup_steps: NonNegativeInt = Field(100, description="optimizer steps in which the rate rises from 0")
-    scale_lr_with_world_size: bool = Field(False, description="multiply the peak rate by the number of ranks (Goyal et al., 2017)")
-    weight_decay: NonNegativeFloat = Field(0.1, description="decay of the matrices; biases and norms are not decayed")
-    beta1: Fraction = Field(0.9, description="AdamW's decay of the first moment")
-    beta2: Fraction = Field(0.95, description="AdamW's decay of the second moment")
-    epsilon: PositiveFloat = Field(1e-8, description="AdamW's term for numerical stability")
-    momentum: Fraction = Field(0.9, description="SGD's momentum")
-    max_grad_norm: PositiveFloat | None = Field(1.0, description="clip the averaged gradient's norm to this; null: do not clip")
-    dtype: Literal["float32", "float64"] = Field("float32", description="type of the parameters; float64 is for exact comparisons")
-    amp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="type of the matrix products; auto: bfloat16 where the hardware has it")
-    log_interval: PositiveInt = Field(10, description="optimizer steps between lines of the log")
-    eval_interval: PositiveInt | None = Field(None, description="optimizer steps between evaluations; null: at the end of each epoch")
-    eval_batches: PositiveInt | None = Field(None, description="batches per rank in one evaluation; null: all")
-    checkpoint_interval: PositiveInt | None = Field(None, description="optimizer steps between checkpoints; null: at the end of each epoch")
-    keep_last_checkpoints: PositiveInt = Field(3, description="numbered checkpoints kept; best and final are always kept")
-    compile: bool = Field(False, description="torch.compile the model: minutes at the start, faster steps")
+    num_epochs: PositiveInt = 1
+    """Passes over the training tokens."""
+    max_steps: PositiveInt | None = None
+    """Stop after so many optimizer steps, whatever the epochs say."""
+    per_gpu_batch_size: PositiveInt = 16
+    """Blocks in one forward pass of one rank (a GPU or a CPU process)."""
+    gradient_accumulation_steps: PositiveInt = 2
+    """Backward passes before one optimizer step."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Adamw (Loshchilov & Hutter, 2019) or sgd."""
+    learning_rate: PositiveFloat = 3e-4
+    """Peak rate, reached after the warm-up."""
+    min_learning_rate_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """End of the decay, as a fraction of the peak."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    warmup_steps: NonNegativeInt = 100
+    """Optimizer steps in which the rate rises from 0."""
+    scale_lr_with_world_size: bool = False
+    """Multiply the peak rate by the number of ranks (Goyal et al., 2017)."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decay of the matrices; biases and norms are not decayed."""
+    beta1: Fraction = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: Fraction = 0.95
+    """AdamW's decay of the second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """AdamW's term for numerical stability."""
+    momentum: Fraction = 0.9
+    """SGD's momentum."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Clip the averaged gradient's norm to this; null: do not clip."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Type of the parameters; float64 is for exact comparisons."""
+    amp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the matrix products; auto: bfloat16 where the hardware has it."""
+    log_interval: PositiveInt = 10
+    """Optimizer steps between lines of the log."""
+    eval_interval: PositiveInt | None = None
+    """Optimizer steps between evaluations; null: at the end of each epoch."""
+    eval_batches: PositiveInt | None = None
+    """Batches per rank in one evaluation; null: all."""
+    checkpoint_interval: PositiveInt | None = None
+    """Optimizer steps between checkpoints; null: at the end of each epoch."""
+    keep_last_checkpoints: PositiveInt = 3
+    """Numbered checkpoints kept; best and final are always kept."""
+    compile: bool = False
+    """Torch.compile the model: minutes at the start, faster steps."""
 
 
 class DataConfig(Section):
     """Which text, which tokenizer, and where the tokens are kept."""
 
-    source: Literal["stories", "python", "files", "hub"] = Field("python", description="where the text comes from")
-    path: str | list[str] | None = Field(None, description="source files: a file, folder or glob, or a list of them")
-    tokenizer: Literal["bpe", "byte", "gpt2"] = Field("gpt2", description="bpe is trained on the corpus; byte and gpt2 are fixed")
-    data_dir: str = Field("notebooks/data/preprocessed/v1", description="folder of the prepared tokens")
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of the documents held out for validation")
-    num_stories: PositiveInt = Field(20000, description="source stories: how many are written")
-    max_bytes: PositiveInt | None = Field(None, description="use no more than so many bytes of text; null: all")
-    hub_dataset: str | None = Field(None, description="source hub: a dataset's name or a local copy of it")
-    hub_config: str | None = Field(None, description="source hub: the dataset's configuration")
-    hub_text_field: str = Field("text", description="source hub: the field that holds the text")
-    num_workers: NonNegativeInt = Field(0, description="processes that load batches, per rank")
-    pin_memory: bool = Field(True, description="page-lock batches on their way to a GPU; ignored without one")
+    source: Literal["stories", "python", "files", "hub"] = "python"
+    """Where the text comes from."""
+    path: str | list[str] | None = None
+    """Source files: a file, folder or glob, or a list of them."""
+    tokenizer: Literal["bpe", "byte", "gpt2"] = "gpt2"
+    """Bpe is trained on the corpus; byte and gpt2 are fixed."""
+    data_dir: str = "notebooks/data/preprocessed/v1"
+    """Folder of the prepared tokens."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the documents held out for validation."""
+    num_stories: PositiveInt = 20000
+    """Source stories: how many are written."""
+    max_bytes: PositiveInt | None = None
+    """Use no more than so many bytes of text; null: all."""
+    hub_dataset: str | None = None
+    """Source hub: a dataset's name or a local copy of it."""
+    hub_config: str | None = None
+    """Source hub: the dataset's configuration."""
+    hub_text_field: str = "text"
+    """Source hub: the field that holds the text."""
+    num_workers: NonNegativeInt = 0
+    """Processes that load batches, per rank."""
+    pin_memory: bool = True
+    """Page-lock batches on their way to a GPU; ignored without one."""
 
     @model_validator(mode="after")
     def _source_has_its_text(self) -> DataConfig:
         if self.source == "files" and not self.path:
             raise ValueError("source 'files' needs a path: a text file, a folder or a glob")
         if self.source == "hub" and not self.hub_dataset:
-            raise ValueError("source 'hub' needs hub_dataset: a dataset's name or the folder of a local copy")
+            raise ValueError(
+                "source 'hub' needs hub_dataset: a dataset's name or the folder of a local copy"
+            )
         return self
 
     @property
     def paths(self) -> list[str]:
         """`path` as a list, empty when it is not set."""
-        return [] if self.path is None else [self.path] if isinstance(self.path, str) else list(self.path)
+        return (
+            []
+            if self.path is None
+            else [self.path]
+            if isinstance(self.path, str)
+            else list(self.path)
+        )
 
 
 class GenerationConfig(Section):
     """How a trained model draws its next token."""
 
-    max_new_tokens: PositiveInt = Field(100, description="tokens written after the prompt")
-    temperature: NonNegativeFloat = Field(0.8, description="0: always the likeliest token; 1: the model's own distribution")
-    top_k: NonNegativeInt = Field(50, description="draw from the k likeliest tokens (Fan et al., 2018); 0: from all")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="draw from the smallest set that holds this probability (Holtzman et al., 2020)")
-    num_samples: PositiveInt = Field(1, description="continuations of each prompt")
-    seed: int | None = Field(None, description="the same seed writes the same text; null: another each time")
+    max_new_tokens: PositiveInt = 100
+    """Tokens written after the prompt."""
+    temperature: NonNegativeFloat = 0.8
+    """0: always the likeliest token; 1: the model's own distribution."""
+    top_k: NonNegativeInt = 50
+    """Draw from the k likeliest tokens (Fan et al., 2018); 0: from all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Draw from the smallest set that holds this much probability (Holtzman et al., 2020)."""
+    num_samples: PositiveInt = 1
+    """Continuations of each prompt."""
+    seed: int | None = None
+    """The same seed writes the same text; null: another each time."""
 
 
 class PathsConfig(Section):
     """Where a run is kept; `${run_name}` stands for the run's name."""
 
-    run_dir: str = Field(f"runs/{RUN_NAME}", description="config, run.json and metrics of one run")
-    checkpoint_dir: str = Field(f"runs/{RUN_NAME}/checkpoints", description="the run's checkpoints")
-    log_dir: str = Field(f"runs/{RUN_NAME}/logs", description="the run's logs, one JSON-lines file per rank")
-    tensorboard_dir: str = Field(f"runs/{RUN_NAME}/tensorboard", description="the run's TensorBoard events")
+    run_dir: str = f"runs/{RUN_NAME}"
+    """Config, run.json and metrics of one run."""
+    checkpoint_dir: str = f"runs/{RUN_NAME}/checkpoints"
+    """The run's checkpoints."""
+    log_dir: str = f"runs/{RUN_NAME}/logs"
+    """The run's logs, one JSON-lines file per rank."""
+    tensorboard_dir: str = f"runs/{RUN_NAME}/tensorboard"
+    """The run's TensorBoard events."""
 
 
 class HostConfig(Section):
     """One machine of a cluster."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(description="a name or address that ssh reaches")
-    slots: PositiveInt = Field(1, description="ranks that it runs: as many as it has GPUs")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """A name or address that ssh reaches."""
+    slots: PositiveInt = 1
+    """Ranks that it runs: as many as it has GPUs."""
 
 
 class DistributedConfig(Section):
     """How the ranks talk to each other. See https://horovod.readthedocs.io/en/stable/tensor-fusion_include.html"""
 
-    compression: Literal["none", "fp16"] = Field("none", description="type of the gradients on the wire")
-    fusion_threshold_mb: NonNegativeFloat = Field(64.0, description="gradients are joined into messages of up to so many MiB")
-    cycle_time_ms: PositiveFloat = Field(10.0, description="milliseconds between two looks at what is ready to be reduced")
-    reduction_groups: NonNegativeInt = Field(0, description="fixed groups of gradients that are reduced together; 0: by timing")
-    threads_per_rank: PositiveInt | Literal["auto"] = Field("auto", description="CPU threads of a rank; auto: the host's cores shared evenly")
-    stall_warning_seconds: PositiveInt = Field(20, description="warn when a rank has been waited for so long")
-    stall_shutdown_seconds: NonNegativeInt = Field(60, description="end the job when a rank has been waited for so long; 0: never")
-    gloo_timeout_seconds: PositiveInt = Field(30, description="give up a connection that says nothing for so long")
-    hosts: list[HostConfig] = Field([], description="the machines; empty: this one")
-    interface: str | None = Field(None, description="the network interface that the hosts share, for example eth0")
-    ssh_port: PositiveInt | None = Field(None, description="ssh's port; null: ssh's own setting")
-    ssh_identity_file: str | None = Field(None, description="ssh's private key; null: ssh's own setting")
+    compression: Literal["none", "fp16"] = "none"
+    """Type of the gradients on the wire."""
+    fusion_threshold_mb: NonNegativeFloat = 64.0
+    """Gradients are joined into messages of up to so many MiB."""
+    cycle_time_ms: PositiveFloat = 10.0
+    """Milliseconds between two looks at what is ready to be reduced."""
+    reduction_groups: NonNegativeInt = 0
+    """Fixed groups of gradients that are reduced together; 0: by timing."""
+    threads_per_rank: PositiveInt | Literal["auto"] = "auto"
+    """CPU threads of a rank; auto: the host's cores shared evenly."""
+    stall_warning_seconds: PositiveInt = 20
+    """Warn when a rank has been waited for so long."""
+    stall_shutdown_seconds: NonNegativeInt = 60
+    """End the job when a rank has been waited for so long; 0: never."""
+    gloo_timeout_seconds: PositiveInt = 30
+    """Give up a connection that says nothing for so long."""
+    hosts: list[HostConfig] = []
+    """The machines; empty: this one."""
+    interface: str | None = None
+    """The network interface that the hosts share, for example eth0."""
+    ssh_port: PositiveInt | None = None
+    """Ssh's port; null: ssh's own setting."""
+    ssh_identity_file: str | None = None
+    """Ssh's private key; null: ssh's own setting."""
 
 
 class Config(Section):
@@ -172,8 +258,11 @@ class Config(Section):
     generation: GenerationConfig = GenerationConfig()
     paths: PathsConfig = PathsConfig()
     distributed: DistributedConfig = DistributedConfig()
-    seed: NonNegativeInt = Field(42, description="every random draw of the run follows from it")
-    project_root: Path = Field(default_factory=lambda: find_project_root(), exclude=True, repr=False)
+    seed: NonNegativeInt = 42
+    """Every random draw of the run follows from it."""
+    project_root: Path = Field(
+        default_factory=lambda: find_project_root(), exclude=True, repr=False
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as nested plain Python values, ready for YAML or a checkpoint."""
@@ -192,11 +281,15 @@ class Config(Section):
         text = str(path)
         if RUN_NAME in text and run_name is None:
             raise ConfigError(f"the path {text} needs a run name; give one with --run-name")
-        return (self.project_root / Path(text.replace(RUN_NAME, run_name or "")).expanduser()).resolve()
+        return (
+            self.project_root / Path(text.replace(RUN_NAME, run_name or "")).expanduser()
+        ).resolve()
 
     def with_overrides(self, overrides: Iterable[str] | Mapping[str, Any]) -> Config:
-        """Return a copy with some settings changed; see `load_config` for what `overrides` may be."""
-        return config_from_dict(_apply_overrides(self.to_dict(), overrides), self.project_root, "the configuration")
+        """Return a copy with some settings changed; `load_config` says what `overrides` may be."""
+        return config_from_dict(
+            _apply_overrides(self.to_dict(), overrides), self.project_root, "the configuration"
+        )
 
 
 def find_project_root(start: str | Path | None = None) -> Path:
@@ -205,19 +298,24 @@ def find_project_root(start: str | Path | None = None) -> Path:
     Where there is none, `start` itself.
     """
     start = Path(start or Path.cwd()).resolve()
-    return next((folder for folder in (start, *start.parents) if (folder / "configs").is_dir()), start)
+    return next(
+        (folder for folder in (start, *start.parents) if (folder / "configs").is_dir()), start
+    )
 
 
 def resolve_path(path: str | Path) -> Path:
-    """Return `path` as an absolute path: relative ones start at the project root found from here."""
+    """Return `path` as an absolute path: a relative one starts at the project root."""
     return (find_project_root() / Path(path).expanduser()).resolve()
 
 
-def load_config(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] | None = None) -> Config:
+def load_config(
+    path: str | Path, overrides: Iterable[str] | Mapping[str, Any] | None = None
+) -> Config:
     """Read a YAML file into a `Config`.
 
     Args:
-        path: the file; a relative path is looked for from the working directory, then from the project root.
+        path: the file; a relative path is looked for from the working directory, then from the
+            project root.
         overrides: changes on top of the file: strings such as `"training.learning_rate=1e-3"`, or a
             mapping, nested (`{"training": {"learning_rate": 1e-3}}`) or with dotted keys.
 
@@ -237,18 +335,26 @@ def load_config(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] |
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold sections such as 'model:' and 'training:', not {_describe(content)}")
+        raise ConfigError(
+            f"{path} must hold sections such as 'model:' and 'training:', not {describe(content)}"
+        )
     folder = file.resolve().parent
-    root = next((parent for parent in folder.parents if (parent / "configs").is_dir()), folder.parent)
+    root = next(
+        (parent for parent in folder.parents if (parent / "configs").is_dir()), folder.parent
+    )
     return config_from_dict(_apply_overrides(content, overrides or {}), root, str(path))
 
 
-def config_from_dict(content: Mapping[str, Any], project_root: str | Path | None = None, name: str = "the configuration") -> Config:
+def config_from_dict(
+    content: Mapping[str, Any],
+    project_root: str | Path | None = None,
+    name: str = "the configuration",
+) -> Config:
     """Make a `Config` of nested plain values, such as `Config.to_dict()` gives.
 
     Args:
         content: sections and their settings.
-        project_root: the folder that relative paths start from; default: found from the working directory.
+        project_root: where relative paths start; default: found from the working directory.
         name: what to call the source in an error.
 
     Raises:
@@ -256,36 +362,58 @@ def config_from_dict(content: Mapping[str, Any], project_root: str | Path | None
     """
     root = Path(project_root).resolve() if project_root else find_project_root()
     if "project_root" in content:
-        raise ConfigError(f"{name}: project_root is not a setting: it follows from the file's place")
+        raise ConfigError(
+            f"{name}: project_root is not a setting: it follows from the file's place"
+        )
     try:
-        given = {key: value for key, value in content.items() if value is not None}  # a section may stand empty
+        given = {
+            key: value for key, value in content.items() if value is not None
+        }  # a section may stand empty
         return Config.model_validate({**given, "project_root": root})
     except ValidationError as error:
-        raise ConfigError(f"{name}: {_sentence(error.errors())}") from None
+        raise ConfigError(f"{name}: {sentence(error.errors(), _valid_keys())}") from None
 
 
 def save_config(config: Config, path: str | Path) -> Path:
     """Write `config` as YAML; `load_config` gives an equal one back. Return the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
     return path
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `3e-4` as text and takes the last of two equal keys in silence; this one does neither."""
+    """YAML 1.1 reads `3e-4` as text and keeps the last of two equal keys; this one does neither."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
-            raise yaml.YAMLError(f"the key {twice!r} stands there twice (line {node.start_mark.line + 1})")
+            raise yaml.YAMLError(
+                f"the key {twice!r} stands there twice (line {node.start_mark.line + 1})"
+            )
         return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = copy.deepcopy(yaml.SafeLoader.yaml_implicit_resolvers)
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
 )
+
+
+def _valid_keys() -> list[str]:
+    """Return every key a file may hold, sections first, in dotted form."""
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    del sections["project_root"]
+    return [*sections] + [
+        f"{name}.{field}"
+        for name, section in sections.items()
+        if isinstance(section, type) and issubclass(section, Section)
+        for field in section.model_fields
+    ]
 
 
 def _find_file(path: str | Path) -> Path:
@@ -294,12 +422,18 @@ def _find_file(path: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     folder = given.parent if given.parent.is_dir() else find_project_root() / given.parent
-    names = sorted(str(given.parent / file.name) for file in folder.glob("*.yaml")) if folder.is_dir() else []
+    names = (
+        sorted(str(given.parent / file.name) for file in folder.glob("*.yaml"))
+        if folder.is_dir()
+        else []
+    )
     hint = f"; there are {', '.join(names)}" if names else ""
     raise ConfigError(f"there is no configuration file {path}{hint}")
 
 
-def _apply_overrides(content: Mapping[str, Any], overrides: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
+def _apply_overrides(
+    content: Mapping[str, Any], overrides: Iterable[str] | Mapping[str, Any]
+) -> dict[str, Any]:
     result = copy.deepcopy(dict(content))
     items = overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides)
     for key, value in items:
@@ -310,11 +444,15 @@ def _apply_overrides(content: Mapping[str, Any], overrides: Iterable[str] | Mapp
 def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"--set takes KEY=VALUE, for example training.learning_rate=1e-3, not {text!r}")
+        raise ConfigError(
+            f"--set takes KEY=VALUE, for example training.learning_rate=1e-3, not {text!r}"
+        )
     try:
         return key.strip(), yaml.load(value, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"--set {key.strip()}: the value {value!r} cannot be read: {_one_line(error)}") from None
+        raise ConfigError(
+            f"--set {key.strip()}: the value {value!r} cannot be read: {_one_line(error)}"
+        ) from None
 
 
 def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -329,79 +467,6 @@ def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
             _set(content[last], str(key).split("."), inner)
     else:
         content[last] = value
-
-
-def _sentence(errors: list[ErrorDetails]) -> str:
-    """Turn pydantic's first complaint into one sentence: key, what is wrong, what would be right."""
-    error = errors[0]
-    key = _dotted_key(error)
-    if error["type"] == "extra_forbidden":
-        nearest = _nearest_key(key)
-        return f"{key} is not a setting" + (f"; the nearest is {nearest}" if nearest else "")
-    if error["type"] == "value_error":
-        return (f"{key}: " if key else "") + str(error["ctx"]["error"])
-    if error["type"] == "missing":
-        return f"{key} must be given"
-    # A union such as `int | "auto"` complains once for each of its branches.
-    wanted = dict.fromkeys(_wanted(one) for one in errors if _dotted_key(one) == key)
-    return f"{key} must be {' or '.join(wanted)}, not {_describe(error.get('input'))}"
-
-
-def _dotted_key(error: ErrorDetails) -> str:
-    """Return the path of the setting: pydantic adds a last part that names the branch of a union."""
-    parts, names = [str(part) for part in error["loc"]], Config.model_fields
-    known = 2 if len(parts) > 1 and parts[0] in names and parts[:2] != ["distributed", "hosts"] else len(parts)
-    return ".".join(parts[:known])
-
-
-def _wanted(error: ErrorDetails) -> str:
-    context = error.get("ctx", {})
-    return {
-        "int_type": "a whole number",
-        "float_type": "a number",
-        "bool_type": "true or false",
-        "string_type": "a text",
-        "list_type": "a list",
-        "model_type": "a section of settings",
-        "model_attributes_type": "a section of settings",
-        "invalid_key": "named by a text",
-        "literal_error": f"one of {context.get('expected', '')}" if " or " in context.get("expected", "") else context.get("expected"),
-        "string_pattern_mismatch": "a name of letters, digits, dots and hyphens",
-        "greater_than": f"greater than {_number(context.get('gt'))}",
-        "greater_than_equal": f"at least {_number(context.get('ge'))}",
-        "less_than": f"less than {_number(context.get('lt'))}",
-        "less_than_equal": f"at most {_number(context.get('le'))}",
-        "finite_number": "a finite number",
-    }.get(error["type"]) or error["msg"].removeprefix("Input should be ").lower()
-
-
-def _number(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _nearest_key(key: str) -> str | None:
-    """Return the valid dotted key most like `key`, wherever it stands."""
-    sections = {name: field.annotation for name, field in Config.model_fields.items() if name != "project_root"}
-    valid = list(sections)
-    for name, section in sections.items():
-        if isinstance(section, type) and issubclass(section, Section):
-            valid += [f"{name}.{field}" for field in section.model_fields]
-    by_last_word = {dotted.rpartition(".")[2]: dotted for dotted in valid}
-    last = key.rpartition(".")[2]
-    if last in by_last_word:
-        return by_last_word[last]
-    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
-    close = close or [by_last_word[word] for word in difflib.get_close_matches(last, by_last_word, n=1, cutoff=0.6)]
-    return close[0] if close else None
-
-
-def _describe(value: Any) -> str:
-    if value is None:
-        return "empty"
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _one_line(error: Exception) -> str:
