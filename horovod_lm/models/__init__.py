@@ -1,0 +1,1 @@
+"""The language model: attention, the transformer around it, its loss, and drawing text from it."""
