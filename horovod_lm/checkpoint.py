@@ -1,0 +1,250 @@
+"""Checkpoints: written whole or not at all, loaded without running a line of anybody's code.
+
+A checkpoint holds everything that training needs to go on and everything that generation needs to
+talk: model, optimizer, schedule, position in the data, configuration and tokenizer.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from horovod_lm.utils.errors import CheckpointError
+
+FORMAT = 1
+BEST, FINAL = "best_model.pt", "final_model.pt"
+_NUMBERED = re.compile(r"checkpoint_epoch(\d+)_step(\d+)\.pt")
+
+
+def save_checkpoint(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    epoch: int,
+    step: int,
+    loss: float,
+    checkpoint_dir: str | Path,
+    filename: str,
+    scheduler: Any | None = None,
+    scaler: Any | None = None,
+    global_step: int = 0,
+    *,
+    best_loss: float | None = None,
+    samples_seen: int = 0,
+    config: Mapping[str, Any] | None = None,
+    tokenizer: str | None = None,
+    **extra: Any,
+) -> Path:
+    """Write one checkpoint: to a temporary name, synced to disk, then renamed.
+
+    A reader finds the whole file or none, whenever the writer dies. With many ranks, rank 0 calls this.
+
+    Args:
+        model: its `state_dict()` is saved; a compiled model is saved under its uncompiled names.
+        optimizer: or None, for a checkpoint that only generates.
+        epoch: the epoch in progress, from 0.
+        step: optimizer steps done in that epoch.
+        loss: the last loss measured, in nats per token.
+        checkpoint_dir: created if it is not there.
+        filename: for example `checkpoint_epoch5.pt`.
+        scheduler: a learning rate scheduler with a `state_dict()`.
+        scaler: a gradient scaler with a `state_dict()`.
+        global_step: optimizer steps done since the start of the run.
+        best_loss: the best validation loss so far, which `loss` need not be.
+        samples_seen: blocks of that epoch already trained on, by all ranks together.
+        config: `Config.to_dict()`, so that the checkpoint alone is enough to rebuild the model.
+        tokenizer: the tokenizer as JSON text, so that it alone is enough to talk.
+        **extra: further plain values.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or the disk is full.
+    """
+    content = {
+        "format": FORMAT,
+        "model": uncompiled(model).state_dict(),
+        "optimizer": None if optimizer is None else optimizer.state_dict(),
+        "scheduler": None if scheduler is None else _plain(scheduler.state_dict()),
+        "scaler": None if scaler is None else _plain(scaler.state_dict()),
+        "epoch": int(epoch),
+        "step": int(step),
+        "global_step": int(global_step),
+        "loss": float(loss),
+        "best_loss": None if best_loss is None else float(best_loss),
+        "samples_seen": int(samples_seen),
+        "config": None if config is None else _plain(dict(config)),
+        "tokenizer": tokenizer,
+        **_plain(extra),
+    }
+    path = Path(checkpoint_dir) / filename
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the checkpoint {path} cannot be written ({error}): check the folder and the free space"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(
+    checkpoint_path: str | Path,
+    model: torch.nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any | None = None,
+    scaler: Any | None = None,
+) -> dict[str, Any]:
+    """Read a checkpoint and load what it holds into the objects that are given.
+
+    Args:
+        checkpoint_path: the file.
+        model: gets the parameters, whatever device it is on.
+        optimizer: gets its moments and steps. With Horovod: the wrapped one, since wrapping drops state.
+        scheduler: gets its position.
+        scaler: gets its scale.
+
+    Returns:
+        The whole checkpoint, tensors on the CPU; `save_checkpoint` names its keys.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, holds code, or is of another model.
+    """
+    checkpoint = read_checkpoint(checkpoint_path)
+    restore(checkpoint, model, optimizer, scheduler, scaler, name=str(checkpoint_path))
+    return checkpoint
+
+
+def read_checkpoint(checkpoint_path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint, tensors on the CPU; never run code that a file may hold.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, holds code, or is no checkpoint of ours.
+    """
+    path = Path(checkpoint_path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}{_others(path.parent)}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() or "global" in str(error).lower():
+            raise CheckpointError(
+                f"{path} is refused: it holds more than tensors and plain values, so that loading it"
+                " could run code; load only checkpoints that save_checkpoint wrote"
+            ) from None
+        raise CheckpointError(_damaged(path)) from None
+    except Exception as error:  # a file cut at any byte fails in a dozen ways; a full memory in one
+        if isinstance(error, MemoryError):
+            raise
+        raise CheckpointError(_damaged(path)) from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+        raise CheckpointError(f"{path} is not a checkpoint of this project: it holds no 'model'")
+    if checkpoint.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {checkpoint.get('format')}, this version reads {FORMAT}:"
+            " load it with the version of horovod_lm that wrote it"
+        )
+    return checkpoint
+
+
+def restore(
+    checkpoint: Mapping[str, Any],
+    model: torch.nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any | None = None,
+    scaler: Any | None = None,
+    name: str = "the checkpoint",
+) -> None:
+    """Load what a checkpoint holds into the objects that are given; see `load_checkpoint`."""
+    if model is not None:
+        _restore_model(uncompiled(model), checkpoint["model"], name)
+    for part, target in (("optimizer", optimizer), ("scheduler", scheduler), ("scaler", scaler)):
+        if target is None:
+            continue
+        if checkpoint.get(part) is None:
+            raise CheckpointError(f"{name} holds no {part} state: it was saved for generation only")
+        try:
+            target.load_state_dict(checkpoint[part])
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{name} holds the {part} of another setting: {error}") from None
+
+
+def find_checkpoints(checkpoint_dir: str | Path) -> list[Path]:
+    """Return a run's numbered and final checkpoints, the furthest first."""
+    paths = [
+        path for path in Path(checkpoint_dir).glob("checkpoint_epoch*_step*.pt") if _step(path)
+    ]
+    final = Path(checkpoint_dir) / FINAL
+    return ([final] if final.is_file() else []) + sorted(paths, key=_step, reverse=True)
+
+
+def checkpoint_name(epoch: int, global_step: int) -> str:
+    """Return the file name of a numbered checkpoint."""
+    return f"checkpoint_epoch{epoch}_step{global_step}.pt"
+
+
+def remove_old_checkpoints(checkpoint_dir: str | Path, keep: int) -> None:
+    """Keep the `keep` furthest numbered checkpoints and delete the others; best and final stay."""
+    numbered = [path for path in find_checkpoints(checkpoint_dir) if path.name != FINAL]
+    for path in numbered[keep:]:
+        path.unlink(missing_ok=True)
+
+
+def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the module behind `torch.compile`, whose parameter names have no prefix."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _restore_model(model: torch.nn.Module, state: Mapping[str, torch.Tensor], name: str) -> None:
+    own = model.state_dict()
+    for key, tensor in own.items():
+        if key in state and state[key].shape != tensor.shape:
+            raise CheckpointError(
+                f"{name} is of another model: {key} has shape {tuple(state[key].shape)} there"
+                f" and {tuple(tensor.shape)} here; use the configuration it was trained with"
+            )
+    if missing := own.keys() - state.keys():
+        raise CheckpointError(f"{name} is of another model: it lacks {sorted(missing)[0]}")
+    if unknown := state.keys() - own.keys():
+        raise CheckpointError(f"{name} is of another model: it has {sorted(unknown)[0]} besides")
+    model.load_state_dict(state)
+
+
+def _plain(value: Any) -> Any:
+    """Turn NumPy scalars into Python numbers: `weights_only` refuses the former when it loads."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(inner) for inner in value)
+    return value
+
+
+def _step(path: Path) -> int:
+    match = _NUMBERED.fullmatch(path.name)
+    return int(match.group(2)) if match else 0
+
+
+def _damaged(path: Path) -> str:
+    others = _others(path.parent, without=path.name)
+    return f"{path} is damaged or was cut short, so that it cannot be read{others}"
+
+
+def _others(folder: Path, without: str = "") -> str:
+    names = sorted(file.name for file in folder.glob("*.pt") if file.name != without)
+    return f"; the folder also holds {', '.join(names)}" if names else ""

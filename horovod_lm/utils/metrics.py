@@ -1,0 +1,173 @@
+"""What a run records: JSON lines by every rank, and by rank 0 a CSV table and TensorBoard events."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+COLUMNS = (
+    "phase",  # train, validation or stories
+    "epoch",
+    "step",  # optimizer steps since the start of the run
+    "tokens",  # tokens predicted since the start of the run, by all ranks
+    "learning_rate",
+    "loss",  # nats per token
+    "perplexity",
+    "accuracy",  # share of tokens whose likeliest prediction was right
+    "tokens_per_second",  # of all ranks together
+    "gradient_norm",  # of the averaged gradient, before clipping
+    "seconds_data",
+    "seconds_forward",
+    "seconds_backward",
+    "seconds_allreduce",
+    "seconds_update",
+)
+PARTS_OF_A_STEP = tuple(name for name in COLUMNS if name.startswith("seconds_"))
+
+
+def perplexity(loss: float) -> float:
+    """Return exp of a mean loss in nats: the number of equally likely tokens it is worth.
+
+    The mean is taken first: a mean of exponentials is a larger, meaningless number.
+    """
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class MetricsRecorder:
+    """Write one run's metrics as they happen.
+
+    Args:
+        run_dir: holds `metrics.csv`.
+        log_dir: holds `rank0.jsonl`, `rank1.jsonl`, ...
+        tensorboard_dir: holds TensorBoard's event files.
+        rank: the writer; only rank 0 writes the table and the events.
+        resume_step: rows of the table after this step are dropped: they will come again.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        log_dir: Path,
+        tensorboard_dir: Path,
+        rank: int = 0,
+        resume_step: int | None = None,
+    ) -> None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        self._lines = open(log_dir / f"rank{rank}.jsonl", "a", encoding="utf-8", buffering=1)
+        self._rank = rank
+        self._table = self._events = None
+        if rank == 0:
+            self._table = _open_table(run_dir / "metrics.csv", resume_step)
+            self._events = _open_events(tensorboard_dir, resume_step)
+
+    def record(self, phase: str, *, everywhere: bool = False, **values: Any) -> None:
+        """Record one measurement.
+
+        Args:
+            phase: `train`, `validation` or `stories`.
+            everywhere: write it to this rank's JSON lines only.
+            **values: some of `COLUMNS`; others go to the JSON lines alone.
+        """
+        row = {"phase": phase, **values}
+        self.event("metrics", **row)
+        if self._table is None or everywhere:
+            return
+        writer = csv.DictWriter(self._table, COLUMNS, extrasaction="ignore", restval="")
+        writer.writerow(row)
+        self._table.flush()
+        for name, value in values.items():
+            if self._events is not None and name not in ("epoch", "step") and _is_number(value):
+                self._events.add_scalar(f"{phase}/{name}", value, values["step"])
+
+    def event(self, kind: str, **values: Any) -> None:
+        """Write one line to this rank's JSON lines: what happened, when, and its values."""
+        line = {"event": kind, "time": round(time.time(), 3), "rank": self._rank, **values}
+        self._lines.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """Finish every file."""
+        self._lines.close()
+        if self._table is not None:
+            self._table.close()
+        if self._events is not None:
+            self._events.close()
+
+
+class StepTimer:
+    """Add up the seconds of a step's parts.
+
+    Args:
+        synchronize: called before each look at the clock; a GPU's work is asynchronous, and without
+            it (`torch.cuda.synchronize`) the seconds of one part are booked on another.
+    """
+
+    def __init__(self, synchronize: Any = None) -> None:
+        self._synchronize = synchronize or (lambda: None)
+        self.seconds = dict.fromkeys(PARTS_OF_A_STEP, 0.0)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Book the time inside the block on `seconds_<name>`."""
+        self._synchronize()
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        self.seconds[f"seconds_{name}"] += time.perf_counter() - start
+
+
+def read_metrics(run_dir: str | Path, phase: str | None = None) -> list[dict[str, Any]]:
+    """Return the rows of a run's `metrics.csv`, numbers as numbers, empty cells left out.
+
+    Args:
+        run_dir: the run's folder.
+        phase: only rows of this phase; None: all.
+    """
+    with open(Path(run_dir) / "metrics.csv", encoding="utf-8", newline="") as file:
+        rows = [
+            {
+                key: value if key == "phase" else _number(value)
+                for key, value in row.items()
+                if value
+            }
+            for row in csv.DictReader(file)
+        ]
+    return [row for row in rows if phase in (None, row["phase"])]
+
+
+def _open_table(path: Path, resume_step: int | None) -> Any:
+    """Open the table to append; rows after `resume_step`, or cut short by a death, are dropped."""
+    kept: list[dict[str, str]] = []
+    if resume_step is not None and path.exists():
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if None not in row.values()]
+        kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= resume_step]
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(kept)
+    temporary.replace(path)
+    return open(path, "a", encoding="utf-8", newline="")
+
+
+def _open_events(folder: Path, resume_step: int | None) -> Any | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # TensorBoard is a view of the table: a run is complete without it
+        return None
+    purge = None if resume_step is None else resume_step + 1
+    return SummaryWriter(str(folder), purge_step=purge)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.lstrip("-").isdigit() else float(text)
