@@ -1,0 +1,245 @@
+"""Where text comes from: four sources behind one name, `data.source`.
+
+A corpus is a series of documents, and a document a series of pieces of text: nothing is ever held in
+memory whole, so that a corpus may be larger than the machine.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import hashlib
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from horovod_lm.data.stories import RULES, generate_stories
+from horovod_lm.utils.config import Config
+from horovod_lm.utils.errors import DataError
+
+PIECE_BYTES = 1 << 18  # a long file is read in pieces of a quarter of a MiB
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text: its name, its size in UTF-8 bytes, and a function that reads it piece by piece."""
+
+    name: str
+    size: int
+    pieces: Callable[[], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A series of documents that can be read again and again, in the same order.
+
+    Args:
+        description: what the corpus is, in a few words.
+        documents: starts to read the documents from the first one.
+        fingerprint: plain values that change when the text changes.
+    """
+
+    description: str
+    documents: Callable[[], Iterator[Document]]
+    fingerprint: dict[str, Any]
+
+
+def open_corpus(config: Config) -> Corpus:
+    """Return the corpus that `config.data` asks for, of at most `data.max_bytes` bytes.
+
+    Raises:
+        DataError: there is no such text, or it cannot be read.
+    """
+    corpus = {"stories": _stories, "python": _python, "files": _files, "hub": _hub}[config.data.source](config)
+    limit = config.data.max_bytes
+    if limit is None:
+        return corpus
+    return Corpus(corpus.description, lambda: _first_bytes(corpus.documents(), limit), corpus.fingerprint)
+
+
+def text_document(name: str, text: str) -> Document:
+    """Return a document whose text is already in memory."""
+    return Document(name, len(text.encode("utf-8")), lambda: [text])
+
+
+def _stories(config: Config) -> Corpus:
+    count, seed = config.data.num_stories, config.seed
+
+    def documents() -> Iterator[Document]:
+        for index, story in enumerate(generate_stories(count, seed)):
+            yield text_document(f"story {index}", story)
+
+    grammar = hashlib.sha256(repr(RULES).encode()).hexdigest()
+    return Corpus(f"{count:,} tiny stories", documents, {"grammar": grammar})
+
+
+def _python(config: Config) -> Corpus:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(file for file in root.rglob("*.py") if not _is_left_out(file.relative_to(root)))
+    if not files:
+        raise DataError(f"Python's standard library has no source files in {root}; use data.source=stories instead")
+    return _file_corpus(f"the standard library of Python {sys.version.split()[0]}", files, root)
+
+
+def _is_left_out(file: Path) -> bool:
+    """True for what is not the library proper: tests, what tests read, and third-party packages."""
+    folders = set(file.parts[:-1])
+    return bool(folders & {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+
+
+def _files(config: Config) -> Corpus:
+    files = sorted({file for pattern in config.data.paths for file in _matching_files(config, pattern)})
+    return _file_corpus(", ".join(config.data.paths), files, config.project_root)
+
+
+def _matching_files(config: Config, pattern: str) -> list[Path]:
+    """Return the files that a path, a folder or a glob stands for; never none."""
+    path = config.resolve(pattern)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if not _is_hidden(file.relative_to(path))]
+    else:
+        files = [Path(name) for name in glob.glob(str(path), recursive=True)]
+    files = [file for file in files if file.is_file()]
+    if not files:
+        what = "the folder is empty" if path.is_dir() else "there is no such file, and as a glob it matches none"
+        raise DataError(f"data.path {pattern}: {what} ({path})")
+    return files
+
+
+def _is_hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _file_corpus(description: str, files: list[Path], root: Path) -> Corpus:
+    """Return a corpus with a document for each file that is not empty."""
+
+    def documents() -> Iterator[Document]:
+        for file in files:
+            size = file.stat().st_size
+            if size:
+                yield Document(str(file), size, lambda file=file: read_text_file(file))
+
+    stats = [(_relative(file, root), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    listing = hashlib.sha256(repr(stats).encode()).hexdigest()
+    return Corpus(description, documents, {"files": len(files), "names_sizes_times": listing})
+
+
+def _relative(file: Path, root: Path) -> str:
+    return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
+
+
+def read_text_file(file: Path, piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
+    """Yield the text of a UTF-8 file in pieces that end at a line's end where they can.
+
+    Args:
+        file: the file; a byte-order mark at its start is dropped.
+        piece_bytes: read about so many bytes at a time.
+
+    Raises:
+        DataError: a byte is not UTF-8 (the message names the file and the byte's offset), or the file cannot be read.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset, held_back = 0, ""
+    try:
+        with file.open("rb") as stream:
+            while True:
+                block = stream.read(piece_bytes)
+                pending = len(decoder.getstate()[0])  # bytes of a character that the last block cut in two
+                try:
+                    text = decoder.decode(block, final=not block)
+                except UnicodeDecodeError as error:
+                    raise _bad_byte(file, error, offset - pending + error.start) from None
+                if offset == 0:
+                    text = text.removeprefix("\N{BYTE ORDER MARK}")
+                offset += len(block)
+                text = held_back + text
+                cut = text.rfind("\n") + 1 or len(text)
+                held_back = text[cut:] if block else ""
+                if piece := text[:cut] if block else text:
+                    yield piece
+                if not block:
+                    return
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _bad_byte(file: Path, error: UnicodeDecodeError, offset: int) -> DataError:
+    byte = error.object[error.start]
+    return DataError(
+        f"{file} is not UTF-8 text: byte 0x{byte:02x} at offset {offset} ({error.reason}); "
+        f"save it as UTF-8, or leave it out with a glob such as 'folder/**/*.txt'"
+    )
+
+
+def _hub(config: Config) -> Corpus:
+    name, subset, field = config.data.hub_dataset, config.data.hub_config, config.data.hub_text_field
+
+    def documents() -> Iterator[Document]:
+        rows = _open_hub_dataset(config)
+        try:
+            for index, row in enumerate(rows):
+                if field not in row:
+                    raise DataError(f"{name} has no field {field!r}: set data.hub_text_field to one of {', '.join(row)}")
+                if row[field]:
+                    yield text_document(f"{name} row {index}", row[field])
+        except DataError:
+            raise
+        except Exception as error:  # a stream can break in any of the libraries under it
+            raise _hub_error(name, error) from None
+
+    local = config.resolve(name)
+    stats = [(str(f.relative_to(local)), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(local.rglob("*")) if f.is_file()]
+    return Corpus(f"the dataset {name}", documents, {"dataset": name, "subset": subset, "local_files": stats})
+
+
+def _open_hub_dataset(config: Config) -> Iterable[dict[str, Any]]:
+    """Return the rows of the dataset's training split, streamed."""
+    name = config.data.hub_dataset
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            "data.source=hub needs the library 'datasets': pip install 'horovod_lm[hub]', or use another data.source"
+        ) from None
+    local = config.resolve(name)
+    try:
+        if (local / "dataset_info.json").exists() or (local / "dataset_dict.json").exists():
+            loaded = datasets.load_from_disk(str(local))  # memory-mapped
+            return loaded["train"] if isinstance(loaded, dict) else loaded
+        where = str(local) if local.exists() else name
+        return datasets.load_dataset(where, config.data.hub_config, split="train", streaming=True)
+    except Exception as error:
+        raise _hub_error(name, error) from None
+
+
+def _hub_error(name: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:200]
+    return DataError(f"the dataset {name} cannot be read ({type(error).__name__}: {reason}); check its name and the network")
+
+
+def _first_bytes(documents: Iterator[Document], limit: int) -> Iterator[Document]:
+    """Yield whole documents while they fit into `limit` bytes; a first one that does not fit is cut."""
+    room = limit
+    for document in documents:
+        if document.size > room:
+            if room == limit:
+                yield Document(document.name, limit, lambda document=document: _cut(document.pieces(), limit))
+            return
+        room -= document.size
+        yield document
+
+
+def _cut(pieces: Iterable[str], size: int) -> Iterator[str]:
+    """Yield the first `size` bytes of text, without half a character at the end."""
+    for piece in pieces:
+        encoded = piece.encode("utf-8")
+        if len(encoded) >= size:
+            yield encoded[:size].decode("utf-8", errors="ignore")
+            return
+        size -= len(encoded)
+        yield piece
