@@ -1,11 +1,12 @@
 """Attention, twice: written out for reading, and as it runs. And the cache that makes it quick.
 
 Scaled dot-product attention (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.2.1):
-every position asks a question (its query), every position offers an answer to it (its key says how
-well it fits, its value is the answer), and the result is the average of the values, weighted by fit.
+every position asks a question (its query), every position offers an answer (its value) and says
+what it answers (its key). The result is the average of the values, weighted by how well each key
+fits the query.
 
-Shapes, here and in the whole package: B sequences in a batch, T positions that ask, S positions that
-are asked (S = T without a cache), H heads, D numbers per head, C = H x D numbers per position.
+Shapes, here and in the whole package: B sequences in a batch, T positions that ask, S positions
+that are asked (S = T without a cache), H heads, D numbers per head, C = H x D numbers per position.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def attention_as_it_runs(
     is_causal = False
     if mask is None and query.shape[-2] > 1:
         is_causal = query.shape[-2] == key.shape[-2]
-        if not is_causal:  # new positions after cached ones: torch's own causal mask starts at key 0
+        if (
+            not is_causal
+        ):  # new positions after cached ones: torch's own causal mask starts at key 0
             mask = allowed_positions(query.shape[-2], key.shape[-2], device=query.device)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal
@@ -186,8 +189,9 @@ class MultiHeadAttention(nn.Module):
         """Compute queries, keys and values of (B, T, C): three times (B, H, T, D)."""
         n_sequences, length, d_model = x.shape
         projected = self.query_key_value(x)  # (B, T, 3C)
-        # (B, T, 3C) -> (B, T, 3, H, D) -> (3, B, H, T, D); H before T, so that each head is a matrix
+        # (B, T, 3C) -> (B, T, 3, H, D)
         split = projected.view(n_sequences, length, 3, self.n_heads, d_model // self.n_heads)
+        # (B, T, 3, H, D) -> (3, B, H, T, D): H before T, so that each head is a (T, D) matrix
         query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)
         return query, key, value
 

@@ -10,11 +10,23 @@ from horovod_lm.utils.errors import ConfigError, DataError
 
 
 def check_sizes(
-    vocab_size: int, d_model: int, n_heads: int, n_layers: int, d_ff: int, max_seq_len: int, dropout: float
+    vocab_size: int,
+    d_model: int,
+    n_heads: int,
+    n_layers: int,
+    d_ff: int,
+    max_seq_len: int,
+    dropout: float,
 ) -> None:
     """Raise ConfigError unless a model of these sizes can be built."""
-    sizes = dict(vocab_size=vocab_size, d_model=d_model, n_heads=n_heads, n_layers=n_layers,
-                 d_ff=d_ff, max_seq_len=max_seq_len)  # fmt: skip
+    sizes = {
+        "vocab_size": vocab_size,
+        "d_model": d_model,
+        "n_heads": n_heads,
+        "n_layers": n_layers,
+        "d_ff": d_ff,
+        "max_seq_len": max_seq_len,
+    }
     for name, size in sizes.items():
         if size < 1:
             raise ConfigError(f"{name} must be at least 1, got {size}")
@@ -56,7 +68,10 @@ def check_inputs(
 
 
 def check_token_ids(name: str, ids: Tensor, vocab_size: int, ignored: int = 0) -> None:
-    """Raise DataError if an id is outside the vocabulary. Only on a CPU: a GPU would have to be waited for."""
+    """Raise DataError if an id is outside the vocabulary.
+
+    Looks only at ids on the CPU: an answer from a GPU would have to wait for all its work.
+    """
     if ids.device.type != "cpu" or not ids.numel():
         return
     lowest, highest = ids.aminmax()

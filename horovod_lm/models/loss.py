@@ -1,14 +1,15 @@
 """Cross-entropy in pieces: the loss of a large vocabulary without its largest matrix.
 
 The last step of a language model multiplies every position's vector (C numbers) by the whole
-vocabulary (V rows) and compares the result with the token that really came next. With 8192
-positions and GPT-2's 50257 tokens that (N, V) matrix alone is 1.6 GB in float32, and the textbook way
-holds about three of them at once: logits, their log-softmax, their gradient.
+vocabulary (V rows) and compares the result with the token that really came next. With N = 8192
+positions and GPT-2's 50257 tokens that (N, V) matrix alone is 1.6 GB in float32, and the textbook
+way holds about three of them at once: logits, their log-softmax, their gradient.
 
-But the loss is a sum over positions, and the gradient of one position's logits is known as soon as the
-logits are: softmax(logits) - one_hot(target). So we take the positions piece by piece: compute a
-piece's logits, turn them in place into their gradient, multiply that back into the gradients of the
-vectors and of the vocabulary, and let the piece go. The arithmetic is the same; only the memory is not.
+But the loss is a sum over positions, and the gradient of one position's logits is known as soon as
+the logits are: softmax(logits) - one_hot(target). So we take the positions piece by piece: compute
+a piece's logits, turn them in place into their gradient, multiply that back into the gradients of
+the vectors and of the vocabulary, and let the piece go. The arithmetic is the same,
+the memory is not.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ IGNORE_INDEX = -100
 """Targets with this value are no part of the loss: torch's convention."""
 
 ELEMENTS_PER_PIECE = 2**25
-"""Logits held at once: 128 MB in float32. Smaller pieces read the vocabulary too often to be fast."""
+"""Logits held at once: 128 MB in float32. Much smaller pieces read the vocabulary too often."""
 
 
 def shift_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -47,7 +48,7 @@ def shift_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (..., V) and targets (...), in nats; 0.0 when nothing is asked."""
+    """Mean cross-entropy of logits (..., V) and targets (...), in nats; 0.0 if nothing is asked."""
     total = F.cross_entropy(
         _float(logits.flatten(0, -2)),  # (..., V) -> (N, V)
         targets.flatten(),
@@ -58,7 +59,10 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def cross_entropy_in_pieces(
-    hidden: Tensor, vocabulary: Tensor, targets: Tensor, elements_per_piece: int = ELEMENTS_PER_PIECE
+    hidden: Tensor,
+    vocabulary: Tensor,
+    targets: Tensor,
+    elements_per_piece: int = ELEMENTS_PER_PIECE,
 ) -> Tensor:
     """Mean cross-entropy of `hidden @ vocabulary.T`, never holding that matrix as a whole.
 
@@ -90,7 +94,10 @@ def count_targets(targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def token_losses(
-    hidden: Tensor, vocabulary: Tensor, targets: Tensor, elements_per_piece: int = ELEMENTS_PER_PIECE
+    hidden: Tensor,
+    vocabulary: Tensor,
+    targets: Tensor,
+    elements_per_piece: int = ELEMENTS_PER_PIECE,
 ) -> tuple[Tensor, Tensor]:
     """Give each position's own loss and best guess, piece by piece, without gradients.
 
@@ -115,14 +122,16 @@ def token_losses(
 
 
 def _pieces(n_rows: int, vocab_size: int, elements_per_piece: int) -> list[slice]:
-    """Cut `n_rows` into equal slices whose logits fit the budget; one slice, perhaps empty, at least."""
+    """Cut `n_rows` into equal slices whose logits fit the budget; at least one, perhaps empty."""
     n_pieces = max(1, -(-n_rows * vocab_size // elements_per_piece))
     rows_per_piece = max(1, -(-n_rows // n_pieces))
-    return [slice(start, start + rows_per_piece) for start in range(0, max(1, n_rows), rows_per_piece)]
+    return [
+        slice(start, start + rows_per_piece) for start in range(0, max(1, n_rows), rows_per_piece)
+    ]
 
 
 def _as_autocast_would(hidden: Tensor, vocabulary: Tensor) -> tuple[Tensor, Tensor]:
-    """Cast both once for all pieces: inside a piece, autocast would cast the vocabulary every time."""
+    """Cast once for all pieces: autocast itself would cast the vocabulary for each of them."""
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         return hidden.to(dtype), vocabulary.to(dtype)
@@ -159,7 +168,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, total_gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, total_gradient: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
         if ctx.gradients is None:
             raise RuntimeError(
                 "the loss in pieces gave its gradients away in the first backward(); "

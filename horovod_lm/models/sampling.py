@@ -1,8 +1,8 @@
 """From logits to text: temperature, top-k, top-p, and the loop that draws token after token.
 
 Top-k is from Fan, Lewis and Dauphin 2018 (https://arxiv.org/abs/1805.04833), top-p ("nucleus") from
-Holtzman et al. 2020 (https://arxiv.org/abs/1904.09751): both cut off the long tail of unlikely tokens,
-where a language model is least to be trusted.
+Holtzman et al. 2020 (https://arxiv.org/abs/1904.09751): both cut off the long tail of unlikely
+tokens, where a language model is least to be trusted.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def make_generator(seed: int | None, device: torch.device | str) -> torch.Genera
     if seed is None:
         generator.seed()
     else:
-        generator.manual_seed(seed)
+        generator.manual_seed(seed % 2**63)  # any whole number will do
     return generator
 
 
@@ -115,9 +115,9 @@ def decode(
 ) -> Iterator[Tensor]:
     """Draw token after token for every row, and yield each step's tokens as soon as they are drawn.
 
-    A prompt longer than the model's context is cut on the left, with a warning. When a row has filled
-    the context, it goes on from the newer half of it: positions are learned, so what is kept must be
-    read again at its new positions, and keeping half makes that rare. Every row does so by
+    A prompt longer than the model's context is cut on the left, with a warning. When a row has
+    filled the context, it goes on from the newer half of it: positions are learned, so what is kept
+    must be read again at its new positions, and keeping half makes that rare. Every row does so by
     itself: what it says does not depend on how it was padded.
 
     Args:
@@ -134,7 +134,7 @@ def decode(
         (B,) token ids; the padding token for rows that have ended. Stops when all have.
 
     Raises:
-        DataError: prompts that are empty, padded elsewhere than on the left, or of another vocabulary.
+        DataError: prompts that are empty, not padded on the left, or of another vocabulary.
     """
     context = _Context(model, input_ids, attention_mask, max_new_tokens, use_cache)
     filler = model.pad_token_id
@@ -242,7 +242,7 @@ def _prompt_starts(
     is_token = attention_mask.bool()
     if not is_token[:, -1].all() or (is_token[:, :-1] & ~is_token[:, 1:]).any():
         raise DataError(
-            "generate() needs shorter prompts padded on the left: each row of attention_mask must be "
-            "zeros, then ones, and end with a one"
+            "generate() needs shorter prompts padded on the left: each row of attention_mask must "
+            "be zeros, then ones, and end with a one"
         )
     return (~is_token).sum(dim=1).tolist()

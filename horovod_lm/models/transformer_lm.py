@@ -1,10 +1,10 @@
 """TransformerLM: a decoder-only transformer language model with GPT-2's architecture.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": token and learned position
-embeddings; layers of causal self-attention and a feed-forward network, each behind a layer norm and
-added to what came in (pre-norm); a last layer norm; and the token embedding once more, as the output
-(weight tying, Press and Wolf 2017, https://arxiv.org/abs/1608.05859). So GPT-2's real weights fit
-(`horovod_lm.models.gpt2`) and give GPT-2's numbers.
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": token and learned
+position embeddings; layers of causal self-attention and a feed-forward network, each behind a layer
+norm and added to what came in (pre-norm); a last layer norm; and the token embedding once more, as
+the output (weight tying, Press and Wolf 2017, https://arxiv.org/abs/1608.05859). So GPT-2's real
+weights fit (`horovod_lm.models.gpt2`) and give GPT-2's numbers.
 
 Shapes: B sequences, T positions, C = d_model, V = vocab_size.
 """
@@ -32,7 +32,7 @@ INITIAL_DEVIATION = 0.02  # of every weight at the start: GPT-2's choice
 
 
 class FeedForward(nn.Module):
-    """Each position on its own: widen to `d_ff` numbers, bend with GELU, narrow back to `d_model`."""
+    """Each position on its own: widen to `d_ff` numbers, bend by GELU, narrow to `d_model`."""
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
@@ -144,8 +144,8 @@ class TransformerLM(nn.Module):
 
         Args:
             input_ids: (B, T) token ids; B may be 0.
-            attention_mask: (B, T), 1 for a token and 0 for padding, on either side; None: no padding.
-                With a cache, (B, cached + T).
+            attention_mask: (B, T), 1 for a token and 0 for padding, on either side; None: no
+                padding. With a cache, (B, cached + T).
             labels: (B, T), usually `input_ids` itself: the shift by one happens in here. Padding
                 and -100 are left out.
             cache: keys and values of the positions before these; it takes up the new ones.
@@ -206,7 +206,11 @@ class TransformerLM(nn.Module):
             as they are without dropout; it sums to 1.
         """
         check_inputs(
-            input_ids, attention_mask, None, vocab_size=self.vocab_size, max_seq_len=self.max_seq_len
+            input_ids,
+            attention_mask,
+            None,
+            vocab_size=self.vocab_size,
+            max_seq_len=self.max_seq_len,
         )
         layers = []
         with torch.no_grad():
@@ -237,7 +241,8 @@ class TransformerLM(nn.Module):
             max_new_tokens: the most tokens to add.
             temperature: 0 takes the likeliest token (greedy); below 1 is bolder, above 1 wilder.
             top_k: draw among the k likeliest tokens only; 0 or None: among all.
-            top_p: draw among the likeliest tokens that together have this probability; 1 or None: all.
+            top_p: draw among the likeliest tokens that reach this probability together; 1 or None:
+                all.
             eos_token_id: a row ends when it draws this token; None: no row ends early.
             attention_mask: (B, T), zeros, then ones: shorter prompts are padded on the left.
             generator: draws the random numbers; on the model's device.
@@ -267,8 +272,14 @@ class TransformerLM(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Embed tokens that follow `start` cached positions: (B, T, C), and who may look where."""
         length = input_ids.shape[1]
-        if attention_mask is not None and attention_mask.device.type == "cpu" and attention_mask.all():
-            attention_mask = None  # nothing is padded: the quick way. On a GPU, asking would wait for it
+        if (
+            attention_mask is not None
+            and attention_mask.device.type == "cpu"
+            and attention_mask.all()
+        ):
+            attention_mask = (
+                None  # nothing is padded: the quick way. On a GPU, asking would wait for it
+            )
         mask = None
         if attention_mask is None:
             positions = self.position_embedding.weight[start : start + length]  # (T, C)

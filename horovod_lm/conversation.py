@@ -1,0 +1,81 @@
+"""A conversation in a terminal: read a line, show what follows as it comes, until the user goes."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+from horovod_lm.utils.config import Config, GenerationConfig
+from horovod_lm.utils.errors import ConfigError, UserError
+
+STOP_WORDS = ("exit", "quit", "q")
+UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
+
+Answer = Callable[[str, GenerationConfig], Iterator[str]]
+
+
+def converse(answer: Answer, config: Config) -> None:
+    """Read prompts from standard input and print each with its answer.
+
+    Args:
+        answer: given a prompt and the settings, yields the pieces of a continuation.
+        config: its `generation` section gives the settings to begin with.
+    """
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  importing it gives input() a history and a line to edit
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a byte that is no character must not end it
+    print("Type the beginning of a text. :help shows the settings; exit, quit or q ends.")
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line.strip().lower() in STOP_WORDS:
+            return
+        if line.startswith(":"):
+            config = change_setting(line, config)
+        else:
+            _show(line, answer(line, config.generation))
+
+
+def _show(prompt: str, pieces: Iterator[str]) -> None:
+    """Print the prompt and the pieces that follow it; Ctrl-C stops this text only."""
+    try:
+        print(printable(prompt), end="", flush=True)
+        for piece in pieces:
+            print(printable(piece), end="", flush=True)
+        print("\n")
+    except KeyboardInterrupt:
+        print(" [stopped]\n")
+    except UserError as error:
+        print(f"\n{error}\n")
+
+
+def change_setting(line: str, config: Config) -> Config:
+    """Obey a line such as `:temperature 0.5`; for `:help` or anything else, show the settings."""
+    name, _, value = line[1:].strip().partition(" ")
+    settings = config.generation.model_dump(exclude={"num_samples"})  # there is one answer a time
+    if name in settings and value:
+        try:
+            config = config.with_overrides([f"generation.{name}={value.strip()}"])
+            print(f"{name} = {getattr(config.generation, name)}")
+        except ConfigError as error:
+            print(error)
+        return config
+    if name not in ("help", *settings):
+        print(f"There is no setting {name!r}; these there are:")
+    print("\n".join(f":{name} {value}" for name, value in settings.items()))
+    return config
+
+
+def printable(text: str) -> str:
+    """Replace control characters: raw, they could move the cursor or clear the screen."""
+    return "".join(UNPRINTABLE if _is_control(character) else character for character in text)
+
+
+def _is_control(character: str) -> bool:
+    return character not in "\n\t" and (character < " " or "\x7f" <= character <= "\x9f")
