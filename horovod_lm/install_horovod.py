@@ -1,0 +1,178 @@
+"""Build Horovod for the torch that is installed here, and install it.
+
+    python -m horovod_lm.install_horovod             # does nothing when the right build is there
+    python -m horovod_lm.install_horovod --check     # only says whether it is, and whether it works
+    python -m horovod_lm.install_horovod --force     # builds again, from nothing
+
+There is no ready-made Horovod to download: it links against one exact torch, so it is compiled
+here. Look at the tools, and name the build after everything that it depends on; unless that build
+is installed, or kept from an earlier time: fetch the source and check its hash, repair it, compile
+it, try it, keep the wheel. Then install it, and try that too.
+
+Wheels are kept in ~/.cache/horovod_lm (or $HOROVOD_LM_CACHE), one folder per build. The installed
+version carries the key of its build, 0.28.1+lm.<key>: that is how a later call recognises it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from horovod_lm.installation.build import (
+    available_jobs,
+    build_wheel,
+    kept_wheel,
+    last_line,
+    pip_command,
+    try_out,
+)
+from horovod_lm.installation.toolchain import Toolchain, inspect_toolchain
+from horovod_lm.utils.cli import run_cli
+from horovod_lm.utils.errors import UserError
+
+OUR_VERSION = re.compile(r"\+lm\.([0-9a-f]{12})$")
+
+
+def install_horovod(toolchain: Toolchain, force: bool = False, jobs: int | None = None) -> None:
+    """Make sure that the build of `toolchain` is installed and works; say what was done.
+
+    Args:
+        toolchain: what to build for, from `inspect_toolchain`.
+        force: build again, even if this build is installed or kept.
+        jobs: how many compilers run at once; None lets cores and memory decide.
+
+    Raises:
+        UserError: one of the steps cannot be done; running it again starts afresh.
+    """
+    cache = cache_folder()
+    with only_one(cache):
+        here = installed_version()
+        if key_of(here) == toolchain.key and not force:
+            try_out(toolchain)
+            print(f"Horovod {here} is installed and works: nothing to do.")
+            return
+        if here is not None and not force:
+            print(f"replacing what is installed: {why_not_right(here)}.", flush=True)
+        wheel = None if force else kept_wheel(cache, toolchain.key)
+        if wheel is not None:
+            print(f"installing the wheel kept from an earlier build: {wheel}", flush=True)
+        install_wheel(wheel or build_wheel(toolchain, cache, jobs or available_jobs()))
+        try_out(toolchain)
+        features = " and ".join(toolchain.features)
+        print(f"Horovod {installed_version()} is installed and works, with {features}.")
+
+
+def check_horovod(toolchain: Toolchain) -> None:
+    """Say whether the right Horovod is installed and works; change nothing.
+
+    Raises:
+        UserError: it is not, or does not.
+    """
+    here = installed_version()
+    if key_of(here) != toolchain.key:
+        raise UserError(f"{why_not_right(here)}; run: python -m horovod_lm.install_horovod")
+    try_out(toolchain)
+    print(f"Horovod {here} is installed, fits torch {toolchain.torch}, and works.")
+
+
+def cache_folder() -> Path:
+    """Where wheels, the source and the logs are kept between builds."""
+    chosen = os.environ.get("HOROVOD_LM_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "horovod_lm"
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold a lock on `folder`: a second installer waits, and then finds the work done."""
+    import fcntl  # here, so that this module can be imported on a system without it
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another installation is building Horovod; waiting for it...", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def installed_version() -> str | None:
+    """The version of Horovod that is installed here, or None."""
+    importlib.invalidate_caches()
+    try:
+        return importlib.metadata.version("horovod")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def key_of(version: str | None) -> str | None:
+    """The build key inside an installed version, or None if the build is not one of ours."""
+    found = OUR_VERSION.search(version or "")
+    return found.group(1) if found else None
+
+
+def why_not_right(version: str | None) -> str:
+    """What is wrong with an installed version whose key is not the one wanted."""
+    if version is None:
+        return "Horovod is not installed"
+    if key_of(version) is None:
+        return f"Horovod {version} was not built by this project, so it lacks the repairs"
+    return f"Horovod {version} was built for another torch, Python, compiler or set of options"
+
+
+def install_wheel(wheel: Path) -> None:
+    """Install the wheel over whatever Horovod is here.
+
+    Raises:
+        UserError: pip refused.
+    """
+    command = [*pip_command("install --no-deps --no-index --force-reinstall"), str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(f"pip could not install {wheel}: {last_line(done)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python -m horovod_lm.install_horovod",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--mpi", action="store_true", help="build MPI in too (needs mpicxx)")
+    parser.add_argument(
+        "--nccl",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="build NCCL in, for GPUs (default: when nvcc and a CUDA torch are both here)",
+    )
+    parser.add_argument("--force", action="store_true", help="build again, even if all is well")
+    parser.add_argument("--check", action="store_true", help="only look and try; change nothing")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="compilers at once (default: as cores and memory allow); 1 if memory runs out",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise UserError(f"--jobs must be at least 1, not {arguments.jobs}")
+    toolchain = inspect_toolchain(mpi=arguments.mpi, nccl=arguments.nccl)
+    if arguments.check:
+        check_horovod(toolchain)
+    else:
+        install_horovod(toolchain, force=arguments.force, jobs=arguments.jobs)
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

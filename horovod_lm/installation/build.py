@@ -1,0 +1,218 @@
+"""Make a Horovod wheel: fetch the source, repair it, compile it, try it, keep it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+from horovod_lm.installation.progress import run_with_progress
+from horovod_lm.installation.repairs import HOROVOD_VERSION, SDIST_SHA256, apply_repairs
+from horovod_lm.installation.toolchain import Toolchain, find_cmake
+from horovod_lm.utils.errors import UserError
+
+BYTES_PER_COMPILER = 1.5e9  # what one compiler may hold while it reads torch's headers
+
+# Runs in a process of its own, against the build in question: one rank, one real allreduce.
+TRIAL = """
+import sys, torch, horovod.torch as hvd
+for feature in sys.argv[1:]:
+    assert getattr(hvd, feature + "_built")(), feature + " is not in this build"
+hvd.init()
+total = hvd.allreduce(torch.arange(3.0), op=hvd.Sum, name="trial")
+assert total.tolist() == [0.0, 1.0, 2.0], total
+hvd.shutdown()
+"""
+
+
+def kept_wheel(cache: Path, key: str) -> Path | None:
+    """The wheel of an earlier build with this key, or None."""
+    return next((cache / "wheels" / key).glob("horovod-*.whl"), None)
+
+
+def build_wheel(toolchain: Toolchain, cache: Path, jobs: int) -> Path:
+    """Build the wheel and put it in the cache, which never holds half of one.
+
+    Everything happens in a temporary folder beside the final place; the last step renames it.
+
+    Raises:
+        UserError: the source cannot be had, does not compile, or the result does not work.
+    """
+    source = fetch_source(cache)
+    log = cache / "logs" / f"{toolchain.key}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    for stale in cache.glob("building-*"):  # of a killed build: nobody else holds the lock
+        shutil.rmtree(stale, ignore_errors=True)
+    print(f"building Horovod {HOROVOD_VERSION} for torch {toolchain.torch}: about 3.5 minutes on")
+    print(f"  two cores, here {jobs} compiler(s) at once; log: {log}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="building-", dir=cache) as folder:
+        wheel = compile_wheel(toolchain, source, Path(folder), log, jobs)
+        finished = Path(folder) / "finished"
+        finished.mkdir()
+        wheel.rename(finished / wheel.name)
+        (finished / "toolchain.json").write_text(json.dumps(asdict(toolchain), indent=2) + "\n")
+        place = cache / "wheels" / toolchain.key
+        shutil.rmtree(place, ignore_errors=True)
+        place.parent.mkdir(exist_ok=True)
+        finished.rename(place)
+    return place / wheel.name
+
+
+def fetch_source(cache: Path) -> Path:
+    """The source distribution, from the cache or from pip's index, its hash checked either way.
+
+    Raises:
+        UserError: it cannot be had, or is not the file that was released.
+    """
+    kept = cache / "sdist" / f"horovod-{HOROVOD_VERSION}.tar.gz"
+    if kept.is_file():
+        check_source(kept)
+        return kept
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+        requirement = Path(folder) / "requirement.txt"
+        requirement.write_text(f"horovod=={HOROVOD_VERSION} --hash=sha256:{SDIST_SHA256}\n")
+        command = pip_command("download --no-deps --no-binary horovod --no-build-isolation")
+        command += ["--require-hashes", "--requirement", str(requirement), "--dest", folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+        fetched = Path(folder) / kept.name
+        if done.returncode != 0 or not fetched.is_file():
+            raise UserError(
+                f"pip could not download horovod {HOROVOD_VERSION} ({last_line(done)}); "
+                f"run this again with a network, or put its source distribution at {kept}"
+            )
+        check_source(fetched)
+        fetched.rename(kept)
+    return kept
+
+
+def check_source(sdist: Path) -> None:
+    """Refuse a source distribution that is not, byte for byte, the one that was released.
+
+    Raises:
+        UserError: it is another file.
+    """
+    found = hashlib.sha256(sdist.read_bytes()).hexdigest()
+    if found != SDIST_SHA256:
+        raise UserError(
+            f"{sdist} is not horovod {HOROVOD_VERSION} as it was released (its SHA-256 is {found},"
+            f" not {SDIST_SHA256}); nothing was built; remove the file and run this again"
+        )
+
+
+def compile_wheel(toolchain: Toolchain, sdist: Path, folder: Path, log: Path, jobs: int) -> Path:
+    """Unpack, repair, compile and try out; every file of it stays inside `folder`.
+
+    Returns:
+        The wheel.
+
+    Raises:
+        UserError: with the lines that matter, a cure if one is known, and the log's path.
+    """
+    with tarfile.open(sdist) as archive:
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python >= 3.11.4
+        archive.extractall(folder)
+    source = folder / f"horovod-{HOROVOD_VERSION}"
+    apply_repairs(source)
+    command = pip_command("wheel --verbose --no-deps --no-build-isolation --use-pep517")
+    command += ["--wheel-dir", str(folder), str(source)]
+    run_with_progress(command, env=build_environment(toolchain, jobs), log=log, title="Horovod")
+    wheel = next(folder.glob("horovod-*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "trial")
+    try_out(toolchain, folder / "trial")
+    return wheel
+
+
+def build_environment(toolchain: Toolchain, jobs: int) -> dict[str, str]:
+    """The environment variables that Horovod's setup.py is steered by.
+
+    Args:
+        toolchain: what the build is to contain.
+        jobs: how many compilers run at once.
+    """
+    # A stray HOROVOD_WITH_... of the user's would make a wheel that its key does not describe.
+    places = ("HOROVOD_NCCL_", "HOROVOD_CUDA_HOME", "HOROVOD_BUILD_CUDA_CC_LIST")
+    env = _environment_without_horovod(keep=places) | {
+        "HOROVOD_WITH_PYTORCH": "1",
+        "HOROVOD_WITHOUT_TENSORFLOW": "1",
+        "HOROVOD_WITHOUT_MXNET": "1",
+        "HOROVOD_WITH_GLOO": "1",
+        "HOROVOD_CPU_OPERATIONS": "GLOO",
+        "HOROVOD_WITH_MPI" if toolchain.mpi else "HOROVOD_WITHOUT_MPI": "1",
+        "HOROVOD_LOCAL_VERSION": f"lm.{toolchain.key}",
+        "HOROVOD_CMAKE": find_cmake(),
+        "CMAKE_POLICY_VERSION_MINIMUM": "3.5",  # the bundled Gloo asks for 2.8; CMake 4 refuses
+        "CMAKE_GENERATOR": "Unix Makefiles",  # the progress is read from make's percentages
+        "MAKEFLAGS": f"-j{jobs}",  # never what is inherited: `make setup` sets it for itself
+        "PYTHONUNBUFFERED": "1",
+    }
+    if toolchain.nccl:
+        env["HOROVOD_GPU_OPERATIONS"] = "NCCL"
+    return env
+
+
+def try_out(toolchain: Toolchain, folder: Path | None = None) -> None:
+    """Import Horovod in a fresh process and reduce a tensor over one rank.
+
+    Args:
+        toolchain: what the build must contain.
+        folder: an unpacked wheel to try instead of the installed one.
+
+    Raises:
+        UserError: it does not work; with the last line of what it said.
+    """
+    env = _environment_without_horovod()
+    env |= {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo", "OMP_NUM_THREADS": "1"}
+    if folder is not None:
+        env["PYTHONPATH"] = str(folder)
+    command = [sys.executable, "-c", TRIAL, *toolchain.features]
+    with tempfile.TemporaryDirectory() as elsewhere:  # not where a folder is called `horovod`
+        try:
+            done = subprocess.run(
+                command, env=env, cwd=elsewhere, capture_output=True, text=True, timeout=120
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError("Horovod is built but hangs: one rank did not start in 120 s") from None
+    if done.returncode != 0:
+        raise UserError(
+            f"Horovod is built but does not work ({last_line(done)}); build it again from nothing:"
+            " python -m horovod_lm.install_horovod --force"
+        )
+
+
+def available_jobs() -> int:
+    """As many compilers as there are cores, but no more than memory holds."""
+    import psutil
+
+    process = psutil.Process()
+    can_be_bound = hasattr(process, "cpu_affinity")  # not on macOS
+    cores = len(process.cpu_affinity()) if can_be_bound else (os.cpu_count() or 1)
+    by_memory = int(psutil.virtual_memory().available // BYTES_PER_COMPILER)
+    return max(1, min(cores, by_memory))
+
+
+def pip_command(arguments: str) -> list[str]:
+    """How to call the pip of this environment."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    return [*pip, *arguments.split()]
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The last line that a process said: where it says why it failed."""
+    lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+    return lines[-1].strip() if lines else f"it ended with code {done.returncode}, in silence"
+
+
+def _environment_without_horovod(keep: tuple[str, ...] = ()) -> dict[str, str]:
+    """This process's environment, less what steers Horovod (a rank's, or a user's)."""
+    mine = os.environ.items()
+    return {k: v for k, v in mine if not k.startswith("HOROVOD_") or k.startswith(keep)}

@@ -1,0 +1,186 @@
+"""What must be changed in Horovod's last release before it builds and works today.
+
+Horovod 0.28.1 (June 2023) is the newest release. Its source is pinned here by version and hash,
+and the repairs below fit that source only: each names the text it expects to find, and a source
+that says anything else is refused rather than half repaired. That is why the pin stands here,
+beside the repairs, and not among the dependencies in pyproject.toml.
+
+Three of the repairs restore behaviour that fails in silence (a hang that nobody reports, a network
+interface that is ignored, a background thread that burns a core); `tests/horovod` shows each of
+them working on real processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from horovod_lm.utils.errors import UserError
+
+HOROVOD_VERSION = "0.28.1"
+SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
+
+
+@dataclass(frozen=True)
+class Repair:
+    """One change to one file of Horovod's source.
+
+    Attributes:
+        name: what to call it, in a log and in a test.
+        file: the file, relative to the root of the source distribution.
+        says: the text that is wrong; it must occur in the file exactly once.
+        must_say: the text that takes its place.
+        why: what goes wrong without the repair.
+        upstream: where Horovod's own project speaks of it, or "none found".
+    """
+
+    name: str
+    file: str
+    says: str
+    must_say: str
+    why: str
+    upstream: str
+
+
+REPAIRS = (
+    Repair(
+        name="C++17 for the library",
+        file="CMakeLists.txt",
+        says="set(CMAKE_CXX_STANDARD 14)\nset(CMAKE_CXX_STANDARD_REQUIRED ON)",
+        must_say="set(CMAKE_CXX_STANDARD 17)\nset(CMAKE_CXX_STANDARD_REQUIRED ON)",
+        why="since 2.1, torch's headers refuse to be compiled as C++14",
+        upstream="horovod#3996, horovod#3998 (merged, never released)",
+    ),
+    Repair(
+        name="C++17 for the torch extension",
+        file="horovod/torch/CMakeLists.txt",
+        says="    set(CMAKE_CXX_STANDARD 14)",
+        must_say="    set(CMAKE_CXX_STANDARD 17)",
+        why="the extension sets the standard again for itself, and includes the same headers",
+        upstream="horovod#3996, horovod#3998 (merged, never released)",
+    ),
+    Repair(
+        name="Python's headers without distutils",
+        file="horovod/torch/CMakeLists.txt",
+        says="from distutils.sysconfig import get_python_inc; print(get_python_inc())",
+        must_say="import sysconfig; print(sysconfig.get_path('include'))",
+        why="Python 3.12 has no distutils: the path comes back empty, and Python.h is not found",
+        upstream="none released",
+    ),
+    Repair(
+        name="horovodrun without distutils: the import",
+        file="horovod/runner/js_run.py",
+        says="from distutils.spawn import find_executable",
+        must_say="from shutil import which",
+        why="Python 3.12 has no distutils: horovodrun cannot even be imported",
+        upstream="none released",
+    ),
+    Repair(
+        name="horovodrun without distutils: the call",
+        file="horovod/runner/js_run.py",
+        says="find_executable('jsrun')",
+        must_say="which('jsrun')",
+        why="the other half of the repair above",
+        upstream="none released",
+    ),
+    Repair(
+        name="stall check sees the ranks",
+        file="horovod/common/gloo/gloo_controller.cc",
+        says="  global_ranks_.reserve(size_);",
+        must_say="  global_ranks_.resize(size_);",
+        why="the list of ranks is filled through its pointer but stays empty, so the stall check"
+        " finds nobody missing: under Gloo one absent rank hangs the job for ever",
+        upstream="none found",
+    ),
+    Repair(
+        name="process sets use the chosen interface",
+        file="horovod/common/gloo/gloo_context.cc",
+        says="  }\n\n  attr device_attr;\n  device_attr.iface = gloo_iface_;",
+        must_say="  }\n\n  gloo_iface_ = global_context.gloo_iface_;\n"
+        "  attr device_attr;\n  device_attr.iface = gloo_iface_;",
+        why="the interface of a process set is never filled in, so Gloo listens wherever the"
+        " host's name points: `hvd.init()` aborts on several hosts whose names resolve to 127.x",
+        upstream="none found",
+    ),
+    Repair(
+        name="horovod.run's cycle time is a number",
+        file="horovod/runner/__init__.py",
+        says="        self.cycle_time_ms = None,\n",
+        must_say="        self.cycle_time_ms = None\n",
+        why='a comma makes it a tuple, exported as HOROVOD_CYCLE_TIME="(None,)" and read as zero:'
+        " the background thread of an idle rank polls without a pause and burns half a core",
+        upstream="none found",
+    ),
+    Repair(
+        name="horovod.run's cache capacity is a number",
+        file="horovod/runner/__init__.py",
+        says="        self.cache_capacity = None,\n",
+        must_say="        self.cache_capacity = None\n",
+        why="the same comma; read as zero, it turns the response cache off",
+        upstream="none found",
+    ),
+    Repair(
+        name="std::logic_error is declared",
+        file="horovod/common/common.h",
+        says="#include <memory>\n#include <string>\n",
+        must_say="#include <memory>\n#include <stdexcept>\n#include <string>\n",
+        why="GCC 13 no longer includes <stdexcept> by way of other headers",
+        upstream="horovod#3957 (merged, never released)",
+    ),
+    Repair(
+        name="std::string is declared",
+        file="horovod/common/group_table.h",
+        says="#include <queue>\n#include <unordered_map>\n",
+        must_say="#include <queue>\n#include <string>\n#include <unordered_map>\n",
+        why="GCC 13 no longer includes <string> by way of other headers",
+        upstream="horovod#3957 (merged, never released)",
+    ),
+    Repair(
+        name="uint8_t is declared",
+        file="third_party/gloo/gloo/types.h",
+        says="#include <iostream>\n",
+        must_say="#include <cstdint>\n#include <iostream>\n",
+        why="GCC 15 no longer includes <cstdint> by way of other headers",
+        upstream="pytorch/gloo#448 (open)",
+    ),
+)
+
+
+def apply_repairs(source: Path, repairs: tuple[Repair, ...] = REPAIRS) -> None:
+    """Change Horovod's unpacked source in place; change nothing if any repair does not fit.
+
+    Args:
+        source: the root of the unpacked source distribution.
+        repairs: the rows to apply, in order.
+
+    Raises:
+        UserError: a file is missing, or holds the text to repair never or more than once.
+    """
+    texts: dict[str, str] = {}
+    for repair in repairs:
+        path = source / repair.file
+        if repair.file not in texts:
+            if not path.is_file():
+                raise UserError(_does_not_fit(repair, "the file is not there"))
+            texts[repair.file] = path.read_text(encoding="utf-8")
+        found = texts[repair.file].count(repair.says)
+        if found != 1:
+            raise UserError(_does_not_fit(repair, f"found {found} times, expected once"))
+        texts[repair.file] = texts[repair.file].replace(repair.says, repair.must_say)
+    for file, text in texts.items():
+        (source / file).write_text(text, encoding="utf-8")
+
+
+def repairs_digest(repairs: tuple[Repair, ...] = REPAIRS) -> str:
+    """A short hash that changes when any replacement does: no wheel outlives its table."""
+    replacements = [[repair.file, repair.says, repair.must_say] for repair in repairs]
+    return hashlib.sha256(json.dumps(replacements).encode()).hexdigest()[:12]
+
+
+def _does_not_fit(repair: Repair, reason: str) -> str:
+    return (
+        f"the repair '{repair.name}' does not fit {repair.file}: {reason}; the source is not"
+        f" Horovod {HOROVOD_VERSION} as released, and nothing was changed"
+    )
