@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from horovod_lm.utils.config import Config
 from horovod_lm.utils.errors import CheckpointError
 
 FORMAT = 1
@@ -43,7 +45,7 @@ def save_checkpoint(
 ) -> Path:
     """Write one checkpoint: to a temporary name, synced to disk, then renamed.
 
-    A reader finds the whole file or none, whenever the writer dies. With many ranks, rank 0 calls this.
+    A reader finds the whole file or none, whenever the writer dies. Of many ranks, rank 0 calls it.
 
     Args:
         model: its `state_dict()` is saved; a compiled model is saved under its uncompiled names.
@@ -95,7 +97,7 @@ def save_checkpoint(
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"the checkpoint {path} cannot be written ({error}): check the folder and the free space"
+            f"the checkpoint {path} cannot be written ({error}): check the folder and the disk"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -114,7 +116,7 @@ def load_checkpoint(
     Args:
         checkpoint_path: the file.
         model: gets the parameters, whatever device it is on.
-        optimizer: gets its moments and steps. With Horovod: the wrapped one, since wrapping drops state.
+        optimizer: gets its moments and steps. With Horovod, the wrapped one: wrapping drops state.
         scheduler: gets its position.
         scaler: gets its scale.
 
@@ -143,7 +145,7 @@ def read_checkpoint(checkpoint_path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error).lower() or "global" in str(error).lower():
             raise CheckpointError(
-                f"{path} is refused: it holds more than tensors and plain values, so that loading it"
+                f"{path} is refused: it holds more than tensors and plain values, and loading it"
                 " could run code; load only checkpoints that save_checkpoint wrote"
             ) from None
         raise CheckpointError(_damaged(path)) from None
@@ -167,7 +169,7 @@ def restore(
     optimizer: torch.optim.Optimizer | None = None,
     scheduler: Any | None = None,
     scaler: Any | None = None,
-    name: str = "the checkpoint",
+    name: str | Path = "the checkpoint",
 ) -> None:
     """Load what a checkpoint holds into the objects that are given; see `load_checkpoint`."""
     if model is not None:
@@ -192,6 +194,38 @@ def find_checkpoints(checkpoint_dir: str | Path) -> list[Path]:
     return ([final] if final.is_file() else []) + sorted(paths, key=_step, reverse=True)
 
 
+def newest_readable(checkpoint_dir: str | Path) -> Path:
+    """Return a run's furthest checkpoint that can be read, passing over one that was cut short.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for path in find_checkpoints(checkpoint_dir):
+        try:
+            read_checkpoint(path)
+            return path
+        except CheckpointError as error:
+            print(f"warning: {error}; an earlier one is taken", file=sys.stderr)
+    raise CheckpointError(
+        f"{checkpoint_dir} holds no checkpoint to go on from: start the run again"
+    )
+
+
+def check_same_model(checkpoint: Mapping[str, Any], config: Config, name: str | Path) -> None:
+    """Refuse a checkpoint of another architecture, naming the setting that differs.
+
+    Raises:
+        CheckpointError: a setting of the model differs.
+    """
+    there, here = (checkpoint.get("config") or {}).get("model", {}), config.to_dict()["model"]
+    for key in ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "max_seq_len"):
+        if key in there and there[key] != here[key]:
+            raise CheckpointError(
+                f"{name} was trained with model.{key}={there[key]}, and the configuration says"
+                f" {here[key]}: resume with the run's own config.yaml"
+            )
+
+
 def checkpoint_name(epoch: int, global_step: int) -> str:
     """Return the file name of a numbered checkpoint."""
     return f"checkpoint_epoch{epoch}_step{global_step}.pt"
@@ -209,7 +243,9 @@ def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def _restore_model(model: torch.nn.Module, state: Mapping[str, torch.Tensor], name: str) -> None:
+def _restore_model(
+    model: torch.nn.Module, state: Mapping[str, torch.Tensor], name: str | Path
+) -> None:
     own = model.state_dict()
     for key, tensor in own.items():
         if key in state and state[key].shape != tensor.shape:

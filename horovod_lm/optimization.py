@@ -96,7 +96,7 @@ def build_scheduler(
 
 
 def choose_amp_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype:
-    """Return the type of the matrix products: float32 or float64 for none other than the parameters'.
+    """Return the type of the matrix products; float32 and float64 mean the parameters' own.
 
     `auto` takes bfloat16 where the hardware has instructions for it: on a GPU of compute capability
     8.0 or more, and on a CPU with AMX or AVX512-BF16.
@@ -107,8 +107,8 @@ def choose_amp_dtype(training: TrainingConfig, device: torch.device) -> torch.dt
     if training.dtype == "float64":
         if training.amp_dtype in ("bfloat16", "float16"):
             raise ConfigError(
-                f"training.amp_dtype {training.amp_dtype} makes no sense with training.dtype float64:"
-                " set amp_dtype to auto"
+                f"training.amp_dtype {training.amp_dtype} cannot go with training.dtype float64:"
+                " set training.amp_dtype to auto"
             )
         return torch.float64
     if training.amp_dtype == "auto":
@@ -133,7 +133,7 @@ def cpu_flags() -> set[str]:
 
 
 def autocast(device: torch.device, amp_dtype: torch.dtype) -> AbstractContextManager:
-    """Return the context that runs matrix products in `amp_dtype`; it does nothing in full precision."""
+    """Return the context that runs matrix products in `amp_dtype`; none in full precision."""
     if amp_dtype in (torch.float32, torch.float64):
         return nullcontext()
     return torch.autocast(device.type, dtype=amp_dtype)

@@ -35,7 +35,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = 
 def run_cli(
     main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
 ) -> None:
-    """Run `main(argv)` and exit: 0 when all went well, 2 with one sentence when the user can mend it."""
+    """Run `main(argv)` and exit: 0 when all went well, 2 with a sentence on a user's error."""
     try:
         sys.exit(main(argv) or 0)
     except UserError as error:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -19,8 +21,9 @@ from horovod_lm.utils.config import DistributedConfig
 from horovod_lm.utils.errors import DistributedError
 
 MIB = 1024 * 1024
-# What launchers tell their processes; the first is horovodrun's, the others are MPI's.
+_SECONDS_BETWEEN_QUESTIONS = 0.1
 _HOW_TO_INSTALL = "run python -m horovod_lm.install_horovod"
+# What launchers tell their processes; the first is horovodrun's, the others are MPI's.
 _LAUNCHER_VARIABLES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
@@ -189,6 +192,31 @@ def barrier() -> None:
         _horovod().barrier()
 
 
+def once_per_host(work: Callable[[], Any]) -> None:
+    """Let the first rank of each host do `work` while the host's other ranks wait for it.
+
+    Args:
+        work: called on local rank 0, in a thread of its own.
+
+    Raises:
+        Exception: on every rank, what `work` raised on any host.
+    """
+    if get_world_size() == 1:
+        work()
+        return
+    problem: list[Exception] = []
+    thread = threading.Thread(target=_run_and_keep_error, args=(work, problem), daemon=True)
+    if get_local_rank() == 0:
+        thread.start()
+    # Horovod: a rank that waits in one long collective is taken for a stalled one, so the ranks ask
+    # each other again and again.
+    while reduce_sum(torch.tensor([float(thread.is_alive())]), "once_per_host").item() > 0:
+        time.sleep(_SECONDS_BETWEEN_QUESTIONS)
+    for error in gather_objects(problem[0] if problem else None, "once_per_host_errors"):
+        if error is not None:
+            raise error
+
+
 def distributed_optimizer(
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
@@ -236,6 +264,13 @@ def is_lost_rank_error(error: BaseException) -> bool:
     return type(error).__name__ == "HorovodInternalError"
 
 
+def _run_and_keep_error(work: Callable[[], Any], problem: list[Exception]) -> None:
+    try:
+        work()
+    except Exception as error:
+        problem.append(error)
+
+
 def _launched_size() -> str:
     return next((os.environ[name] for name in _LAUNCHER_VARIABLES if name in os.environ), "1")
 
@@ -261,7 +296,7 @@ def available_cores() -> int:
 
 
 def _share_the_cores(settings: DistributedConfig) -> None:
-    """Give each rank of a host an equal share of its cores: more threads only wait for each other."""
+    """Share a host's cores evenly among its ranks: more threads only wait for each other."""
     if settings.threads_per_rank != "auto":
         torch.set_num_threads(settings.threads_per_rank)
     elif get_local_size() > 1 and "OMP_NUM_THREADS" not in os.environ:

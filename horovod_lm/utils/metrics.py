@@ -1,4 +1,4 @@
-"""What a run records: JSON lines by every rank, and by rank 0 a CSV table and TensorBoard events."""
+"""What a run records: JSON lines by every rank; by rank 0 a CSV table and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -29,14 +29,6 @@ COLUMNS = (
     "seconds_update",
 )
 PARTS_OF_A_STEP = tuple(name for name in COLUMNS if name.startswith("seconds_"))
-
-
-def perplexity(loss: float) -> float:
-    """Return exp of a mean loss in nats: the number of equally likely tokens it is worth.
-
-    The mean is taken first: a mean of exponentials is a larger, meaningless number.
-    """
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 class MetricsRecorder:
@@ -109,7 +101,9 @@ class StepTimer:
 
     def __init__(self, synchronize: Any = None) -> None:
         self._synchronize = synchronize or (lambda: None)
+        self._started = time.perf_counter()
         self.seconds = dict.fromkeys(PARTS_OF_A_STEP, 0.0)
+        self.elapsed = 0.0
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -119,6 +113,11 @@ class StepTimer:
         yield
         self._synchronize()
         self.seconds[f"seconds_{name}"] += time.perf_counter() - start
+
+    def stop(self) -> None:
+        """Set `elapsed` to the seconds since the timer was made."""
+        self._synchronize()
+        self.elapsed = time.perf_counter() - self._started
 
 
 def read_metrics(run_dir: str | Path, phase: str | None = None) -> list[dict[str, Any]]:

@@ -1,0 +1,186 @@
+"""What a training run says and writes down: progress for people, metrics for the tools."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from horovod_lm.evaluate import Evaluation, perplexity
+from horovod_lm.utils.config import Config
+from horovod_lm.utils.distributed import barrier
+from horovod_lm.utils.metrics import MetricsRecorder, StepTimer
+from horovod_lm.utils.progress import ProgressLine, format_seconds
+from horovod_lm.utils.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run came to. Losses are nats per token, over all ranks."""
+
+    run_name: str
+    run_dir: Path
+    steps: int
+    stopped: bool  # by the user, before the end
+    first_loss: float  # training loss of the run's first step
+    train_loss: float  # of its last step
+    validation_loss: float
+    perplexity: float  # exp of the validation loss
+    tokens_per_second: float  # of all ranks together, over this session's training steps
+    seconds: float  # of this session
+    checkpoint: Path | None  # the last one written
+    nats_per_story: float | None = None  # source stories: on whole stories that were held out
+    entropy_per_story: float | None = None  # the best that any model can reach
+
+
+@dataclass
+class Position:
+    """How far a run has come: what a checkpoint holds besides model and optimizer."""
+
+    epoch: int = 0
+    step: int = 0  # optimizer steps in this epoch
+    samples_seen: int = 0  # blocks of this epoch, by all ranks together
+    global_step: int = 0  # optimizer steps since the start
+    tokens: int = 0  # tokens predicted since the start, by all ranks together
+    loss: float = float("nan")
+    first_loss: float = float("nan")
+    best_loss: float = float("inf")
+
+
+class RunReport:
+    """One rank's report of a run: rank 0 speaks for all, every rank writes its own JSON lines.
+
+    Args:
+        config: written to the run's folder.
+        run: where.
+        rank: this process's number.
+        world_size: number of ranks.
+        progress: where rank 0 speaks.
+        resume_step: the step that a resumed run goes on from; None for a new run. A new run sets
+            an earlier one of the same name aside.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunFolder,
+        rank: int,
+        world_size: int,
+        progress: ProgressLine,
+        resume_step: int | None,
+    ) -> None:
+        self.config, self.run, self.world_size, self.progress = config, run, world_size, progress
+        if rank == 0:
+            earlier = run.set_aside_earlier_run() if resume_step is None else None
+            if earlier is not None:
+                progress.say(f"an earlier run of this name is now {shown(earlier)}")
+            run.run_dir.mkdir(parents=True, exist_ok=True)
+            run.describe(config, world_size)
+        barrier()  # Horovod: no rank may write into a folder that is about to be renamed
+        self.recorder = MetricsRecorder(
+            run.run_dir, run.log_dir, run.tensorboard_dir, rank, resume_step
+        )
+        self._started = time.perf_counter()
+        self._steps = self._tokens = 0
+        self._training_seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since this session began."""
+        return time.perf_counter() - self._started
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Mean rate of this session's training steps, all ranks together."""
+        return self._tokens / max(self._training_seconds, 1e-9)
+
+    def announce(self, model: torch.nn.Module, kind: torch.dtype, at: int, total: int) -> None:
+        """Say what is about to be trained, on what, and from where."""
+        self.recorder.event("start", pid=os.getpid(), step=at, total_steps=total)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
+        device = next(model.parameters()).device.type
+        self.progress.say(
+            f"{shown(self.run.run_dir)}: {parameters:,} parameters, {str(kind).split('.')[-1]},"
+            f" {ranks} on {device}, {torch.get_num_threads()} threads each"
+        )
+        if at:
+            self.progress.say(f"going on at step {at} of {total}")
+
+    def step(
+        self,
+        position: Position,
+        total_steps: int,
+        timer: StepTimer,
+        tokens: int,
+        learning_rate: float,
+        gradient_norm: float,
+    ) -> None:
+        """Record one optimizer step of all ranks."""
+        self._steps, self._tokens = self._steps + 1, self._tokens + tokens
+        self._training_seconds += timer.elapsed
+        self._record(
+            "train",
+            position,
+            position.loss,
+            learning_rate=learning_rate,
+            gradient_norm=gradient_norm,
+            tokens_per_second=tokens / timer.elapsed,
+            **timer.seconds,
+        )
+        left = (total_steps - position.global_step) * self._training_seconds / self._steps
+        due = position.global_step % self.config.training.log_interval == 0
+        self.progress.update(
+            f"step {position.global_step}/{total_steps}  loss {position.loss:.4f}"
+            f"  rate {learning_rate:.2e}  {self.tokens_per_second:,.0f} tokens/s"
+            f"  {format_seconds(left)} left",
+            keep=due or self._steps == 1,
+        )
+
+    def validation(self, position: Position, result: Evaluation, is_best: bool) -> None:
+        """Record one evaluation of all ranks."""
+        self._record("validation", position, result.loss, accuracy=result.accuracy)
+        self.progress.say(
+            f"step {position.global_step}: validation loss {result.loss:.4f}, perplexity"
+            f" {result.perplexity:.2f}, accuracy {result.accuracy:.1%}"
+            f"{' (best)' if is_best else ''}"
+        )
+
+    def stories(self, nats_per_story: float, entropy: float) -> None:
+        """Record how near the model comes to the best that is possible."""
+        self.recorder.event("stories", nats_per_story=nats_per_story, entropy_per_story=entropy)
+        self.progress.say(
+            f"whole stories: {nats_per_story:.2f} nats each, the best possible is {entropy:.2f}:"
+            f" {nats_per_story / entropy - 1:+.1%}"
+        )
+
+    def interrupted(self, why: str, position: Position, saved: Path) -> None:
+        """Say where training stands, what was saved, and how to go on."""
+        ranks = f"horovodrun -np {self.world_size} " if self.world_size > 1 else ""
+        self.progress.say(f"{why} after step {position.global_step}; saved {shown(saved)}")
+        self.progress.say(
+            f"to go on: {ranks}python -m horovod_lm.train --resume {shown(self.run.run_dir)}"
+        )
+
+    def close(self) -> None:
+        """Finish the files."""
+        self.recorder.close()
+
+    def _record(self, phase: str, position: Position, loss: float, **values: float) -> None:
+        self.recorder.record(
+            phase,
+            epoch=position.epoch,
+            step=position.global_step,
+            tokens=position.tokens,
+            loss=loss,
+            perplexity=perplexity(loss),
+            **values,
+        )
+
+
+def shown(path: Path) -> str:
+    """Return a path as short as it can be typed from here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

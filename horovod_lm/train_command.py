@@ -1,0 +1,102 @@
+"""The command line of training: `python -m horovod_lm.train`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from horovod_lm.checkpoint import newest_readable
+from horovod_lm.report import TrainingResult, shown
+from horovod_lm.train import run_distributed_training
+from horovod_lm.utils.cli import EXIT_INTERRUPTED, add_config_arguments
+from horovod_lm.utils.config import Config, load_config
+from horovod_lm.utils.distributed import setup_horovod, shutdown
+from horovod_lm.utils.errors import CheckpointError
+from horovod_lm.utils.progress import format_seconds
+from horovod_lm.utils.run_folder import RunFolder, default_run_name, newest_run
+
+EXAMPLES = """examples:
+  python -m horovod_lm.train --config configs/tiny.yaml
+  horovodrun -np 2 python -m horovod_lm.train --config configs/tiny.yaml --run-name first
+  horovodrun -np 2 python -m horovod_lm.train --resume runs/first
+  python -m horovod_lm.train --config configs/laptop.yaml --set data.source=files \\
+      --set data.path=my_book.txt --set data.data_dir=data/preprocessed/my_book
+
+A run is a folder, runs/NAME: configuration, metrics.csv, TensorBoard events, logs, checkpoints.
+Ctrl-C stops every rank after the step in progress, saves, and says how to go on."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    arguments = parse(argv)
+    config, run_name, checkpoint = what_to_train(arguments)
+    world_size, rank, local_rank, _ = setup_horovod(False, config.distributed)
+    result = run_distributed_training(config, rank, world_size, local_rank, checkpoint, run_name)
+    if rank == 0 and not result.stopped:
+        print(summary(result))
+    shutdown()
+    return EXIT_INTERRUPTED if result.stopped else 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments, or print what they may be."""
+    parser = argparse.ArgumentParser(
+        prog="python -m horovod_lm.train",
+        description="Train a GPT-style language model in one process or, under horovodrun, many.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_config_arguments(parser, default="configs/tiny.yaml")
+    parser.add_argument("--run-name", metavar="NAME", help="the run's folder under runs/")
+    parser.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="go on: auto takes the run of --run-name or the newest; PATH, a run or checkpoint",
+    )
+    return parser.parse_args(argv)
+
+
+def what_to_train(arguments: argparse.Namespace) -> tuple[Config, str, Path | None]:
+    """Return the configuration, the run's name and the checkpoint that the arguments ask for.
+
+    A resumed run keeps its own configuration; `--set` changes it.
+    """
+    if not arguments.resume:
+        config = load_config(arguments.config, arguments.overrides)
+        name = arguments.run_name or default_run_name(Path(arguments.config).stem)
+        return config, name, None
+    run_dir, checkpoint = find_run(arguments)
+    if not (run_dir / "config.yaml").is_file():
+        raise CheckpointError(f"{arguments.resume} is not a run: {run_dir} holds no config.yaml")
+    config = load_config(run_dir / "config.yaml", arguments.overrides)
+    name = arguments.run_name or run_dir.name
+    checkpoint = checkpoint or newest_readable(RunFolder.of(config, run_dir.name).checkpoint_dir)
+    return config, name, checkpoint
+
+
+def find_run(arguments: argparse.Namespace) -> tuple[Path, Path | None]:
+    """Return the folder of the run to resume, and the checkpoint if one is named."""
+    config = load_config(arguments.config)
+    if arguments.resume == "auto":
+        name = arguments.run_name or newest_run(config)
+        if name is None:
+            raise CheckpointError("there is no run to resume: start one without --resume")
+        return RunFolder.of(config, name).run_dir, None
+    here = Path(arguments.resume).resolve()
+    path = here if here.exists() else config.resolve(arguments.resume)
+    if path.is_file():
+        return path.parent.parent, path
+    return path, None
+
+
+def summary(result: TrainingResult) -> str:
+    """Return what a run came to, in a few lines."""
+    return (
+        f"{result.steps} steps in {format_seconds(result.seconds)},"
+        f" {result.tokens_per_second:,.0f} tokens/s\n"
+        f"training loss {result.first_loss:.4f} at the start, {result.train_loss:.4f} at the end;"
+        f" validation loss {result.validation_loss:.4f}, perplexity {result.perplexity:.2f}\n"
+        f"files in {shown(result.run_dir)}; to hear it talk:"
+        f" python -m horovod_lm.generate --checkpoint {shown(result.run_dir)}"
+    )

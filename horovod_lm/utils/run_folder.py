@@ -1,0 +1,99 @@
+"""One run, one folder: configuration as used, circumstances, metrics, logs and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from horovod_lm.utils.config import Config, save_config
+
+_PACKAGES = ("horovod_lm", "torch", "horovod", "numpy", "tokenizers", "pydantic")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the parts of one run are. All paths are absolute."""
+
+    name: str
+    run_dir: Path
+    checkpoint_dir: Path
+    log_dir: Path
+    tensorboard_dir: Path
+
+    @classmethod
+    def of(cls, config: Config, run_name: str) -> RunFolder:
+        """Return the folders that `config.paths` gives to a run of this name."""
+        paths = config.paths
+        folders = (paths.run_dir, paths.checkpoint_dir, paths.log_dir, paths.tensorboard_dir)
+        return cls(run_name, *(config.resolve(folder, run_name) for folder in folders))
+
+    def set_aside_earlier_run(self) -> Path | None:
+        """Rename the folder of an earlier run of this name, so that nothing of it is lost.
+
+        Returns:
+            Its new path, or None where there was no earlier run.
+        """
+        if not (self.run_dir / "run.json").exists():
+            return None
+        numbers = range(1, sys.maxsize)
+        free = (self.run_dir.with_name(f"{self.run_dir.name}.{number}") for number in numbers)
+        target = next(path for path in free if not path.exists())
+        self.run_dir.rename(target)
+        return target
+
+    def describe(self, config: Config, world_size: int) -> None:
+        """Write `config.yaml` and `run.json`: what was run, where, with which versions."""
+        save_config(config, self.run_dir / "config.yaml")
+        record = {
+            "name": self.name,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": sys.argv,
+            "host": platform.node(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "versions": {name: _version(name) for name in _PACKAGES},
+            "git_commit": _git_commit(config.project_root),
+            "world_size": world_size,
+            "threads_per_rank": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        }
+        (self.run_dir / "run.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
+
+def default_run_name(prefix: str = "run") -> str:
+    """Return a name that no earlier run has: the prefix and the time to the second."""
+    return f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def newest_run(config: Config) -> str | None:
+    """Return the name of the run that was started last, or None where there is none."""
+    pattern = config.resolve(config.paths.run_dir, "*")
+    started = {
+        file.parent.name: file.stat().st_mtime
+        for file in pattern.parent.glob(f"{pattern.name}/run.json")
+    }
+    return max(started, key=started.__getitem__, default=None)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit(folder: Path) -> str | None:
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
