@@ -1,0 +1,165 @@
+"""What many tests share: a tiny configuration with its data, and real ranks under `horovodrun`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY = """
+model: {vocab_size: 300, d_model: 16, n_heads: 2, n_layers: 2, d_ff: 32, max_seq_len: 32,
+        dropout: 0.1, pad_token_id: null}
+training: {per_gpu_batch_size: 4, gradient_accumulation_steps: 1, learning_rate: 1e-2,
+           warmup_steps: 4, max_steps: 20, num_epochs: 2, amp_dtype: float32, log_interval: 5,
+           eval_interval: 10, eval_batches: 2, checkpoint_interval: 5}
+data: {source: stories, num_stories: 120, tokenizer: bpe, data_dir: data}
+distributed: {stall_warning_seconds: 5, stall_shutdown_seconds: 20, gloo_timeout_seconds: 20}
+seed: 7
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project folder with `configs/tiny.yaml`: a model of 10,000 parameters, data prepared."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "configs").mkdir()
+    (root / "configs" / "tiny.yaml").write_text(TINY, encoding="utf-8")
+    from horovod_lm.data import prepare_data
+    from horovod_lm.utils.config import load_config
+
+    prepare_data(load_config(root / "configs" / "tiny.yaml"))
+    return root
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended: exit code, what it printed, and how long it took."""
+
+    code: int
+    output: str
+    seconds: float
+
+
+class Command:
+    """A command in a process group of its own, whose whole family can be watched and ended."""
+
+    def __init__(self, arguments: Sequence[str], cwd: Path, env: dict[str, str]) -> None:
+        self.started = time.monotonic()
+        self.log = cwd / f"command-{time.monotonic_ns()}.log"
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                arguments, cwd=cwd, env=env, stdout=log, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        self._family: dict[int, psutil.Process] = {}
+
+    def family(self) -> list[psutil.Process]:
+        """Every process that this command has started so far and that still lives."""
+        try:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                self._family.setdefault(child.pid, child)
+        except psutil.NoSuchProcess:
+            pass
+        return [child for child in self._family.values() if _alive(child)]
+
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def wait(self, timeout: float) -> Finished:
+        """Wait for the end; kill everything and fail the test when it does not come."""
+        deadline = time.monotonic() + timeout
+        while self.process.poll() is None and time.monotonic() < deadline:
+            self.family()
+            time.sleep(0.1)
+        seconds = time.monotonic() - self.started
+        if self.process.poll() is None:
+            self.kill()
+            pytest.fail(f"still running after {timeout} s:\n{self.output()[-4000:]}")
+        return Finished(self.process.returncode, self.output(), seconds)
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float) -> None:
+        """Wait for a condition while the command runs."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                pytest.fail(f"it did not come so far:\n{self.output()[-4000:]}")
+            self.family()
+            time.sleep(0.02)
+
+    def left_behind(self, patience: float = 10) -> list[int]:
+        """Process ids of the family that still live after `patience` seconds."""
+        deadline = time.monotonic() + patience
+        while (alive := self.family()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return [child.pid for child in alive]
+
+    def kill(self) -> None:
+        for child in self.family():
+            child.kill()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _starter(cwd: Path):
+    """Yield a function that starts Python commands, and end whatever is left of them."""
+    started: list[Command] = []
+
+    def start(
+        arguments: Sequence[str], ranks: int = 0, env: dict[str, str] | None = None
+    ) -> Command:
+        launcher = []
+        if ranks:
+            horovodrun = Path(sys.executable).with_name("horovodrun")
+            if not horovodrun.exists():
+                pytest.skip("Horovod is not installed: run python -m horovod_lm.install_horovod")
+            launcher = [str(horovodrun), "-np", str(ranks)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
+        started.append(Command([*launcher, sys.executable, *arguments], cwd, environment))
+        return started[-1]
+
+    yield start
+    for command in started:
+        command.kill()
+
+
+@pytest.fixture
+def start(tiny_project: Path):
+    """Start a Python command on `ranks` processes; 0 ranks: one process without horovodrun."""
+    yield from _starter(tiny_project)
+
+
+@pytest.fixture(scope="module")
+def start_for_module(tiny_project: Path):
+    """The same for what a whole module's tests look at."""
+    yield from _starter(tiny_project)
+
+
+@pytest.fixture
+def train(start):
+    """Run `python -m horovod_lm.train` to its end on `ranks` processes, and check its exit code."""
+
+    def run(*arguments: str, ranks: int = 0, code: int = 0, timeout: float = 180) -> Finished:
+        finished = start(["-m", "horovod_lm.train", *arguments], ranks).wait(timeout)
+        assert finished.code == code, finished.output[-4000:]
+        return finished
+
+    return run
