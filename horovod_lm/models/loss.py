@@ -39,7 +39,7 @@ def shift_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor
     Returns:
         (B, T) targets, -100 where a position is no part of the loss; the last position never is.
     """
-    targets = torch.full_like(labels, IGNORE_INDEX)
+    targets = torch.full_like(labels, IGNORE_INDEX, dtype=torch.long)
     targets[:, :-1] = labels[:, 1:]
     if attention_mask is not None:
         is_token = attention_mask.bool()

@@ -44,6 +44,11 @@ class SamplingSettings:
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top_p must be above 0 and at most 1 (all tokens), got {self.top_p}")
 
+    @property
+    def greedy(self) -> bool:
+        """True where the likeliest token is always taken: at 0, and where dividing overflows."""
+        return self.temperature < 1e-6
+
 
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
     """Set all but the `top_k` largest logits (..., V) to -inf, so that they are never drawn."""
@@ -65,7 +70,7 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
 
 def filtered_probabilities(logits: Tensor, settings: SamplingSettings) -> Tensor:
     """Say how likely each token is drawn: (..., V) logits -> (..., V) probabilities."""
-    if settings.temperature == 0.0:
+    if settings.greedy:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
     logits = logits / settings.temperature
     if settings.top_k:
@@ -77,7 +82,7 @@ def filtered_probabilities(logits: Tensor, settings: SamplingSettings) -> Tensor
 
 def draw(logits: Tensor, settings: SamplingSettings, generator: torch.Generator) -> Tensor:
     """Draw one token per row: (B, V) logits -> (B,) token ids, as `filtered_probabilities` says."""
-    if settings.temperature == 0.0:
+    if settings.greedy:
         return logits.argmax(dim=-1)
     logits, candidates = logits.float(), None
     if settings.top_k and settings.top_k < logits.shape[-1]:

@@ -1,0 +1,97 @@
+"""Tokens per second of `TransformerLM.generate` beside `transformers`' generate, same weights.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/generation.py
+
+Both use their key-value cache, float32, one prompt of 16 tokens, and the same settings. Rounds of
+the two alternate, so that a noisy moment meets both; the medians of the rounds are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from horovod_lm.models.gpt2 import from_gpt2
+
+SIZES = {
+    "5M": {"vocab_size": 4096, "n_embd": 240, "n_layer": 6, "n_head": 6},
+    "30M": {"vocab_size": 8192, "n_embd": 512, "n_layer": 8, "n_head": 8},
+}
+PROMPT_LENGTH = 16
+
+
+def seconds(run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def bandwidth(megabytes: int = 512) -> float:
+    """Measure how fast memory is read by a sum over more than any cache holds, in bytes/s."""
+    data = torch.ones(megabytes * 2**18)
+    data.sum()
+    return data.nbytes / min(seconds(data.sum) for _ in range(5))
+
+
+def compare(name: str, new_tokens: int, rounds: int, bytes_per_second: float) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_positions=512, bos_token_id=0, eos_token_id=0, **SIZES[name])
+    theirs = GPT2LMHeadModel(config).eval()
+    ours = from_gpt2(theirs)
+    prompt = torch.randint(1, config.vocab_size, (1, PROMPT_LENGTH))
+    mask = torch.ones_like(prompt)
+    size = sum(p.nbytes for p in ours.parameters())
+    print(f"\n{name}: {ours.num_parameters() / 1e6:.1f} M parameters, {new_tokens} new tokens")
+    for label, ours_settings, their_settings in (
+        ("greedy", {"temperature": 0.0}, {"do_sample": False}),
+        (
+            "sampled",
+            {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
+            {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.9},
+        ),
+    ):
+
+        def run_ours(settings=ours_settings):
+            ours.generate(prompt, new_tokens, eos_token_id=None, seed=0, **settings)
+
+        def run_theirs(settings=their_settings):
+            theirs.generate(
+                prompt,
+                attention_mask=mask,
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                pad_token_id=0,
+                use_cache=True,
+                **settings,
+            )
+
+        run_ours(), run_theirs()
+        times = [(seconds(run_ours), seconds(run_theirs)) for _ in range(rounds)]
+        our_rate, their_rate = (new_tokens / statistics.median(t) for t in zip(*times, strict=True))
+        print(
+            f"  {label:8} ours {our_rate:7.1f} tokens/s   transformers {their_rate:7.1f}   "
+            f"ratio {our_rate / their_rate:.2f}   "
+            f"of the bandwidth limit {our_rate * size / bytes_per_second:.0%}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--new-tokens", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rate = bandwidth()
+    print(f"torch {torch.__version__}, {arguments.threads} thread(s), memory {rate / 1e9:.1f} GB/s")
+    for name in arguments.sizes:
+        compare(name, arguments.new_tokens, arguments.rounds, rate)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Attention as it runs equals attention written out, and nobody sees the future or padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from horovod_lm.models.attention import (
+    KeyValueCache,
+    LayerCache,
+    MultiHeadAttention,
+    allowed_positions,
+    attention_as_it_runs,
+    attention_written_out,
+)
+
+
+def random_heads(n_queries: int, n_keys: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = (n_queries, n_keys, n_keys)
+    return tuple(
+        torch.randn(2, 3, length, 8, generator=generator, dtype=torch.float64) for length in lengths
+    )
+
+
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(1, 1), (6, 6), (1, 6), (3, 6)])
+def test_as_it_runs_equals_written_out_without_padding(n_queries, n_keys):
+    heads = random_heads(n_queries, n_keys)
+    written, _ = attention_written_out(*heads)
+    torch.testing.assert_close(attention_as_it_runs(*heads), written)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    padding=st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=2, max_size=2),
+    n_queries=st.integers(1, 6),
+)
+def test_as_it_runs_equals_written_out_with_any_padding(padding, n_queries):
+    heads = random_heads(n_queries, 6)
+    mask = allowed_positions(n_queries, 6, torch.tensor(padding))
+    written, weights = attention_written_out(*heads, mask)
+    torch.testing.assert_close(attention_as_it_runs(*heads, mask), written)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, n_queries, dtype=torch.float64))
+    assert not weights[~mask.expand_as(weights)].any()
+
+
+def test_a_query_that_may_look_nowhere_gets_zeros_and_no_nan():
+    query, key, value = random_heads(4, 4)
+    query.requires_grad_()
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[2:] = True
+    output, weights = attention_written_out(query, key, value, mask)
+    assert not output[:, :, :2].any() and not weights[:, :, :2].any()
+    output.sum().backward()
+    assert query.grad.isfinite().all()
+    torch.testing.assert_close(attention_as_it_runs(query, key, value, mask), output)
+
+
+def test_by_hand_two_positions_of_one_number():
+    # Scores of the second query: 1*0 = 0 and 1*ln(3); softmax: 1/4 and 3/4; values 4 and 8.
+    query = torch.tensor([5.0, 1.0]).view(1, 1, 2, 1)
+    key = torch.tensor([0.0, torch.tensor(3.0).log()]).view(1, 1, 2, 1)
+    value = torch.tensor([4.0, 8.0]).view(1, 1, 2, 1)
+    output, weights = attention_written_out(query, key, value)
+    torch.testing.assert_close(weights[0, 0], torch.tensor([[1.0, 0.0], [0.25, 0.75]]))
+    torch.testing.assert_close(output.flatten(), torch.tensor([4.0, 7.0]))
+
+
+def test_allowed_positions_by_hand():
+    without_padding = allowed_positions(2, 3)
+    assert without_padding.tolist() == [[[[True, True, False], [True, True, True]]]]
+    left_padding = allowed_positions(3, 3, torch.tensor([[0, 1, 1]]))
+    assert left_padding[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+
+
+def test_the_cache_gives_back_what_it_was_given_without_taking_new_memory():
+    _, key, value = random_heads(1, 5)
+    cache = LayerCache(capacity=8)
+    cache.append(key[:, :, :3], value[:, :, :3])
+    memory = cache.keys.data_ptr()
+    keys, values = cache.append(key[:, :, 3:], value[:, :, 3:])
+    assert torch.equal(keys, key) and torch.equal(values, value)
+    assert cache.keys.data_ptr() == memory == keys.data_ptr()
+
+
+def test_attention_in_two_steps_with_a_cache_equals_attention_at_once():
+    torch.manual_seed(0)
+    attention = MultiHeadAttention(d_model=24, n_heads=3).double()
+    x = torch.randn(2, 7, 24, dtype=torch.float64)
+    cache = KeyValueCache(n_layers=1, capacity=7)
+    parts = [attention(part, cache=cache.layers[0]) for part in x.split([4, 1, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), attention(x))
+    assert cache.length == 7
+    cache.clear()
+    assert cache.length == 0
+
+
+def test_weights_of_the_module_are_those_it_uses():
+    torch.manual_seed(0)
+    attention = MultiHeadAttention(d_model=24, n_heads=3).double()
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    weights = attention.weights(x)
+    _, _, value = attention.project(x)
+    joined = (weights @ value).transpose(1, 2).reshape(2, 5, 24)  # (B, H, T, D) -> (B, T, C)
+    torch.testing.assert_close(attention.output(joined), attention(x))

@@ -1,0 +1,123 @@
+"""Our model with GPT-2's weights is GPT-2: logits, loss, padding, greedy text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from horovod_lm.models.gpt2 import from_gpt2, gpt2_state_dict, load_gpt2
+from horovod_lm.utils.errors import CheckpointError
+
+transformers = pytest.importorskip("transformers")
+
+# Three shapes drawn at random once: (seed, vocabulary, width, heads, layers, inner width, context).
+SHAPES = [
+    (1, 61, 48, 3, 2, None, 24),
+    (2, 203, 40, 5, 4, 96, 33),
+    (3, 118, 64, 8, 3, 100, 19),
+]
+
+
+@pytest.fixture(params=SHAPES, ids=lambda shape: f"shape{shape[0]}")
+def pair(request):
+    """A `transformers` GPT-2 with random weights, and ours with the same."""
+    seed, vocab_size, n_embd, n_head, n_layer, n_inner, n_positions = request.param
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(
+        vocab_size=vocab_size, n_embd=n_embd, n_head=n_head, n_layer=n_layer, n_inner=n_inner,
+        n_positions=n_positions, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # biases too, and norms off 1: a wrong one must show
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return theirs, from_gpt2(theirs)
+
+
+def random_ids(theirs, n_sequences=3):
+    length = theirs.config.n_positions
+    return torch.randint(1, theirs.config.vocab_size, (n_sequences, length))
+
+
+@torch.no_grad()
+def test_logits_and_loss_are_gpt2s(pair):
+    theirs, ours = pair
+    ids = random_ids(theirs)
+    expected = theirs(ids, labels=ids)
+    logits, loss = ours(ids, labels=ids)
+    torch.testing.assert_close(logits, expected.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(loss, expected.loss, rtol=0, atol=1e-5)
+    _, in_pieces = ours(ids, labels=ids, return_logits=False)
+    torch.testing.assert_close(in_pieces, expected.loss, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_and_loss_are_gpt2s_with_padding(pair, side):
+    theirs, ours = pair
+    ids = random_ids(theirs)
+    length = ids.shape[1]
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate((0, 3, length - 2)):
+        mask[row, slice(0, padding) if side == "left" else slice(length - padding, length)] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    labels = ids.masked_fill(mask == 0, -100)
+    # What is predicted from padding is nobody's loss; transformers leaves that to its caller.
+    labels[:, 1:].masked_fill_(mask[:, :-1] == 0, -100)
+    expected = theirs(ids, attention_mask=mask, position_ids=positions, labels=labels)
+    logits, loss = ours(ids, attention_mask=mask, labels=ids)
+    is_token = mask.bool()
+    torch.testing.assert_close(logits[is_token], expected.logits[is_token], rtol=0, atol=1e-5)
+    torch.testing.assert_close(loss, expected.loss, rtol=0, atol=1e-5)
+    assert logits.isfinite().all()
+
+
+def test_gradients_are_gpt2s(pair):
+    theirs, ours = pair
+    ids = random_ids(theirs)
+    theirs(ids, labels=ids).loss.backward()
+    ours(ids, labels=ids, return_logits=False)[1].backward()
+    expected = gpt2_state_dict({name: p.grad for name, p in theirs.named_parameters()})
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_greedy_text_is_gpt2s_padded_and_stopped(pair):
+    theirs, ours = pair
+    new_tokens = theirs.config.n_positions - 6
+    ids = random_ids(theirs)[:, :6]
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
+    ids = ids * mask
+    free = ours.generate(ids, new_tokens, 0.0, eos_token_id=None, attention_mask=mask)
+    stop = free[0, 10].item()  # a token that really comes: the first row ends early
+    for eos in (None, stop):
+        expected = theirs.generate(
+            ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False,
+            eos_token_id=-1 if eos is None else eos, pad_token_id=0,
+        )  # fmt: skip
+        assert torch.equal(ours.generate(ids, new_tokens, 0.0, eos_token_id=eos,
+                                         attention_mask=mask), expected)  # fmt: skip
+
+
+def test_weights_of_another_model_are_refused():
+    with pytest.raises(CheckpointError, match="h.0.rotary is no part of GPT-2"):
+        gpt2_state_dict({"transformer.h.0.rotary": torch.zeros(1)})
+    config = transformers.GPT2Config(
+        vocab_size=20, n_embd=8, n_head=2, n_layer=1, n_positions=8, activation_function="relu"
+    )
+    with pytest.raises(CheckpointError, match="gelu_new"):
+        from_gpt2(transformers.GPT2LMHeadModel(config))
+
+
+def test_weights_that_cannot_be_had_get_one_sentence(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be had.*go online once") as error:
+        load_gpt2(str(tmp_path / "nothing"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_with_weights_loads(pair, tmp_path):
+    theirs, ours = pair
+    theirs.save_pretrained(tmp_path)
+    loaded = load_gpt2(str(tmp_path))
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)

@@ -1,0 +1,307 @@
+"""TransformerLM: what it may see, what it costs, what it is made of, what it says of bad input."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from horovod_lm.models.attention import KeyValueCache
+from horovod_lm.models.transformer_lm import TransformerBlock, TransformerLM
+from horovod_lm.utils.errors import ConfigError, DataError
+
+
+def random_ids(n_sequences=3, length=12, vocab_size=50, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, vocab_size, (n_sequences, length), generator=generator)
+
+
+def gradients(model, *args, **kwargs):
+    model.zero_grad(set_to_none=True)
+    _, loss = model(*args, **kwargs)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+# The contract --------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_contracts():
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(TransformerLM).parameters.items()
+    }
+    assert defaults == {
+        "vocab_size": 50257, "d_model": 768, "n_heads": 12, "n_layers": 12, "d_ff": 3072,
+        "max_seq_len": 512, "dropout": 0.1, "pad_token_id": 50256, "gradient_checkpointing": False,
+    }  # fmt: skip
+    generate = inspect.signature(TransformerLM.generate).parameters
+    expected = {"max_new_tokens": 100, "temperature": 0.8, "top_k": 50, "top_p": 0.9,
+                "eos_token_id": 50256}  # fmt: skip
+    assert {name: generate[name].default for name in expected} == expected
+
+
+def test_gpt2_small_has_gpt2s_number_of_parameters():
+    with torch.device("meta"):
+        model = TransformerLM(max_seq_len=1024)
+    assert model.num_parameters() == 124_439_808
+
+
+# What a position may see ---------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(changed=st.integers(1, 11), padding=st.sampled_from(["none", "left", "right"]))
+def test_changing_a_future_token_changes_no_past_logit(changed, padding):
+    torch.manual_seed(0)
+    model = TransformerLM(50, 32, 4, 3, 64, 16, 0.0, 0).eval()
+    ids = random_ids()
+    mask = None
+    if padding != "none":
+        mask = torch.ones_like(ids)
+        mask[1, :5] = mask[2, :9] = 0
+        mask = mask if padding == "left" else mask.flip(1)
+    other = ids.clone()
+    other[:, changed] = (other[:, changed] + 7) % 50
+    with torch.no_grad():
+        before, _ = model(ids, mask)
+        after, _ = model(other, mask)
+    assert torch.equal(before[:, :changed], after[:, :changed])
+    assert not torch.equal(before[:, changed:], after[:, changed:])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing_whatever_it_holds(make_model, side):
+    model = make_model().eval()
+    ids = random_ids(1, 7)
+    n_padding = 5
+    with torch.no_grad():
+        alone, loss_alone = model(ids, labels=ids)
+        for filler in (0, 31):
+            padding = torch.full((1, n_padding), filler)
+            blocks, ones = [padding, ids], [torch.zeros_like(padding), torch.ones_like(ids)]
+            if side == "right":
+                blocks, ones = blocks[::-1], ones[::-1]
+            padded, mask = torch.cat(blocks, 1), torch.cat(ones, 1)
+            logits, loss = model(padded, mask, padded)
+            torch.testing.assert_close(logits[mask.bool()], alone[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(loss, loss_alone)
+
+
+def test_a_mask_of_ones_is_no_mask(make_model):
+    model = make_model().eval()
+    ids = random_ids()
+    with torch.no_grad():
+        assert torch.equal(model(ids, torch.ones_like(ids))[0], model(ids)[0])
+
+
+def test_attention_weights_rows_sum_to_one_and_never_look_ahead(make_model, left_padded):
+    model = make_model()
+    ids, mask = left_padded
+    weights = model.attention_weights(ids, mask)
+    assert weights.shape == (3, 3, 4, 7, 7)  # layers, B, H, T, T
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 3, 4, 7))
+    assert not weights.triu(1).any()
+    assert not weights[:, 1, :, 3:, :3].any()  # the padding of the second row
+
+
+# With a cache --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [[12], [5, 7], [1] * 12, [4, 1, 7]])
+def test_reading_in_parts_with_a_cache_equals_reading_at_once(make_model, parts):
+    model = make_model().double().eval()
+    ids = random_ids()
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    for given_mask in (None, mask):
+        cache, logits, end = KeyValueCache(3, capacity=12), [], 0
+        with torch.no_grad():
+            whole, _ = model(ids, given_mask)
+            for part in ids.split(parts, dim=1):
+                end += part.shape[1]
+                part_mask = None if given_mask is None else given_mask[:, :end]
+                logits.append(model(part, part_mask, cache=cache)[0])
+        torch.testing.assert_close(torch.cat(logits, 1), whole)
+
+
+# Loss ----------------------------------------------------------------------------------------
+
+
+def test_loss_at_the_start_is_about_log_of_the_vocabulary():
+    torch.manual_seed(0)
+    model = TransformerLM(1000, 64, 4, 4, 256, 64, 0.0)
+    ids = random_ids(4, 64, 1000)
+    assert model(ids, labels=ids)[1].item() == pytest.approx(math.log(1000), abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loss_without_logits_equals_loss_with_them(make_model, left_padded, dtype):
+    model = make_model().to(dtype)
+    ids, mask = left_padded
+    labels = ids.clone()
+    labels[0, 3] = -100
+    whole = gradients(model, ids, mask, labels)
+    pieces = gradients(model, ids, mask, labels, return_logits=False)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(pieces, whole, rtol=tolerance, atol=tolerance)
+    assert model(ids, mask, labels, return_logits=False)[0] is None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("return_logits", [False, True])
+def test_an_empty_batch_gives_zero_loss_and_a_zero_gradient_to_every_parameter(
+    make_model, checkpointing, return_logits
+):
+    model = make_model(dropout=0.1, gradient_checkpointing=checkpointing).train()
+    ids = random_ids()[:0]
+    loss, grads = gradients(model, ids, labels=ids, return_logits=return_logits)
+    assert loss == 0.0
+    assert len(grads) == len(list(model.parameters()))
+    assert not any(gradient.any() for gradient in grads.values())
+
+
+def test_it_learns_a_sentence_by_heart(make_model):
+    model = make_model(scale=0.0)
+    ids = random_ids(1, 16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        _, loss = model(ids, labels=ids, return_logits=False)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+    prompt = ids[:, :1]
+    assert torch.equal(model.generate(prompt, 15, temperature=0, eos_token_id=None), ids)
+
+
+def test_autocast_and_accumulation(make_model):
+    model = make_model()
+    ids = random_ids(4, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, loss = model(ids, labels=ids, return_logits=False)
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    torch.testing.assert_close(loss, model(ids, labels=ids)[1], rtol=0.02, atol=0.02)
+
+    model = make_model().double()
+    _, whole = gradients(model, ids, labels=ids, return_logits=False)
+    model.zero_grad(set_to_none=True)
+    for half in ids.split(2):
+        (model(half, labels=half, return_logits=False)[1] / 2).backward()
+    summed = {name: p.grad for name, p in model.named_parameters()}
+    torch.testing.assert_close(summed, whole, rtol=1e-10, atol=1e-12)
+
+
+# Gradient checkpointing (fault 5) ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradient_checkpointing_changes_not_one_bit(make_model, left_padded, dropout, padded):
+    ids, mask = left_padded
+    results = []
+    for checkpointing in (False, True):
+        model = make_model(dropout=dropout, gradient_checkpointing=checkpointing).train()
+        torch.manual_seed(1)
+        results.append(gradients(model, ids, mask if padded else None, ids, return_logits=False))
+    (plain_loss, plain), (loss, recomputed) = results
+    assert torch.equal(plain_loss, loss)
+    for name, gradient in plain.items():
+        assert torch.equal(gradient, recomputed[name]), name
+
+
+def test_gradient_checkpointing_computes_every_block_again_not_the_last_one_often(
+    make_model, monkeypatch
+):
+    model = make_model(gradient_checkpointing=True).train()
+    calls = []
+    forward = TransformerBlock.forward
+    monkeypatch.setattr(
+        TransformerBlock,
+        "forward",
+        lambda block, *a: (calls.append(id(block)), forward(block, *a))[1],
+    )
+    ids = random_ids()
+    model(ids, labels=ids)[1].backward()
+    in_order = [id(block) for block in model.blocks]
+    assert calls == in_order + in_order[::-1]
+
+
+def test_dropout_only_in_training(make_model):
+    model = make_model(dropout=0.5)
+    ids = random_ids()
+    with torch.no_grad():
+        assert not torch.equal(model.train()(ids)[0], model(ids)[0])
+        assert torch.equal(model.eval()(ids)[0], model(ids)[0])
+
+
+# What it is made of (fault 13) ---------------------------------------------------------------
+
+
+def test_state_dict_holds_parameters_only_all_of_them_float(make_model):
+    model = make_model()
+    state = model.state_dict()
+    assert set(state) == {name for name, _ in model.named_parameters()}
+    assert not list(model.buffers())
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def test_residual_projections_start_smaller():
+    torch.manual_seed(0)
+    model = TransformerLM(100, 128, 4, 8, 512, 64)
+    block = model.blocks[3]
+    assert block.attention.query_key_value.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for layer in (block.attention.output, block.feed_forward.narrow):
+        assert layer.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)  # sqrt(2 * 8) = 4
+        assert not layer.bias.any()
+
+
+# Bad input: one sentence ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"d_model": 30}, "d_model = 30 cannot be shared out to n_heads = 4"),
+        ({"n_layers": 0}, "n_layers must be at least 1, got 0"),
+        ({"vocab_size": -3}, "vocab_size must be at least 1, got -3"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+    ],
+)
+def test_impossible_sizes(make_model, change, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        make_model(**change)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"input_ids": torch.zeros(17, dtype=torch.long)}, r"shape \(batch, length\)"),
+        ({"input_ids": torch.zeros(1, 4)}, "whole numbers.*float32"),
+        ({"input_ids": torch.zeros(1, 17, dtype=torch.long)}, r"17 tokens.*max_seq_len = 16"),
+        ({"input_ids": torch.tensor([[3, 50]])}, "token 50.*vocabulary is 0 to 49"),
+        ({"input_ids": torch.tensor([[-1, 5]])}, "token -1.*vocabulary is 0 to 49"),
+        ({"labels": torch.tensor([[3, -100, 99]])}, "labels holds token 99"),
+        ({"labels": torch.tensor([[3, 4]])}, r"labels has shape \(1, 2\).*\(1, 3\)"),
+        ({"attention_mask": torch.ones(1, 4)}, r"attention_mask has shape \(1, 4\)"),
+    ],
+)
+def test_bad_input_is_one_sentence(make_model, arguments, sentence):
+    arguments = {"input_ids": torch.tensor([[1, 2, 3]])} | arguments
+    with pytest.raises(DataError, match=sentence) as error:
+        make_model()(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_labels_may_be_minus_100_and_ids_int32(make_model):
+    model = make_model()
+    ids = random_ids()
+    assert torch.equal(model(ids.int())[0], model(ids)[0])
+    labels = torch.full_like(ids, -100)
+    assert model(ids, labels=labels)[1] == 0.0
+    assert model(ids, labels=ids.int())[1] == model(ids, labels=ids)[1]

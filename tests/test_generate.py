@@ -1,0 +1,337 @@
+"""Talking to a model: loading, continuing, streaming, and the command line as users run it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from horovod_lm import load
+from horovod_lm.checkpoint import save_checkpoint
+from horovod_lm.data.tokenizers import ByteTokenizer, train_bpe
+from horovod_lm.generate import (
+    generate_text,
+    load_model_for_generation,
+    main,
+    stream_text,
+    stream_tokens,
+    whole_characters,
+)
+from horovod_lm.models.transformer_lm import TransformerLM
+from horovod_lm.utils.config import config_from_dict, save_config
+from horovod_lm.utils.errors import CheckpointError, ConfigError, DataError
+
+MODEL = {"vocab_size": 257, "d_model": 32, "n_heads": 4, "n_layers": 2, "d_ff": 64,
+         "max_seq_len": 48, "pad_token_id": 256}  # fmt: skip
+CONFIG = config_from_dict(
+    {"model": MODEL, "generation": {"max_new_tokens": 12, "seed": 1, "temperature": 1.0}}
+)
+SENTENCE = "Once upon a time, ünï €uro 🙂 שלום\n"
+
+
+@pytest.fixture(scope="module")
+def model() -> TransformerLM:
+    torch.manual_seed(0)
+    model = TransformerLM(**CONFIG.model.model_dump())
+    # It knows one sentence, of characters of one to four bytes, by heart, and where it ends.
+    ids = torch.tensor([[256, *SENTENCE.encode(), 256]])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        loss = model(ids, labels=ids, return_logits=False)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def run_folder(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    save_checkpoint(
+        model, None, 0, 5, 1.0, folder / "checkpoints", "best_model.pt",
+        config=CONFIG.to_dict(), tokenizer=ByteTokenizer().to_json(),
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def endless_folder(model, tmp_path_factory):
+    """A model that never ends a text by itself: no vector points to its end-of-text."""
+    folder = tmp_path_factory.mktemp("endless")
+    endless = copy.deepcopy(model)
+    with torch.no_grad():
+        endless.token_embedding.weight[256] = 0.0
+    save_checkpoint(
+        endless, None, 0, 5, 1.0, folder, "best_model.pt",
+        config=CONFIG.to_dict(), tokenizer=ByteTokenizer().to_json(),
+    )  # fmt: skip
+    return folder
+
+
+# Loading -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["", "checkpoints", "checkpoints/best_model.pt"])
+def test_a_checkpoint_alone_is_enough(model, run_folder, part):
+    loaded, tokenizer, config = load_model_for_generation(run_folder / part)
+    assert config.to_dict() == CONFIG.to_dict() and tokenizer.name == "byte"
+    assert not loaded.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+
+
+def test_the_contracts_call_works_on_a_machine_without_a_gpu(run_folder, tmp_path, capfd):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    load._say_once.cache_clear()
+    config_path = save_config(CONFIG.with_overrides(["generation.top_k=3"]), tmp_path / "c.yaml")
+    model, tokenizer, config = load_model_for_generation(
+        checkpoint_path=str(run_folder / "checkpoints/best_model.pt"),
+        config_path=str(config_path),
+        device="cuda",
+    )
+    texts = generate_text(
+        model=model, tokenizer=tokenizer, prompt="Once upon a time", max_new_tokens=100,
+        temperature=0.8, top_k=50, top_p=0.9, num_samples=1, device="cuda",
+    )  # fmt: skip
+    assert isinstance(texts, list) and texts[0].startswith("Once upon a time")
+    assert config.generation.top_k == 3
+    assert capfd.readouterr().err.count("no cuda here") == 1  # said once, not at every call
+
+
+def test_the_weights_decide_the_shape_not_the_yaml(run_folder, tmp_path):
+    other = save_config(config_from_dict({}), tmp_path / "big.yaml")
+    loaded, _, config = load_model_for_generation(run_folder, other)
+    assert config.model == CONFIG.model and loaded.num_parameters() < 100_000
+
+
+def test_a_vocabulary_smaller_than_configured_is_taken_from_the_weights(tmp_path):
+    config = config_from_dict({"model": MODEL | {"vocab_size": 999}})
+    model = TransformerLM(**MODEL)
+    save_checkpoint(model, None, 0, 0, 1.0, tmp_path, "final_model.pt",
+                    config=config.to_dict(), tokenizer=ByteTokenizer().to_json())  # fmt: skip
+    assert load_model_for_generation(tmp_path)[2].model.vocab_size == 257
+
+
+def test_without_a_best_model_the_furthest_is_taken(model, tmp_path):
+    for step in (3, 20, 7):
+        save_checkpoint(model, None, 0, step, float(step), tmp_path / "checkpoints",
+                        f"checkpoint_epoch0_step{step}.pt")  # fmt: skip
+    assert load.find_checkpoint(tmp_path).name == "checkpoint_epoch0_step20.pt"
+
+
+def test_loading_what_cannot_be_loaded_is_one_sentence(model, tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        load_model_for_generation(tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        load_model_for_generation(tmp_path / "nothing.pt")
+    bare = save_checkpoint(model, None, 0, 0, 1.0, tmp_path, "bare.pt")
+    with pytest.raises(CheckpointError, match="holds no configuration"):
+        load_model_for_generation(bare)
+    config = CONFIG.with_overrides({"data.data_dir": str(tmp_path)})
+    mute = save_checkpoint(model, None, 0, 0, 1.0, tmp_path, "m.pt", config=config.to_dict())
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        load_model_for_generation(mute)
+    (tmp_path / "tokenizer.json").write_text(ByteTokenizer().to_json())
+    assert load_model_for_generation(mute)[1].name == "byte"
+    with pytest.raises(ConfigError, match="'gpu' is no device"):
+        load.choose_device("gpu")
+
+
+# Continuing ----------------------------------------------------------------------------------
+
+
+def test_texts_begin_with_the_prompt_and_a_seed_repeats_them(model):
+    tokenizer = ByteTokenizer()
+    texts = generate_text(model, tokenizer, "Once", 20, 5.0, num_samples=3, seed=5)
+    assert len(texts) == 3 == len(set(texts))
+    assert all(text.startswith("Once") and len(text) > 4 for text in texts)
+    assert texts == generate_text(model, tokenizer, "Once", 20, 5.0, num_samples=3, seed=5)
+    assert texts != generate_text(model, tokenizer, "Once", 20, 5.0, num_samples=3, seed=6)
+
+
+@pytest.mark.parametrize("prompt", ["", "Once upon", SENTENCE])
+def test_it_says_what_it_learned_and_ends_where_it_ends(model, prompt):
+    tokenizer = ByteTokenizer()
+    assert generate_text(model, tokenizer, prompt, 60, temperature=0.0) == [SENTENCE]
+    tokens = list(stream_tokens(model, tokenizer, prompt, 60, temperature=0.0))
+    assert bytes(tokens) == SENTENCE.removeprefix(prompt).encode()
+
+
+def test_no_new_tokens_is_the_prompt(model):
+    assert generate_text(model, ByteTokenizer(), "hi", 0, num_samples=2) == ["hi", "hi"]
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(prompt=st.text(max_size=30), seed=st.integers(), temperature=st.sampled_from([0, 0.7, 3.0]))
+@pytest.mark.filterwarnings("ignore:the prompt has")
+def test_streamed_text_is_the_text_for_any_prompt(model, prompt, seed, temperature):
+    how = {
+        "max_new_tokens": 25,
+        "temperature": temperature,
+        "top_k": 0,
+        "top_p": None,
+        "seed": seed,
+    }
+    tokenizer = ByteTokenizer()
+    text = generate_text(model, tokenizer, prompt, **how)[0]
+    assert prompt + "".join(stream_text(model, tokenizer, prompt, **how)) == text
+    assert text.startswith(prompt)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["🙂🙃", "שלום", "\x00\x1b[2J\x07", "\r\n\t", "\ufeff", "a" * 500]
+)
+def test_strange_prompts_are_fine(model, prompt):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert generate_text(model, ByteTokenizer(), prompt, 3)[0].startswith(prompt)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"temperature": -1}, ConfigError, "temperature must be 0"),
+        ({"top_p": 1.1}, ConfigError, "top_p must be above 0 and at most 1"),
+        ({"top_k": -5}, ConfigError, "top_k must be 0"),
+        ({"num_samples": 0}, ConfigError, "num_samples must be at least 1"),
+        ({"max_new_tokens": -1}, ConfigError, "max_new_tokens must be 0"),
+        ({"device": "abacus"}, ConfigError, "'abacus' is no device"),
+        ({"prompt": "a\ud800b"}, DataError, "half a character"),
+    ],
+)
+def test_bad_values_are_one_sentence(model, change, error, sentence):
+    with pytest.raises(error, match=sentence):
+        generate_text(model, ByteTokenizer(), **({"prompt": "x"} | change))
+
+
+# Streaming -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=24) | st.text(max_size=12).map(str.encode))
+def test_whole_characters_lose_nothing_and_show_no_half_character(data):
+    tokenizer = ByteTokenizer()
+    pieces = list(whole_characters(tokenizer, data))
+    assert "".join(pieces) == data.decode(errors="replace")
+    if data.decode(errors="ignore").encode() == data:  # whole characters only: each comes whole
+        assert "".join(pieces).encode() == data
+
+
+def test_characters_come_as_soon_as_they_are_whole():
+    tokens = iter("a€b".encode())
+    pieces = whole_characters(ByteTokenizer(), tokens)
+    assert next(pieces) == "a" and next(pieces) == "€"
+    assert list(tokens) == [ord("b")]  # not one byte more was taken to show the euro sign
+
+
+def test_whole_characters_of_a_trained_bpe():
+    tokenizer = train_bpe([SENTENCE * 3, "日本日本 🙂🙂🙃"], 300)
+    text = "🙃 日本 Once €"
+    ids = tokenizer.encode(text)
+    pieces = list(whole_characters(tokenizer, ids))
+    assert "".join(pieces) == text and len(pieces) > 5
+
+
+def test_a_stream_left_half_way_leaves_the_model_as_it_was(model):
+    model.train()
+    stream = stream_text(model, ByteTokenizer(), "Once", 20, seed=1)
+    next(stream)
+    stream.close()
+    assert model.training
+    model.eval()
+
+
+# The command line ----------------------------------------------------------------------------
+
+
+def test_the_command_line_prints_the_text(run_folder, capsys):
+    arguments = ["--checkpoint", str(run_folder), "--prompt", "Once", "--max-new-tokens", "60",
+                 "--temperature", "0", "--num-samples", "2"]  # fmt: skip
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"{SENTENCE}\n\n{SENTENCE}\n"
+
+
+def run_cli(run_folder, *arguments, **kwargs):
+    command = [sys.executable, "-m", "horovod_lm.generate", "--checkpoint", str(run_folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(
+        [*command, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        **kwargs,
+    )
+
+
+def test_a_mistake_is_one_sentence_and_exit_code_2(run_folder):
+    result = run_cli(run_folder, "--prompt", "x", "--top-p", "3")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert "top_p" in result.stderr
+
+
+def test_help_teaches():
+    result = subprocess.run(
+        [sys.executable, "-m", "horovod_lm.generate", "--help"], capture_output=True, text=True
+    )
+    assert result.returncode == 0
+    for word in ("likeliest", "--temperature", "Once upon a time", "a run's folder"):
+        assert word in " ".join(result.stdout.split())
+
+
+def test_a_conversation_through_a_pipe(run_folder):
+    lines = ":temperature 0\n:max_new_tokens 12\n:nonsense 3\nOnce upon\n\nquit\nnever read\n"
+    result = run_cli(run_folder, "--interactive", input=lines)
+    assert result.returncode == 0, result.stderr
+    assert "temperature = 0" in result.stdout and "no setting 'nonsense'" in result.stdout
+    assert "Once upon a time, ü" in result.stdout
+    assert "never read" not in result.stdout and result.stdout.count("> ") == 6
+
+
+def test_a_conversation_in_a_terminal_survives_ctrl_c_in_a_text_and_ends_on_ctrl_d(endless_folder):
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "horovod_lm.generate", "--checkpoint", str(endless_folder),
+         "--max-new-tokens", "1000000", "--temperature", "0"],
+        stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "TERM": "dumb"},
+    )  # fmt: skip
+    os.close(slave)
+    seen = ""
+
+    def wait_for(text: str) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 100
+        while text not in seen:
+            assert time.monotonic() < deadline, seen
+            seen += os.read(master, 4096).decode(errors="replace")
+        seen = seen[seen.index(text) + len(text) :]
+
+    try:
+        wait_for("> ")
+        os.write(master, b"Once upon\n")
+        wait_for("Once upon")  # echoed by the terminal
+        wait_for("Once upon")  # by the model, which would write for hours
+        process.send_signal(signal.SIGINT)
+        wait_for("[stopped]")
+        wait_for("> ")
+        os.write(master, b"\x04")  # Ctrl-D
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
