@@ -28,11 +28,11 @@ from horovod_lm.installation.build import (
     available_jobs,
     build_wheel,
     kept_wheel,
-    last_line,
     pip_command,
     try_out,
 )
 from horovod_lm.installation.toolchain import Toolchain, inspect_toolchain
+from horovod_lm.installation.trial import last_line
 from horovod_lm.utils.cli import run_cli
 from horovod_lm.utils.errors import UserError
 
@@ -138,7 +138,7 @@ def install_wheel(wheel: Path) -> None:
     command = [*pip_command("install --no-deps --no-index --force-reinstall"), str(wheel)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise UserError(f"pip could not install {wheel}: {last_line(done)}")
+        raise UserError(f"pip could not install {wheel}: {last_line(done.stderr or done.stdout)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

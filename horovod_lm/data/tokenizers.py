@@ -17,6 +17,7 @@ from horovod_lm.utils.errors import DataError
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 NUM_BYTES = 256
+_GPT2_VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 
 
 class Tokenizer(Protocol):
@@ -176,10 +177,10 @@ def _load_gpt2_encoding() -> Any:
     import tiktoken
     from tiktoken_ext.openai_public import gpt2
 
-    host = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
     try:
-        if not _is_cached(host):
-            requests.head(host, timeout=5).raise_for_status()  # tiktoken itself would wait without a limit
+        if not gpt2_is_on_disk():
+            # tiktoken itself would wait without a limit
+            requests.head(_GPT2_VOCABULARY, timeout=5).raise_for_status()
         return tiktoken.get_encoding("gpt2")
     except (requests.RequestException, OSError, ValueError) as error:
         raise DataError(
@@ -188,15 +189,15 @@ def _load_gpt2_encoding() -> Any:
         ) from None
 
 
-def _is_cached(url: str) -> bool:
-    """True when tiktoken has the file of `url` in its cache; the same rule as `tiktoken.load.read_file_cached`."""
+def gpt2_is_on_disk() -> bool:
+    """Return whether tiktoken has GPT-2's vocabulary in its cache, found by tiktoken's own rule."""
     import hashlib
     import os
     import tempfile
 
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     folder = folder or os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    return (Path(folder) / hashlib.sha1(url.encode()).hexdigest()).exists()
+    return (Path(folder) / hashlib.sha1(_GPT2_VOCABULARY.encode()).hexdigest()).exists()
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:

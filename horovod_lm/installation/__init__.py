@@ -1,5 +1,5 @@
 """From a fresh machine to an environment with a Horovod that works.
 
-`bootstrap` makes the environment; `toolchain`, `repairs`, `build` and `progress` serve
-`horovod_lm.install_horovod`, which builds Horovod in it.
+`bootstrap`, `preflight` and `environment` are `make setup`; `toolchain`, `repairs`, `build`,
+`progress` and `trial` serve `horovod_lm.install_horovod`, which builds Horovod.
 """

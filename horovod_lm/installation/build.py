@@ -17,20 +17,15 @@ from pathlib import Path
 from horovod_lm.installation.progress import run_with_progress
 from horovod_lm.installation.repairs import HOROVOD_VERSION, SDIST_SHA256, apply_repairs
 from horovod_lm.installation.toolchain import Toolchain, find_cmake
+from horovod_lm.installation.trial import (
+    TrialError,
+    environment_without_horovod,
+    last_line,
+    try_one_rank,
+)
 from horovod_lm.utils.errors import UserError
 
 BYTES_PER_COMPILER = 1.5e9  # what one compiler may hold while it reads torch's headers
-
-# Runs in a process of its own, against the build in question: one rank, one real allreduce.
-TRIAL = """
-import sys, torch, horovod.torch as hvd
-for feature in sys.argv[1:]:
-    assert getattr(hvd, feature + "_built")(), feature + " is not in this build"
-hvd.init()
-total = hvd.allreduce(torch.arange(3.0), op=hvd.Sum, name="trial")
-assert total.tolist() == [0.0, 1.0, 2.0], total
-hvd.shutdown()
-"""
 
 
 def kept_wheel(cache: Path, key: str) -> Path | None:
@@ -85,8 +80,9 @@ def fetch_source(cache: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         fetched = Path(folder) / kept.name
         if done.returncode != 0 or not fetched.is_file():
+            said = last_line(done.stderr or done.stdout)
             raise UserError(
-                f"pip could not download horovod {HOROVOD_VERSION} ({last_line(done)}); "
+                f"pip could not download horovod {HOROVOD_VERSION} ({said}); "
                 f"run this again with a network, or put its source distribution at {kept}"
             )
         check_source(fetched)
@@ -141,7 +137,7 @@ def build_environment(toolchain: Toolchain, jobs: int) -> dict[str, str]:
     """
     # A stray HOROVOD_WITH_... of the user's would make a wheel that its key does not describe.
     places = ("HOROVOD_NCCL_", "HOROVOD_CUDA_HOME", "HOROVOD_BUILD_CUDA_CC_LIST")
-    env = _environment_without_horovod(keep=places) | {
+    env = environment_without_horovod(keep=places) | {
         "HOROVOD_WITH_PYTORCH": "1",
         "HOROVOD_WITHOUT_TENSORFLOW": "1",
         "HOROVOD_WITHOUT_MXNET": "1",
@@ -161,32 +157,25 @@ def build_environment(toolchain: Toolchain, jobs: int) -> dict[str, str]:
 
 
 def try_out(toolchain: Toolchain, folder: Path | None = None) -> None:
-    """Import Horovod in a fresh process and reduce a tensor over one rank.
+    """Make sure that a build works, and holds what it should.
 
     Args:
         toolchain: what the build must contain.
-        folder: an unpacked wheel to try instead of the installed one.
+        folder: an unpacked wheel to try instead of the installed Horovod.
 
     Raises:
-        UserError: it does not work; with the last line of what it said.
+        UserError: it does not.
     """
-    env = _environment_without_horovod()
-    env |= {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo", "OMP_NUM_THREADS": "1"}
-    if folder is not None:
-        env["PYTHONPATH"] = str(folder)
-    command = [sys.executable, "-c", TRIAL, *toolchain.features]
-    with tempfile.TemporaryDirectory() as elsewhere:  # not where a folder is called `horovod`
-        try:
-            done = subprocess.run(
-                command, env=env, cwd=elsewhere, capture_output=True, text=True, timeout=120
-            )
-        except subprocess.TimeoutExpired:
-            raise UserError("Horovod is built but hangs: one rank did not start in 120 s") from None
-    if done.returncode != 0:
+    try:
+        built = try_one_rank(folder)
+        lacking = [feature for feature in toolchain.features if not built[feature]]
+        if lacking:
+            raise TrialError(f"{' and '.join(lacking)} is not in this build")
+    except TrialError as error:
         raise UserError(
-            f"Horovod is built but does not work ({last_line(done)}); build it again from nothing:"
-            " python -m horovod_lm.install_horovod --force"
-        )
+            f"Horovod is built but does not work ({error}); build it again from nothing: "
+            "python -m horovod_lm.install_horovod --force"
+        ) from None
 
 
 def available_jobs() -> int:
@@ -204,15 +193,3 @@ def pip_command(arguments: str) -> list[str]:
     """How to call the pip of this environment."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
     return [*pip, *arguments.split()]
-
-
-def last_line(done: subprocess.CompletedProcess[str]) -> str:
-    """The last line that a process said: where it says why it failed."""
-    lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-    return lines[-1].strip() if lines else f"it ended with code {done.returncode}, in silence"
-
-
-def _environment_without_horovod(keep: tuple[str, ...] = ()) -> dict[str, str]:
-    """This process's environment, less what steers Horovod (a rank's, or a user's)."""
-    mine = os.environ.items()
-    return {k: v for k, v in mine if not k.startswith("HOROVOD_") or k.startswith(keep)}

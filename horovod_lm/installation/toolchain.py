@@ -85,7 +85,7 @@ def inspect_toolchain(mpi: bool = False, nccl: bool | None = None) -> Toolchain:
         torch=torch_version,
         python=sys.implementation.cache_tag,
         platform=sysconfig.get_platform(),
-        compiler=_first_line(find_compiler(), "--version"),
+        compiler=describe_compiler(),
         mpi=_first_line("mpicxx", "--version") if mpi else None,
         nccl=f"CUDA {torch_cuda}" if (can_nccl if nccl is None else nccl) else None,
     )
@@ -104,6 +104,15 @@ def find_compiler() -> str:
         "no C++ compiler was found; on Debian or Ubuntu: apt-get install build-essential, on macOS:"
         " xcode-select --install, with conda: conda install -c conda-forge cxx-compiler make"
     )
+
+
+def describe_compiler() -> str:
+    """What the C++ compiler calls itself, version included.
+
+    Raises:
+        UserError: there is none.
+    """
+    return _first_line(find_compiler(), "--version")
 
 
 def find_cmake() -> str:

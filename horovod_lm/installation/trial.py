@@ -1,0 +1,139 @@
+"""Horovod tried out in processes of its own: a build that is broken may end the one it is in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from horovod_lm.utils.errors import UserError
+
+SECONDS_FOR_ONE_RANK = 120  # importing torch from a cold disk is most of it
+SECONDS_FOR_RANKS = 60
+
+ONE_RANK = """
+import json, torch
+import horovod.torch as hvd
+hvd.init()
+total = hvd.allreduce(torch.arange(3.0), op=hvd.Sum, name="trial")
+assert total.tolist() == [0.0, 1.0, 2.0], total
+built = {"gloo": hvd.gloo_built(), "mpi": hvd.mpi_built(), "nccl": hvd.nccl_built()}
+hvd.shutdown()
+print(json.dumps({name: bool(has) for name, has in built.items()}))
+"""
+
+ALL_RANKS = """
+import json, pathlib, statistics, sys, time, torch
+import horovod.torch as hvd
+hvd.init()
+assert hvd.size() == int(sys.argv[1]), f"{hvd.size()} ranks came up"
+tensor, times = torch.ones(int(sys.argv[2]) // 4), []
+for _ in range(22):
+    started = time.perf_counter()
+    total = hvd.allreduce(tensor, op=hvd.Sum, name="trial")
+    times.append(time.perf_counter() - started)
+assert total[0].item() == hvd.size(), total[0]
+if hvd.rank() == 0:
+    pathlib.Path(sys.argv[3]).write_text(json.dumps(statistics.median(times[2:])))
+"""
+
+
+class TrialError(UserError, RuntimeError):
+    """Horovod did not do what it was asked; the text is the last line of what it said."""
+
+
+def try_one_rank(folder: Path | None = None) -> dict[str, bool]:
+    """Import Horovod, start one rank, reduce a tensor.
+
+    Args:
+        folder: an unpacked wheel to try instead of the installed Horovod.
+
+    Returns:
+        Which of "gloo", "mpi" and "nccl" are in the build.
+
+    Raises:
+        TrialError: something of this did not work.
+    """
+    env = environment_without_horovod()
+    env |= {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo", "OMP_NUM_THREADS": "1"}
+    if folder is not None:
+        env["PYTHONPATH"] = os.pathsep.join([str(folder), env.get("PYTHONPATH", "")])
+    said = _run([sys.executable, "-c", ONE_RANK], env, SECONDS_FOR_ONE_RANK)
+    return dict(json.loads(said.splitlines()[-1]))
+
+
+def time_allreduce(ranks: int = 2, size: int = 4_000_000) -> float:
+    """Start ranks with horovodrun and time an allreduce between them.
+
+    Args:
+        ranks: how many.
+        size: of the tensor, in bytes.
+
+    Returns:
+        The median time of 20 allreduces, in seconds.
+
+    Raises:
+        TrialError: the ranks did not come up, or did not end in time.
+    """
+    horovodrun = Path(sys.executable).parent / "horovodrun"
+    env = environment_without_horovod() | {"OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "seconds.json"
+        command = [str(horovodrun), "--gloo", "-np", str(ranks), sys.executable, "-c", ALL_RANKS]
+        _run([*command, str(ranks), str(size), str(answer)], env, SECONDS_FOR_RANKS)
+        return float(json.loads(answer.read_text()))
+
+
+def environment_without_horovod(keep: tuple[str, ...] = ()) -> dict[str, str]:
+    """This process's environment, less what steers Horovod (a rank's, or a user's)."""
+    mine = os.environ.items()
+    return {k: v for k, v in mine if not k.startswith("HOROVOD_") or k.startswith(keep)}
+
+
+def last_line(said: str) -> str:
+    """The last line that a process said: where it says why it failed."""
+    return (said.strip().splitlines() or ["it said nothing"])[-1].strip()
+
+
+def _run(command: list[str], env: dict[str, str], seconds: float) -> str:
+    """Run to the end, or to the time limit and then with all its children to theirs."""
+    with tempfile.TemporaryDirectory() as elsewhere:  # not where a folder is called `horovod`
+        try:
+            process = subprocess.Popen(
+                command,
+                env=env,
+                cwd=elsewhere,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        except OSError as error:
+            raise TrialError(f"{command[0]} does not start: {error.strerror}") from None
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            _stop(process)
+            raise TrialError(f"it hangs: not done after {seconds:.0f} s") from None
+        except BaseException:
+            _stop(process)
+            raise
+    if process.returncode != 0:
+        errors = [
+            line
+            for line in err.splitlines()
+            if "Error: " in line and "Horovod detected" not in line
+        ]
+        raise TrialError(last_line(errors[0] if errors else err or out))
+    return out
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    process.terminate()  # horovodrun takes its ranks along
+    try:
+        process.communicate(timeout=5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
