@@ -11,7 +11,7 @@ from horovod_lm.report import TrainingResult, shown
 from horovod_lm.train import run_distributed_training
 from horovod_lm.utils.cli import EXIT_INTERRUPTED, add_config_arguments
 from horovod_lm.utils.config import Config, load_config
-from horovod_lm.utils.distributed import setup_horovod, shutdown
+from horovod_lm.utils.distributed import setup_horovod, shutdown, started_by_launcher
 from horovod_lm.utils.errors import CheckpointError
 from horovod_lm.utils.progress import format_seconds
 from horovod_lm.utils.run_folder import RunFolder, default_run_name, newest_run
@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rank == 0 and not result.stopped:
         print(summary(result))
     shutdown()
-    return EXIT_INTERRUPTED if result.stopped else 0
+    # Horovod: horovodrun takes any other code for a failure and adds a traceback of its own.
+    return EXIT_INTERRUPTED if result.stopped and not started_by_launcher() else 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
