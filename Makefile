@@ -1,0 +1,39 @@
+# Every command of the project. `make` alone lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+HOROVOD_OPTIONS ?=
+
+# A relative VENV is meant from this folder, also when make is called from another one.
+override VENV := $(abspath $(VENV))
+RUN := PATH="$(VENV)/bin:$$PATH" "$(VENV)/bin/python"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup example lab test doctor clean
+
+help:  ## list the commands
+	@echo "make COMMAND, one of:"
+	@sed -n 's/^\([a-z]*\):.*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+	@echo "Options: VENV=PATH (an environment, for example \$$VIRTUAL_ENV or \$$CONDA_PREFIX; default .venv),"
+	@echo "PYTHON=python3.12, TORCH_INDEX_URL=URL (where torch's CPU build is), HOROVOD_OPTIONS=--mpi"
+
+setup:  ## make the environment: torch, this package, Horovod built for it
+	@$(PYTHON) horovod_lm/installation/bootstrap.py --venv "$(VENV)" --horovod-options="$(HOROVOD_OPTIONS)"
+
+example: setup  ## train a GPT on two Horovod ranks on real text, and let it talk
+	@$(RUN) -m horovod_lm.jupyter.notebooks execute horovod_transformer.example.ipynb \
+		--out runs/example/horovod_transformer.example.ipynb
+
+lab: setup  ## open JupyterLab on the course
+	@$(RUN) -m jupyterlab
+
+test: setup  ## run every test
+	@$(RUN) -m ruff check .
+	@$(RUN) -m pytest
+
+doctor: setup  ## say what works on this machine, and how to mend what does not
+	@$(RUN) -m horovod_lm.doctor
+
+clean:  ## delete prepared data and caches; runs and the environment stay
+	rm -rf notebooks/data data/preprocessed build .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
