@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_lm.data.corpora import open_corpus
-from horovod_lm.data.prepare import Progress, is_prepared, prepare_data
+from horovod_lm.data.prepare import prepare_data
 from horovod_lm.utils.cli import add_config_arguments, run_cli
 from horovod_lm.utils.config import Config, load_config
 
@@ -51,12 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_documents(config, arguments.show)
         return 0
     started = time.perf_counter()
-    already = not arguments.force and is_prepared(config)
-    metadata = prepare_data(config, force=arguments.force, progress=_progress_line())
-    if sys.stderr.isatty():
-        print(end="\r\033[K", file=sys.stderr)
+    progress = ProgressLine()
+    metadata = prepare_data(config, force=arguments.force, progress=progress)
+    progress.clear()
     seconds = time.perf_counter() - started
-    print("nothing has changed: the data are there already" if already else f"prepared in {seconds:.1f} s")
+    if progress.phase:
+        print(f"prepared in {seconds:.1f} s")
+    else:
+        print("nothing has changed: the data are there already")
     print(summary(metadata, config.resolve(config.data.data_dir)))
     return 0
 
@@ -87,18 +89,24 @@ def summary(metadata: dict[str, Any], data_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def _progress_line() -> Progress:
-    """Return a progress callback: one line that changes on a terminal, a line per phase elsewhere."""
-    phases: list[str] = []  # the current one
+class ProgressLine:
+    """Says how far the work is: on one line that changes on a terminal, a line per phase elsewhere."""
 
-    def report(phase: str, done: float) -> None:
-        if sys.stderr.isatty():
+    def __init__(self) -> None:
+        self.phase: str | None = None
+        self._terminal = sys.stderr.isatty()
+
+    def __call__(self, phase: str, done: float) -> None:
+        if self._terminal:
             print(end=f"\r\033[K{phase} {done:4.0%}", file=sys.stderr, flush=True)
-        elif phase not in phases:
+        elif phase != self.phase:
             print(f"{phase} ...", file=sys.stderr, flush=True)
-        phases[:] = [phase]
+        self.phase = phase
 
-    return report
+    def clear(self) -> None:
+        """Take the line off the terminal."""
+        if self._terminal:
+            print(end="\r\033[K", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -71,12 +71,6 @@ def prepare_data(config: Config, force: bool = False, progress: Progress | None 
         raise DataError(f"the data cannot be written to {data_dir}: {error.strerror or error}") from None
 
 
-def is_prepared(config: Config) -> bool:
-    """Return True when `prepare_data(config)` would find its data made already."""
-    metadata = read_metadata(config.resolve(config.data.data_dir))
-    return metadata is not None and metadata["inputs"] == _fingerprint(config, open_corpus(config))
-
-
 def read_metadata(data_dir: Path) -> dict[str, Any] | None:
     """Return the content of `metadata.json`, or None where the data are missing or not whole."""
     try:
@@ -111,6 +105,8 @@ def _fingerprint(config: Config, corpus: Corpus) -> str:
 def _prepare(config: Config, corpus: Corpus, inputs: str, data_dir: Path, progress: Progress) -> dict[str, Any]:
     """Make the four files in a folder of their own, then move them into `data_dir`."""
     survey = Survey.of(corpus.documents(), config.seed)
+    if not survey.documents:
+        raise DataError(f"{corpus.description} holds no text: choose another data.path or data.source")
     split = choose_split(survey, config.seed, config.data.val_fraction)
     tokenizer = _make_tokenizer(config, corpus, survey, split, progress)
     partial = data_dir / ".partial"

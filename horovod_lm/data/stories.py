@@ -1,14 +1,22 @@
 """Tiny English stories with a known entropy: a corpus whose best possible loss is known exactly.
 
-Story `index` of seed `seed` is a pure function of the two, so that a corpus of any size needs no file:
+Story `index` of the series `seed` is a function of the two numbers alone, so that a corpus of any
+size needs no file:
 
-    >>> generate_story(seed=0, index=0)
+    Once upon a time, Zoe left her tiny bell in the garden. "Who took my bell?" whispered Zoe. But
+    that garden was windy all morning. Soon she met a busy squirrel digging a tunnel. They looked
+    under a blanket and behind a well. The squirrel found it beside a mushroom. So Zoe clapped and
+    danced with her dear bell in the same garden until the bells rang.
 
-The hero's name, the pronoun that goes with it, the lost thing and the place of the first sentence come
-back in the last one, some fifty words later: a model that looks only at the last few words cannot know
-them, and one with attention can. Each story is one derivation of an unambiguous grammar (see
-`horovod_lm.data.grammar`), which makes `story_entropy()`, in nats per story, the smallest loss that any
-language model can reach on them, and `story_log_probability` the score of the perfect model.
+The name, the pronoun, the toy and the place of the first sentence come back in the last one, some
+fifty words later. Whoever looks at the last few words only cannot know them; attention can. The
+second and the third sentence repeat them at once: a small model learns to look back over these
+short distances first, and over the long ones soon after. (The word before each tie is the tie's
+own - "my", "that", "dear", "same" - which tells one layer of attention what to look for.)
+
+Every story is one derivation of an unambiguous grammar (see `horovod_lm.data.grammar`). Hence
+`story_entropy()`, in nats per story, is the smallest mean loss that any language model can reach,
+and `story_log_probability` is the score that the perfect model gives.
 """
 
 from __future__ import annotations
@@ -19,11 +27,18 @@ from functools import lru_cache
 
 from horovod_lm.data.grammar import Alternative, Grammar
 
-GIRLS = "Lily Anna Mia Zoe Ruby Emma Clara Nora Ida Rose".split()
-BOYS = "Tom Ben Max Leo Sam Finn Jack Oscar Theo Hugo".split()
-GIRL = {"she": "she", "She": "She", "her": "her"}
-BOY = {"she": "he", "She": "He", "her": "his"}
+GIRLS = "Lily Anna Mia Zoe Ruby Emma Clara Nora".split()
+BOYS = "Tom Ben Max Leo Sam Finn Jack Oscar".split()
+GIRL = {"she": "she", "her": "her"}
+BOY = {"she": "he", "her": "his"}
 
+TOYS = "kite ball drum doll boat book hat bell cup flute scarf basket".split()
+PLACES = {
+    "in": "garden forest meadow".split(),
+    "by": "river lake sea".split(),
+    "on": "hill farm beach".split(),
+    "at": "market mill school".split(),
+}
 # A friend's habit depends on what kind of animal it is: frogs do not build nests.
 FRIENDS = {
     "{bird_habit}": "owl robin crow dove".split(),
@@ -34,55 +49,78 @@ FRIENDS = {
 
 RULES: dict[str, list[str | Alternative]] = {
     "story": [
-        "{opening}, {hero=name} {lost} {hero.her} {colour} {thing=toy} {spot=place}. "
-        "It was {weather} {daytime}. "
-        "Soon {hero.she} met {kind} {friend=animal} {friend.habit}. "
+        "{opening}, {hero=name} {lost} {hero.her} {colour} {toy=toys} {place=places}. "
         '"{question}" {asked} {hero}. '
-        "They looked under the {low} and behind the {high}. "
-        "The {friend} {found} the {thing} beside {landmark}. "
-        "{ending}"
+        "But that {place.name} was {quiet} all {daytime}. "
+        "Soon {hero.she} met {kind} {friend=animal} {friend.habit}. "
+        "They looked under a {low} and behind a {high}. "
+        "The {friend} {found} it beside {landmark}. "
+        "So {hero} {smiled} and {played} with {hero.her} dear {toy} {place.again} until {late}."
     ],
     "opening": [Alternative("Once upon a time", weight=3), "One fine day", "Long ago"],
-    "name": [Alternative(name, features=GIRL) for name in GIRLS] + [Alternative(name, features=BOY) for name in BOYS],
+    "name": [
+        *(Alternative(name, features=GIRL) for name in GIRLS),
+        *(Alternative(name, features=BOY) for name in BOYS),
+    ],
     "lost": ["lost", "dropped", "forgot", "left"],
-    "colour": "red blue green yellow pink purple silver golden tiny big old new shiny pretty lovely striped".split(),
-    "toy": "kite ball drum doll boat book hat bell lamp cup ring flute spoon basket scarf button".split(),
-    "place": [
-        *("in the garden", "in the forest", "in the meadow", "in the barn"),
-        *("by the river", "by the lake", "by the sea", "by the bridge"),
-        *("on the hill", "on the farm", "on the beach", "on the island"),
-        *("at the market", "at the mill", "at the school", "at the castle"),
+    "colour": [
+        *("red", "blue", "green", "yellow", "pink", "purple", "silver", "golden"),
+        *("tiny", "big", "old", "new", "shiny", "pretty", "lovely", "striped"),
     ],
-    "weather": [
-        *("a sunny", "a windy", "a rainy", "a snowy", "a foggy", "a cloudy"),
-        *("a warm", "a cold", "a quiet", "a bright", "an icy", "an ordinary"),
+    "toys": TOYS,
+    "places": [
+        Alternative(
+            f"{where} the {name}", features={"name": name, "again": f"{where} the same {name}"}
+        )
+        for where, names in PLACES.items()
+        for name in names
     ],
-    "daytime": ["morning", "afternoon", "evening", "day"],
+    "question": [
+        *("Have you seen my {toy}?", "Where is my {toy}?"),
+        *("Who took my {toy}?", "Can you find my {toy}?"),
+    ],
+    "asked": ["asked", "cried", "whispered", "called"],
+    "quiet": [
+        *("quiet", "empty", "dark", "foggy", "windy", "rainy", "snowy", "cloudy"),
+        *("cold", "warm", "sunny", "misty", "muddy", "calm"),
+    ],
+    "daytime": ["day", "morning", "afternoon", "evening", "night", "week"],
     "kind": [
-        *("a wise", "a shy", "a funny", "a sleepy", "a brave", "a gentle", "a clever", "a hungry", "a busy", "a polite"),
-        *("an honest", "an elegant"),
+        *("a wise", "a shy", "a funny", "a sleepy", "a brave", "a gentle"),
+        *("a clever", "a hungry", "a busy", "a polite", "an honest", "an elegant"),
     ],
     "animal": [
-        Alternative(animal, features={"habit": habit}) for habit, animals in FRIENDS.items() for animal in animals
+        Alternative(animal, features={"habit": habit})
+        for habit, animals in FRIENDS.items()
+        for animal in animals
     ],
-    "bird_habit": ["building a nest", "whistling a tune", "cleaning its wings", "resting on a branch"],
-    "pond_habit": ["floating on a leaf", "splashing in a puddle", "catching raindrops", "diving for shells"],
-    "wood_habit": ["picking berries", "counting nuts", "digging a tunnel", "sweeping its doorstep"],
-    "farm_habit": ["eating an apple", "chewing a carrot", "rolling in the mud", "chasing butterflies"],
-    "question": ["Have you seen my {thing}?", "Where is my {thing}?", "Can you find my {thing}?", "Who took my {thing}?"],
-    "asked": ["asked", "cried", "whispered", "called"],
-    "low": "bench bush log table cart ladder blanket roof carpet cupboard wheel pillow".split(),
-    "high": "wall fence tree rock gate shed haystack well curtain chimney barrel statue".split(),
+    "bird_habit": [
+        *("building a nest", "whistling a tune", "cleaning its wings", "resting on a branch"),
+    ],
+    "pond_habit": [
+        *("floating on a leaf", "splashing about", "catching raindrops", "diving for shells"),
+    ],
+    "wood_habit": [
+        *("picking berries", "counting nuts", "digging a tunnel", "sweeping its doorstep"),
+    ],
+    "farm_habit": [
+        *("eating an apple", "chewing a carrot", "rolling in the mud", "chasing butterflies"),
+    ],
+    "low": [
+        *("bench", "bush", "log", "table", "cart", "ladder"),
+        *("blanket", "roof", "carpet", "cupboard", "wheel", "pillow"),
+    ],
+    "high": [
+        *("wall", "fence", "tree", "rock", "gate", "shed"),
+        *("haystack", "well", "curtain", "chimney", "barrel", "statue"),
+    ],
     "found": ["found", "saw", "spotted", "noticed"],
     "landmark": [
-        *("a stone", "a snail", "a flower", "a ditch", "a puppy", "a mushroom", "a scarecrow", "a pumpkin"),
-        *("an egg", "an oak", "an onion", "an anthill"),
-    ],
-    "ending": [
-        "{hero} {smiled}, and {hero.she} {played} with {hero.her} {thing} {spot} until {late}.",
+        *("a stone", "a snail", "a flower", "a ditch", "a puppy", "a mushroom"),
+        *("a scarecrow", "a pumpkin", "an egg", "an oak", "an onion", "an anthill"),
     ],
     "smiled": ["smiled", "laughed", "cheered", "clapped", "giggled", "jumped"],
-    "played": ["played", "danced", "sang", "skipped", "ran", "sat"],
+    "played": ["played", "danced", "sang", "skipped", "walked", "stayed"],
     "late": [
         *("the moon rose", "the stars came out", "the sun set", "it was dark"),
         *("supper was ready", "the bells rang", "bedtime", "midnight"),
@@ -97,7 +135,7 @@ def story_grammar() -> Grammar:
 
 
 def generate_story(seed: int, index: int) -> str:
-    """Return story number `index` of the endless series `seed`. The same two numbers give the same story."""
+    """Return story `index` of the endless series `seed`: the same for the same two numbers."""
     return story_grammar().sample(random.Random(f"{seed}/{index}"))
 
 
@@ -107,12 +145,12 @@ def generate_stories(count: int, seed: int) -> Iterator[str]:
 
 
 def story_log_probability(story: str) -> float:
-    """Return the log of the probability that the grammar writes `story`, in nats; -inf if it cannot."""
+    """Return the log-probability of `story` in nats; -inf if the grammar cannot write it."""
     return story_grammar().log_probability(story)
 
 
 def story_entropy() -> float:
-    """Return the entropy of a story in nats: the smallest mean loss per story that any model can reach."""
+    """Return the entropy of a story in nats: no model has a smaller mean loss per story."""
     return story_grammar().entropy()
 
 

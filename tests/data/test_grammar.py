@@ -1,0 +1,123 @@
+"""The grammar's mathematics, held against brute force on grammars small enough to write out."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from horovod_lm.data.grammar import Alternative, Grammar
+
+GIRL, BOY = {"she": "she"}, {"she": "he"}
+
+SMALL = Grammar(
+    {
+        "story": ["{hero=name} saw {friend=animal} {friend.habit}. {end}"],
+        "name": [Alternative("Lily", 3, GIRL), Alternative("Mia", 1, GIRL), Alternative("Tom", 2, BOY)],
+        "animal": [
+            Alternative("an owl", 1, {"habit": "{bird_habit}"}),
+            Alternative("a crow", 2, {"habit": "{bird_habit}"}),
+            Alternative("a frog", 5, {"habit": "swimming"}),
+        ],
+        "bird_habit": [Alternative("flying", 7), "singing in {tree}"],
+        "tree": ["an oak", "an elm"],
+        "end": [Alternative("So {hero.she} thanked {friend}.", 4), "{hero} laughed."],
+    }
+)
+
+
+def brute_force_entropy(grammar: Grammar) -> float:
+    return -math.fsum(p * math.log(p) for _, p in grammar.texts())
+
+
+def test_entropy_and_count_equal_brute_force_with_weights_ties_and_conditions():
+    assert SMALL.entropy() == pytest.approx(brute_force_entropy(SMALL), abs=1e-12)
+    assert SMALL.count() == len(set(dict(SMALL.texts()))) == len(list(SMALL.texts()))
+
+
+def test_probabilities_of_all_texts_sum_to_one():
+    assert math.fsum(p for _, p in SMALL.texts()) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_parsing_a_text_gives_the_probability_it_is_written_with():
+    for text, probability in SMALL.texts():
+        assert SMALL.log_probability(text) == pytest.approx(math.log(probability), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Lily saw a frog swimming.",
+        "Lily saw a frog swimming. So he thanked a frog.",  # the pronoun is tied to the name
+        "Lily saw a frog swimming. So she thanked an owl.",  # the friend is tied to the friend
+        "Lily saw a frog flying. Lily laughed.",  # frogs do not fly
+        "Lily saw a frog swimming. Lily laughed. ",
+    ],
+)
+def test_a_text_that_cannot_be_written_has_probability_zero(text):
+    assert SMALL.log_probability(text) == -math.inf
+
+
+def test_samples_have_the_grammars_probabilities():
+    generator, draws = random.Random(0), 20_000
+    counts = Counter(SMALL.sample(generator) for _ in range(draws))
+    expected = dict(SMALL.texts())
+    assert set(counts) <= set(expected)
+    chi_square = sum((counts[text] - draws * p) ** 2 / (draws * p) for text, p in expected.items())
+    freedom = len(expected) - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom)  # four standard deviations
+
+
+@st.composite
+def grammars(draw: st.DrawFn) -> Grammar:
+    """Random unambiguous grammars: every alternative starts with a letter of its own."""
+    weights = st.integers(1, 9)
+    noun = [
+        Alternative(letter, draw(weights), {"echo": draw(st.sampled_from(["{verb}", "fixed", "{verb}{verb}"]))})
+        for letter in "abcd"[: draw(st.integers(1, 4))]
+    ]
+    verb = [Alternative(letter + draw(st.sampled_from(["", "{tail}"])), draw(weights)) for letter in "pqr"]
+    story = [
+        Alternative(letter + draw(st.sampled_from(["{one=noun}", "{verb}{one=noun}"]))
+                    + "-{two=noun}-" + draw(st.sampled_from(["{one}", "{one.echo}", "{two.echo}{one.echo}", "{verb}"])),
+                    draw(weights))
+        for letter in "xy"
+    ]  # fmt: skip
+    return Grammar({"story": story, "noun": noun, "verb": verb, "tail": ["s", Alternative("t", draw(weights))]})
+
+
+@settings(deadline=None, max_examples=50)
+@given(grammars())
+def test_entropy_count_and_parse_equal_brute_force_on_random_grammars(grammar):
+    texts = list(grammar.texts())
+    assert len(dict(texts)) == len(texts) == grammar.count()
+    assert math.fsum(p for _, p in texts) == pytest.approx(1.0)
+    assert grammar.entropy() == pytest.approx(brute_force_entropy(grammar), abs=1e-9)
+    text, probability = max(texts, key=lambda item: item[1])
+    assert grammar.log_probability(text) == pytest.approx(math.log(probability))
+
+
+def test_an_ambiguous_grammar_is_found_out():
+    grammar = Grammar({"story": ["{a}{b}"], "a": ["x", "xy"], "b": ["yz", "z"]})
+    with pytest.raises(ValueError, match="ambiguous"):
+        grammar.log_probability("xyz")
+
+
+@pytest.mark.parametrize(
+    ("rules", "sentence"),
+    [
+        ({"story": ["{a}"], "a": ["{story}"]}, "lead back to themselves"),
+        ({"story": ["{nobody}"]}, "nothing is remembered as 'nobody'"),
+        ({"story": ["{hero=nobody}"]}, "no symbol 'nobody'"),
+        ({"story": []}, "needs alternatives"),
+        ({"story": [Alternative("x", 0)]}, "weight above 0"),
+    ],
+)
+def test_a_grammar_that_cannot_work_is_refused(rules, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Grammar(rules)

@@ -1,0 +1,260 @@
+"""Windows, samplers and loaders: every token predicted once, every sample seen once, by one rank."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from horovod_lm.data import get_dataloaders, load_preprocessed_data, prepare_data
+from horovod_lm.data.loaders import IGNORED_LABEL, ShardedBatchSampler, TokenBlockDataset
+from horovod_lm.utils.errors import DataError
+
+SHAPES = {
+    "num_samples": st.integers(0, 60),
+    "batch_size": st.integers(1, 5),
+    "accumulation": st.integers(1, 4),
+    "world_size": st.integers(1, 4),
+}
+
+
+def ranks(num_samples, batch_size, accumulation, world_size, epoch=0, start=0, shuffle=True):
+    """Return the batches of every rank, and the samplers."""
+    samplers = [
+        ShardedBatchSampler(num_samples, batch_size, accumulation, rank, world_size, 5, shuffle)
+        for rank in range(world_size)
+    ]
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+        sampler.set_start(start)
+    return [list(sampler) for sampler in samplers], samplers
+
+
+def steps(batches, accumulation):
+    """Return the samples of each optimizer step, over all ranks, in order of size only."""
+    micro_batches = list(zip(*batches, strict=True))
+    return [
+        sorted(
+            sample
+            for ranks_batches in micro_batches[first : first + accumulation]
+            for batch in ranks_batches
+            for sample in batch
+        )
+        for first in range(0, len(micro_batches), accumulation)
+    ]
+
+
+@settings(deadline=None)
+@given(**SHAPES)
+def test_all_ranks_together_see_every_sample_exactly_once(num_samples, batch_size, accumulation, world_size):
+    batches, samplers = ranks(num_samples, batch_size, accumulation, world_size)
+    seen = [sample for rank_batches in batches for batch in rank_batches for sample in batch]
+    assert sorted(seen) == list(range(num_samples))
+    assert all(len(batch) <= batch_size for rank_batches in batches for batch in rank_batches)
+    for rank_batches, sampler in zip(batches, samplers, strict=True):
+        assert len(rank_batches) == len(sampler) == sampler.steps_per_epoch * accumulation
+    sizes = [len(step) for step in steps(batches, accumulation)]
+    assert sizes == [samplers[0].samples_in_step(step) for step in range(len(sizes))]
+    assert samplers[0].samples_in_step(len(sizes)) == 0
+
+
+@settings(deadline=None)
+@given(num_samples=st.integers(0, 60), batch_size=st.integers(1, 4), accumulation=st.integers(1, 3))
+def test_one_rank_steps_over_the_same_samples_as_two_and_four(num_samples, batch_size, accumulation):
+    alone, _ = ranks(num_samples, 4 * batch_size, accumulation, 1)
+    two, _ = ranks(num_samples, 2 * batch_size, accumulation, 2)
+    four, _ = ranks(num_samples, batch_size, accumulation, 4)
+    accumulated, _ = ranks(num_samples, batch_size, 4 * accumulation, 1)
+    expected = steps(alone, accumulation)
+    assert steps(two, accumulation) == steps(four, accumulation) == expected
+    assert steps(accumulated, 4 * accumulation) == expected
+
+
+@settings(deadline=None)
+@given(**SHAPES, done=st.integers(0, 20))
+def test_resumed_is_never_interrupted(num_samples, batch_size, accumulation, world_size, done):
+    whole, samplers = ranks(num_samples, batch_size, accumulation, world_size, epoch=3)
+    done = min(done, samplers[0].steps_per_epoch)
+    start = min(num_samples, done * samplers[0].samples_per_step)
+    rest, resumed = ranks(num_samples, batch_size, accumulation, world_size, epoch=3, start=start)
+    assert rest == [batches[done * accumulation :] for batches in whole]
+    assert len(resumed[0]) == len(rest[0])
+
+
+@settings(deadline=None)
+@given(**SHAPES, other=st.integers(1, 4), done=st.integers(0, 20))
+def test_resumed_at_another_world_size_sees_the_rest_once(
+    num_samples, batch_size, accumulation, world_size, other, done
+):
+    whole, samplers = ranks(num_samples, batch_size, accumulation, world_size, epoch=1)
+    start = min(num_samples, done * samplers[0].samples_per_step)
+    before = [sample for step in steps(whole, accumulation)[:done] for sample in step]
+    rest, _ = ranks(num_samples, batch_size, accumulation, other, epoch=1, start=start)
+    after = [sample for batches in rest for batch in batches for sample in batch]
+    assert sorted(before + after) == list(range(num_samples))
+
+
+def test_each_epoch_has_its_own_order_and_the_same_epoch_the_same():
+    first, _ = ranks(100, 4, 1, 1, epoch=0)
+    again, _ = ranks(100, 4, 1, 1, epoch=0)
+    second, _ = ranks(100, 4, 1, 1, epoch=1)
+    assert first == again != second
+    unshuffled, _ = ranks(100, 4, 1, 1, epoch=1, shuffle=False)
+    assert np.concatenate(unshuffled[0]).tolist() == list(range(100))
+
+
+def test_a_new_epoch_starts_at_its_beginning():
+    sampler = ShardedBatchSampler(10, 2)
+    sampler.set_start(6)
+    assert len(list(sampler)) == len(sampler) == sampler.steps_left == 2
+    sampler.set_epoch(1)
+    assert len(list(sampler)) == len(sampler) == sampler.steps_per_epoch == 5
+
+
+@pytest.mark.parametrize("wrong", [{"rank": 2, "world_size": 2}, {"batch_size": 0}, {"gradient_accumulation_steps": 0}])
+def test_impossible_samplers_are_refused(wrong):
+    with pytest.raises(ValueError):
+        ShardedBatchSampler(**{"num_samples": 10, "batch_size": 2, **wrong})
+    with pytest.raises(ValueError, match="cannot start after 11 of 10"):
+        ShardedBatchSampler(10, 2).set_start(11)
+
+
+@settings(deadline=None, max_examples=50)
+@given(num_tokens=st.integers(2, 100), block_length=st.integers(2, 20))
+def test_every_token_but_the_first_is_predicted_exactly_once(tmp_path_factory, num_tokens, block_length):
+    path = tmp_path_factory.mktemp("tokens") / "tokens.bin"
+    np.arange(1000, 1000 + num_tokens, dtype="<u2").tofile(path)
+    dataset = TokenBlockDataset(path, block_length, fill_id=7)
+    predicted = []
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        assert sample["input_ids"].shape == sample["labels"].shape == (block_length,)
+        assert sample["input_ids"].dtype == sample["labels"].dtype == torch.long
+        real = sample["labels"] != IGNORED_LABEL
+        assert torch.equal(sample["labels"][real], sample["input_ids"][real])
+        assert (sample["input_ids"][~real] == 7).all()
+        predicted += sample["labels"][1:][real[1:]].tolist()
+    assert predicted == list(range(1001, 1000 + num_tokens))
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+
+
+def test_a_dataset_travels_to_a_worker_without_its_tokens(tmp_path):
+    np.zeros(1_000_000, dtype="<u2").tofile(tmp_path / "tokens.bin")
+    dataset = TokenBlockDataset(tmp_path / "tokens.bin", 128)
+    dataset[0]
+    pickled = pickle.dumps(dataset)
+    assert len(pickled) < 2000
+    assert len(pickle.loads(pickled)) == len(dataset)
+    assert torch.equal(pickle.loads(pickled)[3]["input_ids"], dataset[3]["input_ids"])
+
+
+def test_labels_are_not_the_same_memory_as_the_inputs(tmp_path):
+    np.arange(100, dtype="<u2").tofile(tmp_path / "tokens.bin")
+    sample = TokenBlockDataset(tmp_path / "tokens.bin", 10)[0]
+    sample["labels"][0] = IGNORED_LABEL
+    assert sample["input_ids"][0] == 0
+
+
+@pytest.fixture
+def prepared(make_config):
+    config = make_config()
+    prepare_data(config)
+    return config
+
+
+def test_loaders_give_batches_and_an_empty_one_where_a_rank_has_nothing(prepared):
+    train, val = get_dataloaders(prepared, rank=0, world_size=1)
+    batch = next(iter(train))
+    assert set(batch) == {"input_ids", "labels"}
+    assert batch["input_ids"].shape == batch["labels"].shape == (4, 16)
+    world_size = 4
+    last = [list(get_dataloaders(prepared, rank, world_size)[0])[-1] for rank in range(world_size)]
+    assert sum(len(one["input_ids"]) for one in last) == len(train.dataset) % (4 * world_size)
+    assert all(one["input_ids"].shape[1] == 16 for one in last)
+    sizes = [[len(b["input_ids"]) for b in get_dataloaders(prepared, r, 3)[1]] for r in range(3)]
+    assert sum(map(sum, sizes)) == len(val.dataset)
+
+
+def test_a_rank_with_no_sample_gets_an_empty_batch_of_the_right_shape(make_config):
+    config = make_config(num_stories=3, max_seq_len=300, batch=4)
+    prepare_data(config)
+    windows = len(get_dataloaders(config, 0, 1)[0].dataset)
+    assert windows < 4
+    batches = [list(get_dataloaders(config, rank, 4)[0]) for rank in range(4)]
+    assert [len(one) for one in batches] == [1, 1, 1, 1]
+    assert sum(len(one[0]["input_ids"]) for one in batches) == windows
+    assert batches[3][0]["input_ids"].shape == (0, 300)
+    assert batches[3][0]["labels"].dtype == torch.long
+
+
+def test_world_size_and_rank_come_from_horovod_when_they_are_not_given(prepared):
+    train, _ = get_dataloaders(prepared)
+    assert (train.batch_sampler.rank, train.batch_sampler.world_size) == (0, 1)
+
+
+def test_iterating_draws_nothing_from_torchs_own_generator(prepared):
+    train, _ = get_dataloaders(prepared, 0, 1)
+    before = torch.get_rng_state()
+    list(train)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_worker_processes_give_the_same_batches(make_config):
+    config = make_config(num_workers=1)
+    prepare_data(config)
+    alone = [batch["input_ids"] for batch in get_dataloaders(make_config(), 0, 1)[1]]
+    workers = [batch["input_ids"] for batch in get_dataloaders(config, 0, 1)[1]]
+    assert len(alone) == len(workers)
+    assert all(torch.equal(one, other) for one, other in zip(alone, workers, strict=True))
+
+
+def test_memory_is_pinned_only_for_a_gpu(prepared):
+    train, _ = get_dataloaders(prepared, 0, 1)
+    assert train.pin_memory == torch.cuda.is_available()
+
+
+def test_loading_before_preparing_says_which_command_prepares(make_config, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="no prepared data in .*python -m horovod_lm.data --config"):
+        get_dataloaders(make_config(), 0, 1)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="notebooks/data/preprocessed/v1.*python -m horovod_lm.data"):
+        load_preprocessed_data()
+
+
+@pytest.mark.parametrize("key, value", [("seed", 8), ("max_seq_len", 20), ("num_stories", 99), ("tokenizer", "bpe"), ("val_fraction", 0.5)])
+def test_data_of_other_settings_are_refused_with_the_setting_named(prepared, make_config, key, value):
+    with pytest.raises(DataError, match=rf"{key}=.* configuration has {value}"):
+        get_dataloaders(make_config(**{key: value}), 0, 1)
+
+
+def test_a_model_with_too_small_a_vocabulary_is_refused(prepared, make_config):
+    with pytest.raises(DataError, match="257 tokens and the model room for 200"):
+        get_dataloaders(make_config(vocab_size=200), 0, 1)
+
+
+def test_fault_8_data_are_read_where_they_were_written_from_any_folder(make_config, tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    prepare_data(make_config(data_dir="notebooks/data/preprocessed/v1"))
+    for folder in ("notebooks", "."):
+        monkeypatch.chdir(tmp_path / folder)
+        train, val = load_preprocessed_data()
+        assert train.path == tmp_path / "notebooks/data/preprocessed/v1/train.bin"
+        assert train[0]["input_ids"].shape == val[0]["input_ids"].shape == (16,)
+        assert (train.path.parent / "tokenizer.json").is_file()
+
+
+def test_fault_11_every_rank_has_the_same_split(make_config):
+    config = make_config(val_fraction=0.2)
+    prepare_data(config)
+    val = {tuple(batch.tolist()) for rank in range(3) for b in get_dataloaders(config, rank, 3)[1] for batch in b["input_ids"]}
+    train = {tuple(batch.tolist()) for rank in range(3) for b in get_dataloaders(config, rank, 3)[0] for batch in b["input_ids"]}
+    expected_train, expected_val = load_preprocessed_data(config.resolve(config.data.data_dir))
+    assert train == {tuple(one["input_ids"].tolist()) for one in expected_train}
+    assert val == {tuple(one["input_ids"].tolist()) for one in expected_val}

@@ -1,0 +1,298 @@
+"""Preparing: whole or not at all, once, the same each time, and in constant memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from horovod_lm.data import get_dataloaders, prepare_data
+from horovod_lm.data.prepare import FILES, read_metadata
+from horovod_lm.data.stories import generate_stories, story_count, story_entropy
+from horovod_lm.data.tokenizers import load_tokenizer
+from horovod_lm.utils.config import Config, save_config
+from horovod_lm.utils.errors import DataError
+
+
+def folder_of(config: Config) -> Path:
+    return config.resolve(config.data.data_dir)
+
+
+def contents(config: Config) -> dict[str, bytes]:
+    return {name: (folder_of(config) / name).read_bytes() for name in FILES}
+
+
+def documents_in(config: Config, part: str) -> list[str]:
+    """Read the documents back from a token file."""
+    folder = folder_of(config)
+    metadata, tokenizer = read_metadata(folder), load_tokenizer(folder / "tokenizer.json")
+    tokens = np.fromfile(folder / f"{part}.bin", dtype=metadata["dtype"])
+    ends = np.flatnonzero(tokens == tokenizer.eot_id)
+    assert ends[0] == 0 and ends[-1] == len(tokens) - 1
+    return [tokenizer.decode(tokens[a + 1 : b]) for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def count_calls(config: Config, **arguments) -> list[str]:
+    phases: list[str] = []
+    prepare_data(config, progress=lambda phase, done: phases.append(phase), **arguments)
+    return phases
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "byte"])
+def test_every_document_is_there_once_and_none_of_validation_is_in_training(make_config, tokenizer):
+    config = make_config(tokenizer=tokenizer, num_stories=300, val_fraction=0.1)
+    metadata = prepare_data(config)
+    train, val = documents_in(config, "train"), documents_in(config, "val")
+    assert sorted(train + val) == sorted(generate_stories(300, config.seed))
+    assert not set(train) & set(val)
+    assert metadata["train"]["documents"] == len(train) and metadata["val"]["documents"] == len(val)
+    assert len(val) == pytest.approx(30, abs=4 * 300**0.5 * 0.3)
+
+
+def test_metadata_says_what_the_files_hold(make_config):
+    config = make_config(tokenizer="bpe")
+    metadata = prepare_data(config)
+    assert metadata == read_metadata(folder_of(config))
+    for part in ("train", "val"):
+        data = (folder_of(config) / f"{part}.bin").read_bytes()
+        assert metadata[part]["sha256"] == hashlib.sha256(data).hexdigest()
+        assert metadata[part]["tokens"] == len(data) // 2
+    text = list(generate_stories(100, config.seed))
+    assert metadata["train"]["bytes"] + metadata["val"]["bytes"] == sum(map(len, text))
+    assert metadata["block_length"] == 16 and metadata["settings"]["seed"] == 7
+    stories = metadata["stories"]
+    assert stories["entropy_nats_per_story"] == story_entropy()
+    assert stories["different_stories"] == story_count()
+    tokenizer = load_tokenizer(folder_of(config) / "tokenizer.json")
+    lengths = [len(tokenizer.encode(story)) + 1 for story in text]  # and end-of-text
+    assert stories["tokens_per_story"] == pytest.approx(np.mean(lengths), abs=1e-3)
+
+
+def test_preparing_twice_gives_the_same_bytes(make_config):
+    one, two = make_config(tokenizer="bpe"), make_config(tokenizer="bpe", data_dir="elsewhere")
+    prepare_data(one)
+    prepare_data(two)
+    assert contents(one) == contents(two)
+    prepare_data(one, force=True)
+    assert contents(one) == contents(two)
+
+
+def test_nothing_is_done_when_nothing_has_changed(make_config):
+    config = make_config()
+    assert count_calls(config)
+    before = {name: (folder_of(config) / name).stat().st_mtime_ns for name in FILES}
+    assert not count_calls(config)
+    assert before == {name: (folder_of(config) / name).stat().st_mtime_ns for name in FILES}
+    assert count_calls(config, force=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seed", 8), ("num_stories", 101), ("val_fraction", 0.2), ("max_seq_len", 17), ("tokenizer", "bpe"), ("max_bytes", 9000)],
+)
+def test_a_change_of_what_the_data_depend_on_prepares_again(make_config, key, value):
+    prepare_data(make_config())
+    assert count_calls(make_config(**{key: value}))
+
+
+def test_a_change_of_anything_else_does_not(make_config):
+    prepare_data(make_config())
+    assert not count_calls(make_config(batch=8, num_workers=2, vocab_size=999))
+
+
+def test_a_changed_text_file_prepares_again(make_config, tmp_path):
+    text = tmp_path / "book.txt"
+    text.write_text("a line of text\n" * 100)
+    config = make_config(source="files", path="book.txt")
+    assert count_calls(config) and not count_calls(config)
+    text.write_text("a line of text\n" * 100 + "one more line\n")
+    assert count_calls(config)
+    assert "one more line" in "".join(documents_in(config, "val"))
+
+
+@pytest.mark.parametrize("damage", [*FILES, "cut"])
+def test_data_that_are_not_whole_are_prepared_again(make_config, damage):
+    config = make_config()
+    prepare_data(config)
+    whole = contents(config)
+    if damage == "cut":
+        os.truncate(folder_of(config) / "train.bin", 10)
+    else:
+        (folder_of(config) / damage).unlink()
+    assert read_metadata(folder_of(config)) is None
+    with pytest.raises(DataError, match="no prepared data"):
+        get_dataloaders(config, 0, 1)
+    prepare_data(config)
+    assert contents(config) == whole
+
+
+def test_a_killed_preparation_leaves_the_old_data_and_no_half_ones(make_config, tmp_path):
+    config = make_config()
+    prepare_data(config)
+    old = contents(config)
+    save_config(make_config(num_stories=10_000_000), tmp_path / "configs" / "long.yaml")
+    command = [sys.executable, "-m", "horovod_lm.data", "--config", str(tmp_path / "configs" / "long.yaml")]
+    command += ["--set", "data.num_stories=150000"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    partial = folder_of(config) / ".partial" / "train.bin"
+    deadline = time.monotonic() + 120
+    while not (partial.exists() and partial.stat().st_size > 100_000) and time.monotonic() < deadline:
+        assert process.poll() is None, "it was to be killed before its end"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert partial.exists()
+    assert contents(config) == old
+    get_dataloaders(config, 0, 1)
+    assert not count_calls(config)  # the old data are still known to be whole
+    prepare_data(config, force=True)  # and the killed process holds no lock
+    assert contents(config) == old
+    assert sorted(path.name for path in folder_of(config).iterdir()) == sorted([*FILES, ".lock"])
+
+
+def test_two_processes_at_once_prepare_once(make_config, tmp_path):
+    config = make_config(num_stories=3000)
+    file = save_config(config, tmp_path / "configs" / "both.yaml")
+    command = [sys.executable, "-m", "horovod_lm.data", "--config", str(file)]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sorted("prepared in" in output for output in outputs) == [False, True]
+    assert sorted("the data are there already" in output for output in outputs) == [False, True]
+    assert read_metadata(folder_of(config)) is not None
+
+
+def test_other_files_in_the_data_folder_are_left_alone(make_config, tmp_path):
+    (tmp_path / "book.txt").write_text("a line of text\n" * 100)
+    config = make_config(source="files", path="book.txt", data_dir=".")
+    prepare_data(config)
+    assert not count_calls(config)
+    prepare_data(config, force=True)
+    assert (tmp_path / "book.txt").read_text() == "a line of text\n" * 100
+
+
+def test_a_single_text_file_trains_and_validates(make_config, tmp_path):
+    lines = "".join(f"This is line {index} of my only book.\n" for index in range(500))
+    (tmp_path / "book.txt").write_text(lines)
+    config = make_config(source="files", path="book.txt", tokenizer="bpe")
+    metadata = prepare_data(config)
+    assert metadata["split"] == "the end of the one document is for validation"
+    (train,), (val,) = documents_in(config, "train"), documents_in(config, "val")
+    assert train + val == lines
+    train_loader, val_loader = get_dataloaders(config, 0, 1)
+    assert len(train_loader.dataset) > 10 * len(val_loader.dataset) > 0
+
+
+def test_the_python_corpus_is_split_by_document(make_config):
+    metadata = prepare_data(make_config(source="python", max_bytes=300_000))
+    assert metadata["split"] == "by document"
+    assert metadata["train"]["bytes"] + metadata["val"]["bytes"] <= 300_000
+    assert metadata["train"]["documents"] > metadata["val"]["documents"] >= 1
+
+
+def test_a_bpe_learns_from_training_text_only(make_config, tmp_path):
+    for index in range(20):
+        (tmp_path / f"{index}.txt").write_text(f"{'x' * index}word{chr(97 + index) * 9} " * 50)
+    config = make_config(source="files", path="*.txt", tokenizer="bpe", vocab_size=2000, val_fraction=0.2)
+    prepare_data(config)
+    tokenizer = load_tokenizer(folder_of(config) / "tokenizer.json")
+    for part, least, most in (("train", 1, 2), ("val", 3, 99)):
+        for document in documents_in(config, part):
+            word = " " + document.split()[0]
+            assert least <= len(tokenizer.encode(word)) <= most, (part, word)
+
+
+def test_a_large_vocabulary_takes_four_bytes_per_token(make_config, tmp_path, monkeypatch):
+    from horovod_lm.data import prepare
+
+    class Wide(prepare.TokenWriter):
+        pass
+
+    writer = Wide(tmp_path / "tokens.bin", "<u4", 70_000)
+    writer.write([69_999, 65_536], 2, True)
+    assert writer.close().tokens == 4
+    assert np.fromfile(tmp_path / "tokens.bin", "<u4").tolist() == [70_000, 69_999, 65_536, 70_000]
+
+
+def test_memory_does_not_grow_with_the_corpus(make_config, tmp_path):
+    """Peak memory with 24 MB of text is that with 3 MB, and not by the lists of a 24 MB corpus more."""
+    line = "All work and no play makes a very long book of the same line.\n"
+    script = (
+        "import resource, sys\n"
+        "from horovod_lm.data.prepare import prepare_data\n"
+        "from horovod_lm.utils.config import load_config\n"
+        "prepare_data(load_config(sys.argv[1]))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    peaks = []
+    for megabytes in (3, 24):
+        (tmp_path / "book.txt").write_text(line * (megabytes * 1_000_000 // len(line)))
+        config = make_config(source="files", path="book.txt", data_dir=f"data{megabytes}")
+        file = save_config(config, tmp_path / "configs" / f"{megabytes}.yaml")
+        done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) / 1024)  # KiB -> MiB
+    assert peaks[1] - peaks[0] < 15, peaks
+
+
+def test_too_little_text_is_a_sentence(make_config, tmp_path):
+    (tmp_path / "tiny.txt").write_text("tiny text")
+    config = make_config(source="files", path="tiny.txt", max_seq_len=100)
+    with pytest.raises(DataError, match=r"tiny.txt gives \d+ training tokens, fewer than one block of 100"):
+        prepare_data(config)
+    assert not (folder_of(config) / "metadata.json").exists()
+    assert not (folder_of(config) / ".partial").exists()
+
+
+def test_no_text_at_all_is_a_sentence(make_config, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    for tokenizer in ("byte", "bpe"):
+        with pytest.raises(DataError, match="empty.txt holds no text"):
+            prepare_data(make_config(source="files", path="empty.txt", tokenizer=tokenizer))
+
+
+def test_a_tokenizer_larger_than_the_model_is_a_sentence(make_config):
+    with pytest.raises(DataError, match="byte has 257 tokens.*room for 200: set model.vocab_size=257 or more"):
+        prepare_data(make_config(vocab_size=200))
+
+
+def test_a_bpe_smaller_than_the_model_is_fine(make_config):
+    metadata = prepare_data(make_config(tokenizer="bpe", vocab_size=50_000))
+    assert 257 < metadata["tokenizer"]["vocab_size"] < 2000
+
+
+def test_a_failed_preparation_leaves_the_old_data(make_config, tmp_path):
+    text = tmp_path / "book.txt"
+    text.write_text("a line of text\n" * 100)
+    config = make_config(source="files", path="book.txt")
+    prepare_data(config)
+    old = contents(config)
+    with text.open("ab") as stream:
+        stream.write(b"\xff bad")
+    with pytest.raises(DataError, match="book.txt is not UTF-8"):
+        prepare_data(config)
+    assert contents(config) == old
+    assert not (folder_of(config) / ".partial").exists()
+
+
+def test_a_data_folder_that_cannot_be_made_is_a_sentence(make_config, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match="cannot be written to .*file/data"):
+        prepare_data(make_config(data_dir="file/data"))
+
+
+def test_metadata_is_plain_json_that_a_person_can_read(make_config):
+    config = make_config()
+    prepare_data(config)
+    text = (folder_of(config) / "metadata.json").read_text(encoding="utf-8")
+    assert text.count("\n") > 20
+    assert json.loads(text)["tokenizer"] == {"name": "byte", "vocab_size": 257, "eot_id": 256}

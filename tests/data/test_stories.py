@@ -1,0 +1,146 @@
+"""The stories: their exact entropy against samples, their ties, their grammar and their variety."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import statistics
+from collections import Counter
+
+import pytest
+
+from horovod_lm.data.grammar import Alternative, Draw, Grammar, Recall
+from horovod_lm.data.stories import (
+    BOYS,
+    GIRLS,
+    RULES,
+    generate_stories,
+    generate_story,
+    story_count,
+    story_entropy,
+    story_grammar,
+    story_log_probability,
+)
+
+STORIES = list(generate_stories(4000, seed=0))
+
+
+def test_there_are_more_than_a_trillion_stories():
+    sizes = {symbol: len(alternatives) for symbol, alternatives in RULES.items()}
+    habits = {size for symbol, size in sizes.items() if symbol.endswith("_habit")}
+    assert habits == {4}  # every friend has as many habits, so the count is one product
+    drawn = [symbol for symbol in sizes if symbol != "story" and not symbol.endswith("_habit")]
+    assert story_count() == 4 * math.prod(sizes[symbol] for symbol in drawn)
+    assert story_count() > 10**12
+
+
+def test_entropy_is_the_sum_of_the_draws_entropies():
+    uniform = math.log(story_count() / 3)  # all but the opening
+    opening = -sum(p * math.log(p) for p in (0.6, 0.2, 0.2))
+    assert story_entropy() == pytest.approx(uniform + opening, abs=1e-9)
+
+
+def test_stories_score_the_entropy_on_average():
+    scores = [-story_log_probability(story) for story in STORIES]
+    error = statistics.stdev(scores) / math.sqrt(len(scores))
+    assert statistics.mean(scores) == pytest.approx(story_entropy(), abs=4 * error)
+    assert error < 0.02  # nats, so that the line above says something
+
+
+def test_no_text_of_a_symbol_begins_another_so_that_every_story_parses_in_one_way():
+    """Read from the left, each draw can then be told from the text alone: the grammar is unambiguous."""
+    grammar = story_grammar()
+    for symbol, alternatives in grammar.rules.items():
+        if symbol == "story":
+            assert len(alternatives) == 1
+            continue
+        texts = [one.text.replace("{toy}", "TOY") for one in alternatives]
+        assert not any("{" in text for text in texts)
+        for one, other in itertools.permutations(texts, 2):
+            assert not other.startswith(one), (symbol, one, other)
+
+
+def test_every_story_is_parsed_and_a_changed_one_is_not():
+    for story in STORIES[:500]:
+        assert -100 < story_log_probability(story) < 0
+        assert story_log_probability(story + " ") == story_log_probability(story[:-1]) == -math.inf
+
+
+def test_the_ties_of_the_first_sentence_come_back_in_the_last():
+    first = re.compile(r"^(?:Once upon a time|One fine day|Long ago), (\w+) \w+ (her|his) \w+ (\w+) (\w+) the (\w+)\.")
+    last = re.compile(r"So (\w+) \w+ and \w+ with (her|his) dear (\w+) (\w+) the same (\w+) until [^.]*\.$")
+    for story in STORIES:
+        ties = first.search(story).groups()
+        assert last.search(story).groups() == ties
+        assert ties[1] == ("her" if ties[0] in GIRLS else "his")
+        assert f"Soon {'she' if ties[0] in GIRLS else 'he'} met" in story
+    assert not set(GIRLS) & set(BOYS)
+
+
+@pytest.mark.parametrize("word", ["name", "pronoun", "toy", "place", "friend"])
+def test_breaking_one_tie_makes_a_story_impossible(word):
+    story = generate_story(0, 1)
+    pattern = {
+        "name": r"So \w+", "pronoun": r"with (her|his)", "toy": r"dear \w+", "place": r"same \w+", "friend": r"The \w+",
+    }[word]  # fmt: skip
+    seen = {re.search(pattern, other).group() for other in STORIES[:500]}
+    assert len(seen) > 1
+    for replacement in seen:
+        changed = re.sub(pattern, replacement, story)
+        assert (changed == story) == (story_log_probability(changed) > -math.inf)
+
+
+def test_the_stories_have_at_least_two_hundred_words_and_no_rare_ones():
+    words = Counter(word for story in STORIES for word in re.findall(r"[A-Za-z]+", story))
+    assert len(words) >= 200
+    assert min(words.values()) > len(STORIES) / 100
+
+
+def test_stories_are_english_sentences_of_a_fitting_length():
+    for story in STORIES[:1000]:
+        assert 45 <= len(story.split()) <= 75
+        assert not re.search(r"\ba [aeiou]|\ban (?!honest)[^aeiou]", story), story
+        assert "  " not in story and "{" not in story and story == story.strip()
+        for sentence in re.split(r'(?<=[.?])"? ', story):
+            assert sentence.lstrip('"')[0].isupper() or sentence.split()[0] in RULES["asked"], story
+
+
+def test_a_story_is_a_function_of_seed_and_index():
+    assert generate_story(3, 14) == generate_story(3, 14)
+    assert len({generate_story(seed, index) for seed in range(10) for index in range(100)}) == 1000
+    assert list(generate_stories(5, seed=9)) == [generate_story(9, index) for index in range(5)]
+
+
+def test_most_stories_start_with_once_upon_a_time():
+    share = sum(story.startswith("Once upon a time, ") for story in STORIES) / len(STORIES)
+    assert share == pytest.approx(0.6, abs=4 * math.sqrt(0.6 * 0.4 / len(STORIES)))
+
+
+def test_a_smaller_grammar_of_the_same_shape_has_the_entropy_that_brute_force_finds():
+    """The stories' own sentences, with few alternatives for each draw: 768 texts."""
+    keep = {"opening", "name", "toys", "places", "animal", "bird_habit", "wood_habit", "question", "late", "colour"}
+    small = {
+        symbol: alternatives if symbol == "story" else [alternatives[0], alternatives[-1]][: 1 + (symbol in keep)]
+        for symbol, alternatives in RULES.items()
+    }
+    small["animal"] = [Alternative("owl", 1, {"habit": "{bird_habit}"}), Alternative("mouse", 3, {"habit": "{wood_habit}"})]
+    small["bird_habit"] = RULES["bird_habit"]
+    grammar = Grammar(small)
+    texts = list(grammar.texts())
+    assert len(dict(texts)) == len(texts) == grammar.count() > 500
+    assert math.fsum(p for _, p in texts) == pytest.approx(1, abs=1e-9)
+    brute_force = -math.fsum(p * math.log(p) for _, p in texts)
+    assert grammar.entropy() == pytest.approx(brute_force, abs=1e-9)
+    for text, probability in texts[::50]:
+        assert grammar.log_probability(text) == pytest.approx(math.log(probability))
+
+
+def test_every_rule_is_used():
+    grammar = story_grammar()
+    texts = [text for rules in grammar.rules.values() for one in rules for text in (one.text, *one.features.values())]
+    drawn = {part.symbol for text in texts for part in grammar._parts[text] if isinstance(part, Draw)}
+    recalled = {part.feature for text in texts for part in grammar._parts[text] if isinstance(part, Recall)}
+    assert drawn | {"story"} == set(RULES)
+    features = {name for rules in grammar.rules.values() for one in rules for name in one.features}
+    assert features | {"text"} == recalled

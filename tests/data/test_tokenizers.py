@@ -1,0 +1,153 @@
+"""Tokenizers: exact round trips of any text, and an end-of-text that no text can make."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from horovod_lm.data.stories import generate_stories
+from horovod_lm.data.tokenizers import (
+    END_OF_TEXT,
+    BPETokenizer,
+    ByteTokenizer,
+    GPT2Tokenizer,
+    load_tokenizer,
+    make_tokenizer,
+    train_bpe,
+)
+from horovod_lm.utils.errors import DataError
+
+TOKENIZERS = {
+    "bpe": train_bpe([*generate_stories(200, seed=0), "def f(x):\n    return x\n" * 50], 500),
+    "byte": ByteTokenizer(),
+}
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@pytest.fixture(params=sorted(TOKENIZERS))
+def tokenizer(request):
+    return TOKENIZERS[request.param]
+
+
+@settings(deadline=None)
+@given(text=ANY_TEXT)
+@example(text="\N{FAMILY}\N{ZERO WIDTH JOINER}👩🏽‍🚀 naïve \x00\x01\x7f\r\n\t  trailing  ")
+@example(text=END_OF_TEXT)
+@example(text=f"one{END_OF_TEXT}{END_OF_TEXT} two")
+@example(text="")
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_any_text_comes_back_exactly_and_never_makes_end_of_text(name, text):
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eot_id not in ids
+    assert all(0 <= token < tokenizer.vocab_size for token in ids)
+    assert tokenizer.encode_batch([text, "", text]) == [ids, [], ids]
+
+
+@settings(deadline=None)
+@given(data=st.binary())
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_any_ids_decode_to_some_text(name, data):
+    tokenizer = TOKENIZERS[name]
+    assert isinstance(tokenizer.decode([3 * byte for byte in data]), str)
+
+
+def test_every_byte_has_a_token(tokenizer):
+    text = "".join(map(chr, range(0x800)))  # its UTF-8 holds every byte that one- and two-byte characters use
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_end_of_text_and_ids_of_no_token_can_be_decoded(tokenizer):
+    ids = [*tokenizer.encode("a"), tokenizer.eot_id, *tokenizer.encode("b"), tokenizer.vocab_size, -1]
+    assert tokenizer.decode(ids) == f"a{END_OF_TEXT}b\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}"
+
+
+def test_json_restores_the_same_tokenizer_without_any_file(tokenizer, tmp_path):
+    text = "Once upon a time, naïve 🦉"
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    for source in (tokenizer.to_json(), tmp_path / "tokenizer.json", str(tmp_path / "tokenizer.json")):
+        restored = load_tokenizer(source)
+        assert (restored.name, restored.vocab_size, restored.eot_id) == (
+            tokenizer.name, tokenizer.vocab_size, tokenizer.eot_id,
+        )  # fmt: skip
+        assert restored.encode(text) == tokenizer.encode(text)
+        assert restored.to_json() == tokenizer.to_json()
+
+
+def test_bpe_learns_words_and_reports_a_vocabulary_smaller_than_asked_for():
+    small = train_bpe(["the owl and the owl and the owl"], 10_000)
+    assert 257 < small.vocab_size < 300
+    assert small.eot_id == small.vocab_size - 1
+    assert len(small.encode(" owl")) == 1
+
+
+def test_bpe_of_the_asked_size_has_that_size_with_end_of_text():
+    assert train_bpe(generate_stories(200, seed=0), 300).vocab_size == 300
+
+
+def test_bpe_training_is_deterministic():
+    assert train_bpe(generate_stories(300, 1), 500).to_json() == train_bpe(generate_stories(300, 1), 500).to_json()
+
+
+def test_a_vocabulary_smaller_than_the_bytes_is_refused():
+    with pytest.raises(DataError, match="at least 257 tokens.*model.vocab_size is 256"):
+        train_bpe(["text"], 256)
+
+
+def test_gpt2_works_or_says_quickly_in_one_sentence_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    started = time.monotonic()
+    with pytest.raises(DataError, match="cannot be downloaded.*data.tokenizer=bpe") as caught:
+        make_tokenizer("gpt2")
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - started < 60  # not the minutes of a client that retries
+
+
+def test_gpt2_where_its_file_can_be_had():
+    try:
+        gpt2 = GPT2Tokenizer()
+    except DataError as error:
+        pytest.skip(str(error))
+    assert gpt2.encode("Hello world") == [15496, 995]
+    assert gpt2.eot_id not in gpt2.encode(f"a {END_OF_TEXT} b")
+    assert gpt2.decode(gpt2.encode(f"🦉 {END_OF_TEXT}")) == f"🦉 {END_OF_TEXT}"
+    assert gpt2.decode([gpt2.eot_id, 60_000]) == f"{END_OF_TEXT}\N{REPLACEMENT CHARACTER}"
+
+
+def test_an_unknown_tokenizer_is_a_sentence():
+    with pytest.raises(DataError, match="no tokenizer 'word': use bpe, byte or gpt2"):
+        make_tokenizer("word")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ['{"name": "bpe"}', "{", '{"name": "bpe", "tokenizer": {"version": "1.0"}}', '{"name": "word"}', "{}"],
+)
+def test_json_that_is_no_tokenizer_is_a_sentence(source):
+    with pytest.raises(DataError):
+        load_tokenizer(source)
+
+
+def test_a_tokenizer_file_cut_at_any_place_is_a_sentence():
+    whole = TOKENIZERS["bpe"].to_json()
+    for size in range(1, len(whole), 997):
+        with pytest.raises(DataError):
+            load_tokenizer(whole[:size])
+
+
+def test_a_missing_tokenizer_file_is_a_sentence(tmp_path):
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_bpe_json_holds_the_whole_vocabulary():
+    content = json.loads(TOKENIZERS["bpe"].to_json())
+    assert len(content["tokenizer"]["model"]["vocab"]) == TOKENIZERS["bpe"].vocab_size - 1
+    assert isinstance(load_tokenizer(json.dumps(content)), BPETokenizer)
