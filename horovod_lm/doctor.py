@@ -70,9 +70,8 @@ def check_torch() -> Iterator[Finding]:
         yield Finding("torch", FAIL, f"cannot be imported: {error}", "make setup")
         return
     yield Finding("torch", OK, torch.__version__)
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    if gpus:
-        yield Finding("GPU", OK, ", ".join(gpus))
+    if gpus_seen():
+        yield Finding("GPU", OK, ", ".join(gpus_seen()))
     elif shutil.which("nvidia-smi"):
         cure = "install a CUDA build of torch, then: python -m horovod_lm.install_horovod"
         yield Finding(
@@ -112,10 +111,13 @@ def check_horovod() -> Iterator[Finding]:
     else:
         yield Finding("Horovod", OK, f"{version}, built here with the repairs")
     says = ", ".join(f"{name} {'yes' if has else 'no'}" for name, has in built.items())
-    if built["gloo"]:
-        yield Finding("transports", OK, f"{says} (gloo is the one that the course needs)")
-    else:
+    if not built["gloo"]:
         yield Finding("transports", FAIL, f"{says}; the course needs gloo", f"{build} --force")
+    elif gpus_seen() and not built["nccl"]:
+        cure = f"if speed matters: {build} --nccl (it says what it needs)"
+        yield Finding("transports", WARN, f"{says}; GPUs talk by way of the CPU", cure)
+    else:
+        yield Finding("transports", OK, f"{says} (gloo is the one that the course needs)")
 
 
 def check_cores() -> Iterator[Finding]:
@@ -230,6 +232,15 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_tokenizers,
     check_two_ranks,
 )
+
+
+def gpus_seen() -> list[str]:
+    """The names of the GPUs that torch can use; empty without torch."""
+    try:
+        import torch
+    except ImportError:
+        return []
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 def examine() -> Iterator[Finding]:

@@ -31,7 +31,7 @@ class Toolchain:
         python: which Python's binary interface the wheel is for.
         platform: operating system and processor.
         compiler: what the C++ compiler calls itself.
-        mpi: what MPI's compiler calls itself, or None for a build without MPI.
+        mpi: what MPI calls itself, or None for a build without MPI.
         nccl: the CUDA version of torch, or None for a build without NCCL.
     """
 
@@ -61,21 +61,18 @@ def inspect_toolchain(mpi: bool = False, nccl: bool | None = None) -> Toolchain:
 
     Args:
         mpi: build MPI in beside Gloo.
-        nccl: build NCCL in; None means when both nvcc and a CUDA torch are here.
+        nccl: build NCCL in; None means when all that it needs is here.
 
     Raises:
         UserError: something that the build needs, or that was asked for, is not here.
     """
     torch_version, torch_cuda = _installed_torch()
-    can_nccl = torch_cuda is not None and shutil.which("nvcc") is not None
-    if nccl and not can_nccl:
+    lacking = what_nccl_lacks(torch_cuda)
+    if nccl and lacking:
+        raise UserError(f"--nccl cannot be built here: {'; '.join(lacking)}")
+    if mpi and not (shutil.which("mpicxx") and shutil.which("mpirun")):
         raise UserError(
-            "--nccl needs both NVIDIA's compiler `nvcc` on PATH and a CUDA build of torch; "
-            f"here: nvcc {shutil.which('nvcc') or 'not found'}, torch {torch_version}"
-        )
-    if mpi and shutil.which("mpicxx") is None:
-        raise UserError(
-            "--mpi needs MPI's compiler `mpicxx` on PATH; on Debian or Ubuntu: "
+            "--mpi needs MPI's `mpicxx` and `mpirun` on PATH; on Debian or Ubuntu: "
             "apt-get install libopenmpi-dev openmpi-bin"
         )
     _check_what_the_build_needs()
@@ -86,9 +83,31 @@ def inspect_toolchain(mpi: bool = False, nccl: bool | None = None) -> Toolchain:
         python=sys.implementation.cache_tag,
         platform=sysconfig.get_platform(),
         compiler=describe_compiler(),
-        mpi=_first_line("mpicxx", "--version") if mpi else None,
-        nccl=f"CUDA {torch_cuda}" if (can_nccl if nccl is None else nccl) else None,
+        mpi=_first_line("mpirun", "--version") if mpi else None,
+        nccl=f"CUDA {torch_cuda}" if nccl or (nccl is None and not lacking) else None,
     )
+
+
+def what_nccl_lacks(torch_cuda: str | None) -> list[str]:
+    """What is missing to build NCCL in, a few words each.
+
+    Args:
+        torch_cuda: the CUDA version that torch was built for, or None.
+    """
+    lacking = []
+    if torch_cuda is None:
+        lacking.append("the torch that is installed is not a CUDA build")
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        lacking.append("NVIDIA's compiler `nvcc` is not on PATH")
+    chosen = [os.environ.get("HOROVOD_NCCL_INCLUDE"), os.environ.get("HOROVOD_NCCL_HOME")]
+    folders = [Path(place) for place in (*chosen, os.environ.get("CONDA_PREFIX")) if place]
+    folders += [Path(nvcc).resolve().parents[1]] if nvcc else []
+    folders += [Path("/usr"), Path("/usr/local")]
+    headers = [folder / name for folder in folders for name in ("nccl.h", "include/nccl.h")]
+    if not any(header.is_file() for header in headers):
+        lacking.append("nccl.h was not found (install libnccl-dev, or set HOROVOD_NCCL_HOME)")
+    return lacking
 
 
 def find_compiler() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -121,13 +122,16 @@ def _run(command: list[str], env: dict[str, str], seconds: float) -> str:
             _stop(process)
             raise
     if process.returncode != 0:
-        errors = [
-            line
-            for line in err.splitlines()
-            if "Error: " in line and "Horovod detected" not in line
-        ]
-        raise TrialError(last_line(errors[0] if errors else err or out))
+        raise TrialError(_reason(process.returncode, out, err))
     return out
+
+
+def _reason(code: int, out: str, err: str) -> str:
+    """What a failed process said last; of a failed job, what its first failing rank said."""
+    if code < 0 and not err.strip():
+        return f"the process was ended by {signal.Signals(-code).name}, and said nothing"
+    of_ranks = [line for line in err.splitlines() if "<stderr>:" in line and "Error: " in line]
+    return last_line(of_ranks[0] if of_ranks else err or out)
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

@@ -74,14 +74,27 @@ def test_no_make_is_one_sentence(only_on_path):
 
 def test_mpi_without_its_compiler_is_one_sentence(only_on_path):
     only_on_path("make", "c++")
-    with pytest.raises(UserError, match="^--mpi needs MPI's compiler `mpicxx`.*libopenmpi-dev"):
+    with pytest.raises(
+        UserError, match="^--mpi needs MPI's `mpicxx` and `mpirun` on PATH.*libopenmpi-dev"
+    ):
         inspect_toolchain(mpi=True)
 
 
-def test_nccl_without_nvcc_is_one_sentence(only_on_path):
+def test_nccl_that_cannot_be_built_says_all_that_is_lacking(only_on_path):
     only_on_path("make", "c++")
-    with pytest.raises(UserError, match="^--nccl needs both .* nvcc not found, torch"):
+    with pytest.raises(UserError, match="^--nccl cannot be built here: .*`nvcc` is not on PATH"):
         inspect_toolchain(nccl=True)
+
+
+def test_nccl_is_found_where_the_user_says(only_on_path, tmp_path, monkeypatch):
+    only_on_path("make")
+    (tmp_path / "nvcc").write_text("#!/bin/sh\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "nccl.h").write_text("")
+    monkeypatch.setenv("HOROVOD_NCCL_HOME", str(tmp_path))
+    assert toolchain.what_nccl_lacks("12.8") == []
+    assert toolchain.what_nccl_lacks(None) == ["the torch that is installed is not a CUDA build"]
 
 
 def test_missing_modules_are_named(monkeypatch):
