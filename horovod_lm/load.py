@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from horovod_lm.checkpoint import BEST, FINAL, find_checkpoints, read_checkpoint, restore
+from horovod_lm.models.layout import store_by_column
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.config import Config, config_from_dict, load_config
 from horovod_lm.utils.errors import CheckpointError, ConfigError
@@ -44,6 +45,7 @@ def load_model_for_generation(
     config = _config_for(checkpoint, path, config_path)
     model = TransformerLM(**config.model.model_dump())
     restore(checkpoint, model=model, name=str(path))
+    store_by_column(model)
     tokenizer = _tokenizer_for(checkpoint, path, config)
     return model.to(choose_device(device)).eval(), tokenizer, config
 

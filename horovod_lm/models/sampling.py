@@ -81,19 +81,25 @@ def filtered_probabilities(logits: Tensor, settings: SamplingSettings) -> Tensor
 
 
 def draw(logits: Tensor, settings: SamplingSettings, generator: torch.Generator) -> Tensor:
-    """Draw one token per row: (B, V) logits -> (B,) token ids, as `filtered_probabilities` says."""
+    """Draw one token per row: (B, V) logits -> (B,) token ids, as `filtered_probabilities` says.
+
+    The same filters in fewer steps: once the largest logits stand in order, both are cuts.
+    """
     if settings.greedy:
         return logits.argmax(dim=-1)
-    logits, candidates = logits.float(), None
-    if settings.top_k and settings.top_k < logits.shape[-1]:
-        # From here on k candidates instead of V tokens: sorting a whole vocabulary takes longer
-        # than the model itself.
-        logits, candidates = logits.topk(settings.top_k, dim=-1)  # (B, V) -> (B, k)
-    probabilities = filtered_probabilities(
-        logits, SamplingSettings(settings.temperature, None, settings.top_p)
-    )
-    drawn = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
-    return (drawn if candidates is None else candidates.gather(-1, drawn)).squeeze(-1)
+    logits, token_ids, vocab_size = logits.float(), None, logits.shape[-1]
+    top_k, top_p = settings.top_k or vocab_size, settings.top_p or 1.0
+    if top_k < vocab_size or top_p < 1.0:
+        logits, token_ids = logits.topk(min(top_k, vocab_size), dim=-1)  # (B, V) -> (B, k)
+    probabilities = (logits / settings.temperature).softmax(dim=-1)
+    if top_p < 1.0:
+        before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities.masked_fill_(before >= top_p, 0.0)
+    # A race: token i arrives after a random time that is exponential with rate p_i. The first to
+    # arrive is i with probability p_i / sum(p), so nothing needs to be normalised again.
+    arrivals = torch.empty_like(probabilities).exponential_(generator=generator) / probabilities
+    first = arrivals.argmin(dim=-1, keepdim=True)  # (B, 1)
+    return (first if token_ids is None else token_ids.gather(-1, first)).squeeze(-1)
 
 
 def make_generator(seed: int | None, device: torch.device | str) -> torch.Generator:
