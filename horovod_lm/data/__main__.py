@@ -43,8 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_config_arguments(parser)
-    parser.add_argument("--force", action="store_true", help="prepare again even when nothing has changed")
-    parser.add_argument("--show", type=int, metavar="N", help="print the beginning of N documents and stop")
+    parser.add_argument(
+        "--force", action="store_true", help="prepare again even when nothing has changed"
+    )
+    parser.add_argument(
+        "--show", type=int, metavar="N", help="print the beginning of N documents and stop"
+    )
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.show is not None:

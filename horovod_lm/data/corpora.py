@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import glob
 import hashlib
+import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from horovod_lm.data.network import check_reachable
 from horovod_lm.data.stories import RULES, generate_stories
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.errors import DataError
@@ -53,11 +55,15 @@ def open_corpus(config: Config) -> Corpus:
     Raises:
         DataError: there is no such text, or it cannot be read.
     """
-    corpus = {"stories": _stories, "python": _python, "files": _files, "hub": _hub}[config.data.source](config)
+    corpus = {"stories": _stories, "python": _python, "files": _files, "hub": _hub}[
+        config.data.source
+    ](config)
     limit = config.data.max_bytes
     if limit is None:
         return corpus
-    return Corpus(corpus.description, lambda: _first_bytes(corpus.documents(), limit), corpus.fingerprint)
+    return Corpus(
+        corpus.description, lambda: _first_bytes(corpus.documents(), limit), corpus.fingerprint
+    )
 
 
 def text_document(name: str, text: str) -> Document:
@@ -80,18 +86,24 @@ def _python(config: Config) -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(file for file in root.rglob("*.py") if not _is_left_out(file.relative_to(root)))
     if not files:
-        raise DataError(f"Python's standard library has no source files in {root}; use data.source=stories instead")
+        raise DataError(
+            f"Python's standard library has no source files in {root}; use data.source=stories instead"
+        )
     return _file_corpus(f"the standard library of Python {sys.version.split()[0]}", files, root)
 
 
 def _is_left_out(file: Path) -> bool:
     """True for what is not the library proper: tests, what tests read, and third-party packages."""
     folders = set(file.parts[:-1])
-    return bool(folders & {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+    return bool(
+        folders & {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    )
 
 
 def _files(config: Config) -> Corpus:
-    files = sorted({file for pattern in config.data.paths for file in _matching_files(config, pattern)})
+    files = sorted(
+        {file for pattern in config.data.paths for file in _matching_files(config, pattern)}
+    )
     return _file_corpus(", ".join(config.data.paths), files, config.project_root)
 
 
@@ -106,7 +118,11 @@ def _matching_files(config: Config, pattern: str) -> list[Path]:
         files = [Path(name) for name in glob.glob(str(path), recursive=True)]
     files = [file for file in files if file.is_file()]
     if not files:
-        what = "the folder is empty" if path.is_dir() else "there is no such file, and as a glob it matches none"
+        what = (
+            "the folder is empty"
+            if path.is_dir()
+            else "there is no such file, and as a glob it matches none"
+        )
         raise DataError(f"data.path {pattern}: {what} ({path})")
     return files
 
@@ -124,13 +140,16 @@ def _file_corpus(description: str, files: list[Path], root: Path) -> Corpus:
             if size:
                 yield Document(str(file), size, lambda file=file: read_text_file(file))
 
-    stats = [(_relative(file, root), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    listing = hashlib.sha256(repr(stats).encode()).hexdigest()
-    return Corpus(description, documents, {"files": len(files), "names_sizes_times": listing})
+    return Corpus(description, documents, {"files": _listing(files, root)})
 
 
-def _relative(file: Path, root: Path) -> str:
-    return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
+def _listing(files: Iterable[Path], root: Path) -> str:
+    """Return a hash of the files' names, sizes and times of change, as `make` would look at them."""
+    stats = []
+    for file in files:
+        name = file.relative_to(root) if file.is_relative_to(root) else file
+        stats.append((str(name), file.stat().st_size, file.stat().st_mtime_ns))
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def read_text_file(file: Path, piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
@@ -149,7 +168,9 @@ def read_text_file(file: Path, piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
         with file.open("rb") as stream:
             while True:
                 block = stream.read(piece_bytes)
-                pending = len(decoder.getstate()[0])  # bytes of a character that the last block cut in two
+                pending = len(
+                    decoder.getstate()[0]
+                )  # bytes of a character that the last block cut in two
                 try:
                     text = decoder.decode(block, final=not block)
                 except UnicodeDecodeError as error:
@@ -177,49 +198,58 @@ def _bad_byte(file: Path, error: UnicodeDecodeError, offset: int) -> DataError:
 
 
 def _hub(config: Config) -> Corpus:
-    name, subset, field = config.data.hub_dataset, config.data.hub_config, config.data.hub_text_field
+    name, field = str(config.data.hub_dataset), config.data.hub_text_field
 
     def documents() -> Iterator[Document]:
         rows = _open_hub_dataset(config)
         try:
             for index, row in enumerate(rows):
                 if field not in row:
-                    raise DataError(f"{name} has no field {field!r}: set data.hub_text_field to one of {', '.join(row)}")
+                    fields = ", ".join(row)
+                    raise DataError(
+                        f"{name} has no field {field!r}: set data.hub_text_field to one of {fields}"
+                    )
                 if row[field]:
                     yield text_document(f"{name} row {index}", row[field])
-        except DataError:
+        except (DataError, GeneratorExit):
             raise
         except Exception as error:  # a stream can break in any of the libraries under it
             raise _hub_error(name, error) from None
 
-    local = config.resolve(name)
-    stats = [(str(f.relative_to(local)), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(local.rglob("*")) if f.is_file()]
-    return Corpus(f"the dataset {name}", documents, {"dataset": name, "subset": subset, "local_files": stats})
+    folder = config.resolve(name)
+    local_files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return Corpus(f"the dataset {name}", documents, {"local_files": _listing(local_files, folder)})
 
 
 def _open_hub_dataset(config: Config) -> Iterable[dict[str, Any]]:
-    """Return the rows of the dataset's training split, streamed."""
-    name = config.data.hub_dataset
+    """Return the rows of the dataset's training split, streamed or memory-mapped."""
+    name, subset = str(config.data.hub_dataset), config.data.hub_config
     try:
         import datasets
     except ImportError:
         raise DataError(
-            "data.source=hub needs the library 'datasets': pip install 'horovod_lm[hub]', or use another data.source"
+            "data.source=hub needs the library 'datasets': pip install 'horovod_lm[hub]', "
+            "or use another data.source"
         ) from None
     local = config.resolve(name)
     try:
-        if (local / "dataset_info.json").exists() or (local / "dataset_dict.json").exists():
-            loaded = datasets.load_from_disk(str(local))  # memory-mapped
-            return loaded["train"] if isinstance(loaded, dict) else loaded
-        where = str(local) if local.exists() else name
-        return datasets.load_dataset(where, config.data.hub_config, split="train", streaming=True)
-    except Exception as error:
+        if any((local / file).exists() for file in ("dataset_info.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(str(local))
+            return saved["train"] if isinstance(saved, dict) else saved
+        if local.exists():
+            return datasets.load_dataset(str(local), subset, split="train", streaming=True)
+        check_reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+        return datasets.load_dataset(name, subset, split="train", streaming=True)
+    except Exception as error:  # whatever one of the many libraries under it raises
         raise _hub_error(name, error) from None
 
 
 def _hub_error(name: str, error: Exception) -> DataError:
     reason = " ".join(str(error).split())[:200]
-    return DataError(f"the dataset {name} cannot be read ({type(error).__name__}: {reason}); check its name and the network")
+    return DataError(
+        f"the dataset {name} cannot be read ({type(error).__name__}: {reason}); "
+        "check data.hub_dataset, data.hub_config and the network"
+    )
 
 
 def _first_bytes(documents: Iterator[Document], limit: int) -> Iterator[Document]:
@@ -228,7 +258,9 @@ def _first_bytes(documents: Iterator[Document], limit: int) -> Iterator[Document
     for document in documents:
         if document.size > room:
             if room == limit:
-                yield Document(document.name, limit, lambda document=document: _cut(document.pieces(), limit))
+                yield Document(
+                    document.name, limit, lambda document=document: _cut(document.pieces(), limit)
+                )
             return
         room -= document.size
         yield document

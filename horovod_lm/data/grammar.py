@@ -22,7 +22,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 SLOT = re.compile(r"\{(?:(\w+)=)?(\w+)(?:\.(\w+))?\}")
 
@@ -76,7 +76,9 @@ class Grammar:
         ValueError: a symbol that leads back to itself, an unknown slot, an empty rule or a weight <= 0.
     """
 
-    def __init__(self, rules: Mapping[str, Sequence[str | Alternative]], start: str = "story") -> None:
+    def __init__(
+        self, rules: Mapping[str, Sequence[str | Alternative]], start: str = "story"
+    ) -> None:
         self.start = start
         self.rules = {
             symbol: [Alternative(one) if isinstance(one, str) else one for one in alternatives]
@@ -86,7 +88,9 @@ class Grammar:
         self._cumulative: dict[str, list[float]] = {}
         for symbol, alternatives in self.rules.items():
             if not alternatives or any(one.weight <= 0 for one in alternatives):
-                raise ValueError(f"the symbol {symbol!r} needs alternatives, each with a weight above 0")
+                raise ValueError(
+                    f"the symbol {symbol!r} needs alternatives, each with a weight above 0"
+                )
             total = math.fsum(one.weight for one in alternatives)
             self._probabilities[symbol] = [one.weight / total for one in alternatives]
             self._cumulative[symbol] = list(itertools.accumulate(self._probabilities[symbol]))
@@ -160,14 +164,16 @@ class Grammar:
         one that is hardly longer than the grammar.
         """
 
-        @lru_cache(maxsize=None)
+        @cache
         def measure(slots: Parts, memory: tuple[tuple[str, Alternative], ...]) -> tuple[int, float]:
             if not slots:
                 return 1, 0.0
             count, entropy = 0, 0.0
             for probability, after, then in self._expansions(slots, dict(memory)):
                 rest = tuple(part for part in after if not isinstance(part, str))
-                still_open = tuple((name, self._without_fixed_texts(one)) for name, one in sorted(then.items()))
+                still_open = tuple(
+                    (name, self._without_fixed_texts(one)) for name, one in sorted(then.items())
+                )
                 rest_count, rest_entropy = measure(rest, still_open)
                 count += rest_count
                 entropy += probability * (rest_entropy - math.log(probability))
@@ -189,7 +195,9 @@ class Grammar:
         if isinstance(slot, Recall):
             yield 1.0, self._recalled(slot, memory) + rest, memory
         elif isinstance(slot, Draw):
-            for probability, alternative in zip(self._probabilities[slot.symbol], self.rules[slot.symbol]):
+            for probability, alternative in zip(
+                self._probabilities[slot.symbol], self.rules[slot.symbol]
+            ):
                 then = {**memory, slot.name: alternative} if slot.name else memory
                 yield probability, self._parts[alternative.text] + rest, then
 
@@ -200,7 +208,9 @@ class Grammar:
 
     def _without_fixed_texts(self, alternative: Alternative) -> Alternative:
         """Return what of a remembered draw still matters to the draws to come: its features that draw."""
-        features = {name: text if "{" in text else "" for name, text in alternative.features.items()}
+        features = {
+            name: text if "{" in text else "" for name, text in alternative.features.items()
+        }
         return Alternative("", features=features)
 
     def _split(self, text: str) -> Parts:
@@ -212,7 +222,9 @@ class Grammar:
             remembered_as, symbol, feature = match.groups()
             if remembered_as or (symbol in self.rules and not feature):
                 if symbol not in self.rules:
-                    raise ValueError(f"there is no symbol {symbol!r} for the slot {match.group()} in {text!r}")
+                    raise ValueError(
+                        f"there is no symbol {symbol!r} for the slot {match.group()} in {text!r}"
+                    )
                 parts.append(Draw(symbol, remembered_as))
             else:
                 parts.append(Recall(symbol, feature or "text"))
@@ -235,11 +247,20 @@ class Grammar:
                 drawn_as.setdefault(slot.name, set()).add(slot.symbol)
         for symbol, alternatives in self.rules.items():
             texts = [text for one in alternatives for text in (one.text, *one.features.values())]
-            leads_to[symbol] = {part.symbol for text in texts for part in self._parts[text] if isinstance(part, Draw)}
+            leads_to[symbol] = {
+                part.symbol
+                for text in texts
+                for part in self._parts[text]
+                if isinstance(part, Draw)
+            }
         for slot in slots:
             if isinstance(slot, Recall) and slot.name not in drawn_as:
-                raise ValueError(f"nothing is remembered as {slot.name!r}, and no symbol has that name")
+                raise ValueError(
+                    f"nothing is remembered as {slot.name!r}, and no symbol has that name"
+                )
         try:
             graphlib.TopologicalSorter(leads_to).prepare()
         except graphlib.CycleError as error:
-            raise ValueError(f"symbols lead back to themselves: {' -> '.join(error.args[1])}") from None
+            raise ValueError(
+                f"symbols lead back to themselves: {' -> '.join(error.args[1])}"
+            ) from None

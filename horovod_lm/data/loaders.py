@@ -37,7 +37,9 @@ class TokenBlockDataset(Dataset[Batch]):
         fill_id: fills the last window.
     """
 
-    def __init__(self, path: str | Path, block_length: int, dtype: str = "<u2", fill_id: int = 0) -> None:
+    def __init__(
+        self, path: str | Path, block_length: int, dtype: str = "<u2", fill_id: int = 0
+    ) -> None:
         self.path, self.block_length = Path(path), block_length
         self.dtype, self.fill_id = dtype, fill_id
         self.num_tokens = self.path.stat().st_size // np.dtype(dtype).itemsize
@@ -68,7 +70,10 @@ class TokenBlockDataset(Dataset[Batch]):
         return self._tokens
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tokens": None}  # a pickled memmap would be a copy of the whole file
+        return {
+            **self.__dict__,
+            "_tokens": None,
+        }  # a pickled memmap would be a copy of the whole file
 
 
 class ShardedBatchSampler(Sampler[list[int]]):
@@ -95,13 +100,21 @@ class ShardedBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, gradient_accumulation_steps: int = 1,
-        rank: int = 0, world_size: int = 1, seed: int = 0, shuffle: bool = True,
+        self,
+        num_samples: int,
+        batch_size: int,
+        gradient_accumulation_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size}")
         if num_samples < 0 or batch_size < 1 or gradient_accumulation_steps < 1:
-            raise ValueError("batch_size and gradient_accumulation_steps must be at least 1, num_samples at least 0")
+            raise ValueError(
+                "batch_size and gradient_accumulation_steps must be at least 1, num_samples at least 0"
+            )
         self.num_samples, self.batch_size = num_samples, batch_size
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.rank, self.world_size = rank, world_size
@@ -125,7 +138,12 @@ class ShardedBatchSampler(Sampler[list[int]]):
 
     def samples_in_step(self, step: int) -> int:
         """Return how many samples all ranks together see in step `step`, counted from where iterating starts."""
-        return max(0, min(self.samples_per_step, self.num_samples - self.start - step * self.samples_per_step))
+        return max(
+            0,
+            min(
+                self.samples_per_step, self.num_samples - self.start - step * self.samples_per_step
+            ),
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's permutation, from its first sample on."""
@@ -134,7 +152,9 @@ class ShardedBatchSampler(Sampler[list[int]]):
     def set_start(self, samples_already_seen: int) -> None:
         """Start the epoch after its first samples: to resume, at the same world size or at another one."""
         if not 0 <= samples_already_seen <= self.num_samples:
-            raise ValueError(f"cannot start after {samples_already_seen} of {self.num_samples} samples")
+            raise ValueError(
+                f"cannot start after {samples_already_seen} of {self.num_samples} samples"
+            )
         self.start = samples_already_seen
 
     def __len__(self) -> int:
@@ -148,7 +168,9 @@ class ShardedBatchSampler(Sampler[list[int]]):
         for first in range(self.start, self.num_samples, self.samples_per_step):
             step = order[first : first + self.samples_per_step]
             pieces = np.array_split(step, self.gradient_accumulation_steps * self.world_size)
-            for mine in pieces[self.rank :: self.world_size]:  # Horovod: each rank has its own samples
+            for mine in pieces[
+                self.rank :: self.world_size
+            ]:  # Horovod: each rank has its own samples
                 yield mine.tolist()
 
 
@@ -191,7 +213,9 @@ def get_dataloaders(
     train_data, val_data = _datasets(folder, metadata)
     batch, seed = config.training.per_gpu_batch_size, config.seed
     accumulation = config.training.gradient_accumulation_steps
-    train = ShardedBatchSampler(len(train_data), batch, accumulation, rank, world_size, seed, shuffle=True)
+    train = ShardedBatchSampler(
+        len(train_data), batch, accumulation, rank, world_size, seed, shuffle=True
+    )
     val = ShardedBatchSampler(len(val_data), batch, 1, rank, world_size, seed, shuffle=False)
     return _loader(config, train_data, train), _loader(config, val_data, val)
 
@@ -201,7 +225,9 @@ def stack_blocks(samples: Sequence[Batch], block_length: int) -> Batch:
     if not samples:
         empty = torch.empty((0, block_length), dtype=torch.long)
         return {"input_ids": empty, "labels": empty.clone()}
-    return {name: torch.stack([sample[name] for sample in samples]) for name in ("input_ids", "labels")}  # B x (T,) -> (B, T)
+    return {
+        name: torch.stack([sample[name] for sample in samples]) for name in ("input_ids", "labels")
+    }  # B x (T,) -> (B, T)
 
 
 def _loader(config: Config, dataset: TokenBlockDataset, sampler: ShardedBatchSampler) -> DataLoader:
@@ -220,9 +246,17 @@ def _loader(config: Config, dataset: TokenBlockDataset, sampler: ShardedBatchSam
     )
 
 
-def _datasets(folder: Path, metadata: dict[str, Any]) -> tuple[TokenBlockDataset, TokenBlockDataset]:
-    length, dtype, fill = metadata["block_length"], metadata["dtype"], metadata["tokenizer"]["eot_id"]
-    train, val = (TokenBlockDataset(folder / f"{part}.bin", length, dtype, fill) for part in (TRAIN, VAL))
+def _datasets(
+    folder: Path, metadata: dict[str, Any]
+) -> tuple[TokenBlockDataset, TokenBlockDataset]:
+    length, dtype, fill = (
+        metadata["block_length"],
+        metadata["dtype"],
+        metadata["tokenizer"]["eot_id"],
+    )
+    train, val = (
+        TokenBlockDataset(folder / f"{part}.bin", length, dtype, fill) for part in (TRAIN, VAL)
+    )
     return train, val
 
 

@@ -32,7 +32,12 @@ from horovod_lm.utils.errors import DataError
 
 FORMAT = 1  # raise it when the same inputs give other files
 METADATA, TOKENIZER = "metadata.json", "tokenizer.json"
-FILES = (f"{TRAIN}.bin", f"{VAL}.bin", TOKENIZER, METADATA)  # metadata.json is the last to be put in place
+FILES = (
+    f"{TRAIN}.bin",
+    f"{VAL}.bin",
+    TOKENIZER,
+    METADATA,
+)  # metadata.json is the last to be put in place
 BPE_TRAINING_BYTES = 64 << 20  # more text than this hardly changes a vocabulary
 BATCH_CHARACTERS = 1 << 20  # text that is encoded in one go
 
@@ -40,7 +45,9 @@ Progress = Callable[[str, float], None]
 """Called with what is being done and the part of it that is done, from 0 to 1."""
 
 
-def prepare_data(config: Config, force: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+def prepare_data(
+    config: Config, force: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
     """Make the token files of `config` in `config.data.data_dir`, unless they are there already.
 
     Any number of processes may call this at once: one prepares, the others wait for it and find the data
@@ -65,10 +72,14 @@ def prepare_data(config: Config, force: bool = False, progress: Progress | None 
         with FileLock(data_dir / ".lock"):
             metadata = None if force else read_metadata(data_dir)
             if metadata is None or metadata["inputs"] != inputs:
-                metadata = _prepare(config, corpus, inputs, data_dir, progress or (lambda phase, done: None))
+                metadata = _prepare(
+                    config, corpus, inputs, data_dir, progress or (lambda phase, done: None)
+                )
             return metadata
     except OSError as error:
-        raise DataError(f"the data cannot be written to {data_dir}: {error.strerror or error}") from None
+        raise DataError(
+            f"the data cannot be written to {data_dir}: {error.strerror or error}"
+        ) from None
 
 
 def read_metadata(data_dir: Path) -> dict[str, Any] | None:
@@ -102,11 +113,15 @@ def _fingerprint(config: Config, corpus: Corpus) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def _prepare(config: Config, corpus: Corpus, inputs: str, data_dir: Path, progress: Progress) -> dict[str, Any]:
+def _prepare(
+    config: Config, corpus: Corpus, inputs: str, data_dir: Path, progress: Progress
+) -> dict[str, Any]:
     """Make the four files in a folder of their own, then move them into `data_dir`."""
     survey = Survey.of(corpus.documents(), config.seed)
     if not survey.documents:
-        raise DataError(f"{corpus.description} holds no text: choose another data.path or data.source")
+        raise DataError(
+            f"{corpus.description} holds no text: choose another data.path or data.source"
+        )
     split = choose_split(survey, config.seed, config.data.val_fraction)
     tokenizer = _make_tokenizer(config, corpus, survey, split, progress)
     partial = data_dir / ".partial"
@@ -114,7 +129,10 @@ def _prepare(config: Config, corpus: Corpus, inputs: str, data_dir: Path, progre
     partial.mkdir()
     try:
         dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-        writers = {part: TokenWriter(partial / f"{part}.bin", dtype, tokenizer.eot_id) for part in (TRAIN, VAL)}
+        writers = {
+            part: TokenWriter(partial / f"{part}.bin", dtype, tokenizer.eot_id)
+            for part in (TRAIN, VAL)
+        }
         done = 0
         for batch in _batches(split.assign(corpus.documents())):
             for text, ids in zip(batch, tokenizer.encode_batch([text.text for text in batch])):
@@ -125,18 +143,24 @@ def _prepare(config: Config, corpus: Corpus, inputs: str, data_dir: Path, progre
         _check_size(config, corpus, parts)
         metadata = _describe(config, corpus, inputs, split, tokenizer, dtype, parts)
         (partial / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
-        (partial / METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (partial / METADATA).write_text(
+            json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         _put_in_place(partial, data_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return metadata
 
 
-def _make_tokenizer(config: Config, corpus: Corpus, survey: Survey, split: Split, progress: Progress) -> Tokenizer:
+def _make_tokenizer(
+    config: Config, corpus: Corpus, survey: Survey, split: Split, progress: Progress
+) -> Tokenizer:
     """Return the tokenizer of `config`; a BPE learns from training text only."""
     if config.data.tokenizer == "bpe":
         wanted = min(survey.bytes, BPE_TRAINING_BYTES)
-        tokenizer: Tokenizer = train_bpe(_training_texts(corpus, split, wanted, progress), config.model.vocab_size)
+        tokenizer: Tokenizer = train_bpe(
+            _training_texts(corpus, split, wanted, progress), config.model.vocab_size
+        )
     else:
         tokenizer = make_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -226,11 +250,18 @@ def _check_size(config: Config, corpus: Corpus, parts: dict[str, PartSummary]) -
             f"{block_length}: use more text or a smaller model.max_seq_len"
         )
     if parts[VAL].tokens < 2:
-        raise DataError(f"{corpus.description} leaves no text for validation: use more text or a larger data.val_fraction")
+        raise DataError(
+            f"{corpus.description} leaves no text for validation: use more text or a larger data.val_fraction"
+        )
 
 
 def _describe(
-    config: Config, corpus: Corpus, inputs: str, split: Split, tokenizer: Tokenizer, dtype: str,
+    config: Config,
+    corpus: Corpus,
+    inputs: str,
+    split: Split,
+    tokenizer: Tokenizer,
+    dtype: str,
     parts: dict[str, PartSummary],
 ) -> dict[str, Any]:
     """Return the content of `metadata.json`."""
@@ -242,7 +273,11 @@ def _describe(
         "settings": data_settings(config),
         "corpus": corpus.description,
         "split": split.description,
-        "tokenizer": {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id},
+        "tokenizer": {
+            "name": tokenizer.name,
+            "vocab_size": tokenizer.vocab_size,
+            "eot_id": tokenizer.eot_id,
+        },
         "dtype": dtype,
         "block_length": config.model.max_seq_len,
         "bytes_per_token": round(size / tokens, 4),

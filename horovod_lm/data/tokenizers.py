@@ -6,17 +6,22 @@ documents; no text encodes to it, not even one that holds the characters `<|endo
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from horovod_lm.data.network import check_reachable
 from horovod_lm.utils.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 NUM_BYTES = 256
+GPT2_MERGES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 _GPT2_VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 
 
@@ -73,7 +78,10 @@ class _Base:
             return None if 0 <= token < self.vocab_size else UNKNOWN
 
         runs = itertools.groupby(map(int, ids), key=kind)
-        return "".join(self._decode_plain(list(run)) if mark is None else mark * len(list(run)) for mark, run in runs)
+        return "".join(
+            self._decode_plain(list(run)) if mark is None else mark * len(list(run))
+            for mark, run in runs
+        )
 
     def to_json(self) -> str:
         return json.dumps({"name": self.name})
@@ -110,13 +118,19 @@ class BPETokenizer(_Base):
         self.vocab_size = self.eot_id + 1
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
 
     def _decode_plain(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def to_json(self) -> str:
-        return json.dumps({"name": self.name, "tokenizer": json.loads(self._tokenizer.to_str())}, ensure_ascii=False)
+        return json.dumps(
+            {"name": self.name, "tokenizer": json.loads(self._tokenizer.to_str())},
+            ensure_ascii=False,
+        )
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
@@ -173,31 +187,25 @@ class GPT2Tokenizer(_Base):
 
 def _load_gpt2_encoding() -> Any:
     """Return tiktoken's GPT-2 encoding; find out quickly when it cannot be had."""
-    import requests
     import tiktoken
-    from tiktoken_ext.openai_public import gpt2
 
     try:
-        if not gpt2_is_on_disk():
-            # tiktoken itself would wait without a limit
-            requests.head(_GPT2_VOCABULARY, timeout=5).raise_for_status()
+        if not _is_in_tiktokens_cache(GPT2_MERGES):
+            check_reachable(GPT2_MERGES)  # tiktoken itself would wait without a limit
         return tiktoken.get_encoding("gpt2")
-    except (requests.RequestException, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(
-            f"GPT-2's vocabulary is not on this disk and cannot be downloaded ({type(error).__name__}): "
-            "go online once, or point TIKTOKEN_CACHE_DIR to a folder that holds it, or use data.tokenizer=bpe"
+            f"GPT-2's vocabulary is not on this disk and cannot be downloaded "
+            f"({type(error).__name__}): go online once, or point TIKTOKEN_CACHE_DIR to a folder "
+            "that holds it, or use data.tokenizer=bpe"
         ) from None
 
 
-def gpt2_is_on_disk() -> bool:
-    """Return whether tiktoken has GPT-2's vocabulary in its cache, found by tiktoken's own rule."""
-    import hashlib
-    import os
-    import tempfile
-
+def _is_in_tiktokens_cache(url: str) -> bool:
+    """Apply the rule of `tiktoken.load.read_file_cached`."""
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     folder = folder or os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    return (Path(folder) / hashlib.sha1(_GPT2_VOCABULARY.encode()).hexdigest()).exists()
+    return (Path(folder) / hashlib.sha1(url.encode()).hexdigest()).exists()
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
@@ -223,7 +231,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
             return BPETokenizer(LibraryTokenizer.from_str(json.dumps(content["tokenizer"])))
     except Exception as error:  # the library raises bare Exceptions
-        raise DataError(f"this is not a tokenizer of ours ({' '.join(str(error).split())[:100]})") from None
+        reason = " ".join(str(error).split())[:100]
+        raise DataError(f"this is not a tokenizer of ours ({reason})") from None
     return make_tokenizer(name)
 
 

@@ -30,7 +30,13 @@ def test_it_prepares_once_and_says_what_it_made(run, tmp_path):
     assert "prepared in" in first.stdout and "prepared in" in third.stdout
     assert "nothing has changed" in second.stdout and second.stderr == ""
     assert first.stderr == "learning the vocabulary ...\nencoding ...\n"
-    for part in ("100 tiny stories", "bpe, 400 tokens", "bytes per token", "by document", "best loss   41.2"):
+    for part in (
+        "100 tiny stories",
+        "bpe, 400 tokens",
+        "bytes per token",
+        "by document",
+        "best loss   41.2",
+    ):
         assert part in second.stdout
     assert str(tmp_path / "prepared") in first.stdout
     assert (tmp_path / "prepared" / "metadata.json").is_file()
@@ -46,7 +52,10 @@ def test_it_shows_documents_without_preparing(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--set", "data.source=files", "--set", "data.path=nowhere.txt"], "data.path nowhere.txt: there is no such"),
+        (
+            ["--set", "data.source=files", "--set", "data.path=nowhere.txt"],
+            "data.path nowhere.txt: there is no such",
+        ),
         (["--set", "data.source=poems"], "data.source must be"),
         (["--set", "model.vocab_size=100"], "at least 257 tokens"),
     ],
@@ -59,12 +68,25 @@ def test_what_a_user_can_mend_is_one_sentence_and_exit_code_2(run, arguments, se
 
 
 def test_help_teaches():
-    done = subprocess.run([sys.executable, "-m", "horovod_lm.data", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "horovod_lm.data", "--help"], capture_output=True, text=True
+    )
     assert done.returncode == 0
-    for word in ("stories", "python", "files", "hub", "data.path", "--force", "--show", "examples:"):
+    for word in (
+        "stories",
+        "python",
+        "files",
+        "hub",
+        "data.path",
+        "--force",
+        "--show",
+        "examples:",
+    ):
         assert word in done.stdout
 
 
 def test_importing_the_package_and_preparing_need_no_torch():
-    script = "import sys, horovod_lm.data, horovod_lm.data.prepare; sys.exit('torch' in sys.modules)"
+    script = (
+        "import sys, horovod_lm.data, horovod_lm.data.prepare; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -55,7 +55,9 @@ def test_the_python_corpus_is_the_standard_library_without_tests_and_packages(ma
 
 def test_every_file_of_the_python_corpus_is_read_as_it_is(make_config):
     for document in open_corpus(make_config(source="python")).documents():
-        assert "".join(document.pieces()).encode() == Path(document.name).read_bytes().removeprefix(b"\xef\xbb\xbf")
+        assert "".join(document.pieces()).encode() == Path(document.name).read_bytes().removeprefix(
+            b"\xef\xbb\xbf"
+        )
 
 
 # ---- files ------------------------------------------------------------------------------------------
@@ -83,7 +85,9 @@ def library(tmp_path):
         (["library/more", "library/b.txt", "library/*.txt"], ["second", "third"]),
     ],
 )
-def test_files_come_from_a_file_a_folder_a_glob_or_a_list_in_order_and_once(make_config, library, path, expected):
+def test_files_come_from_a_file_a_folder_a_glob_or_a_list_in_order_and_once(
+    make_config, library, path, expected
+):
     assert texts(make_config(source="files", path=path)) == expected
 
 
@@ -116,7 +120,9 @@ def test_a_file_that_may_not_be_read_is_a_sentence(make_config, library):
     text=st.text(st.characters(exclude_categories=["Cs"]), max_size=200),
     piece_bytes=st.integers(1, 40),
 )
-def test_a_file_is_read_exactly_whatever_the_size_of_the_pieces(tmp_path_factory, text, piece_bytes):
+def test_a_file_is_read_exactly_whatever_the_size_of_the_pieces(
+    tmp_path_factory, text, piece_bytes
+):
     text = text.removeprefix("\N{BYTE ORDER MARK}")
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_bytes(text.encode())
@@ -130,11 +136,15 @@ def test_a_file_is_read_exactly_whatever_the_size_of_the_pieces(tmp_path_factory
 @settings(deadline=None)
 @given(
     before=st.text(st.characters(exclude_categories=["Cs"]), max_size=60),
-    bad=st.sampled_from([b"\xff", b"\xc3(", b"\xe2\x82", b"\xed\xa0\x80", b"\x80", b"\xf0\x9f\xa6"]),
+    bad=st.sampled_from(
+        [b"\xff", b"\xc3(", b"\xe2\x82", b"\xed\xa0\x80", b"\x80", b"\xf0\x9f\xa6"]
+    ),
     after=st.text(st.characters(max_codepoint=127), max_size=20),
     piece_bytes=st.integers(3, 40),
 )
-def test_a_bad_byte_names_the_file_and_the_offset(tmp_path_factory, before, bad, after, piece_bytes):
+def test_a_bad_byte_names_the_file_and_the_offset(
+    tmp_path_factory, before, bad, after, piece_bytes
+):
     data = before.encode() + bad + after.encode()
     file = tmp_path_factory.mktemp("text") / "bad.txt"
     file.write_bytes(data)
@@ -143,7 +153,9 @@ def test_a_bad_byte_names_the_file_and_the_offset(tmp_path_factory, before, bad,
     with pytest.raises(DataError) as caught:
         list(read_text_file(file, piece_bytes))
     offset = expected.value.start
-    assert f"{file} is not UTF-8 text: byte 0x{data[offset]:02x} at offset {offset} " in str(caught.value)
+    assert f"{file} is not UTF-8 text: byte 0x{data[offset]:02x} at offset {offset} " in str(
+        caught.value
+    )
     assert "\n" not in str(caught.value)
 
 
@@ -175,7 +187,9 @@ def test_max_bytes_cuts_a_first_document_that_alone_is_too_large(make_config, tm
 def test_the_hub_without_its_library_is_a_sentence(make_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # what an import finds that is not installed
     config = make_config(source="hub", hub_dataset="someone/something")
-    with pytest.raises(DataError, match=r"needs the library 'datasets': pip install 'horovod_lm\[hub\]'"):
+    with pytest.raises(
+        DataError, match=r"needs the library 'datasets': pip install 'horovod_lm\[hub\]'"
+    ):
         next(open_corpus(config).documents())
 
 
@@ -184,8 +198,13 @@ def local_dataset(tmp_path):
     """Two rows of text in the formats in which people keep datasets."""
     datasets = pytest.importorskip("datasets")
     (tmp_path / "json").mkdir()
-    (tmp_path / "json" / "train.jsonl").write_text('{"text": "first"}\n{"text": ""}\n{"text": "second"}\n')
-    datasets.Dataset.from_dict({"text": ["first", "second"]}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "json" / "train.jsonl").write_text(
+        '{"text": "first"}\n{"text": ""}\n{"text": "second"}\n'
+    )
+    rows = datasets.load_dataset(
+        str(tmp_path / "json"), split="train", cache_dir=tmp_path / "cache"
+    )
+    rows.save_to_disk(tmp_path / "saved")
     return tmp_path
 
 
@@ -193,7 +212,9 @@ def local_dataset(tmp_path):
 def test_a_local_copy_of_a_dataset_is_read(make_config, local_dataset, folder):
     config = make_config(source="hub", hub_dataset=folder)
     assert texts(config) == ["first", "second"]
-    assert open_corpus(config).fingerprint["local_files"]
+    before = open_corpus(config).fingerprint
+    (local_dataset / folder / "another.jsonl").write_text('{"text": "third"}')
+    assert open_corpus(config).fingerprint != before
 
 
 def test_a_missing_field_is_a_sentence_with_the_fields_there_are(make_config, local_dataset):
@@ -204,8 +225,10 @@ def test_a_missing_field_is_a_sentence_with_the_fields_there_are(make_config, lo
 
 def test_a_dataset_that_cannot_be_had_is_a_sentence(make_config, monkeypatch):
     pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     config = make_config(source="hub", hub_dataset="nobody/no-such-dataset")
-    with pytest.raises(DataError, match="the dataset nobody/no-such-dataset cannot be read") as caught:
+    with pytest.raises(
+        DataError, match="the dataset nobody/no-such-dataset cannot be read"
+    ) as caught:
         list(islice(open_corpus(config).documents(), 1))
     assert "\n" not in str(caught.value)

@@ -17,7 +17,11 @@ GIRL, BOY = {"she": "she"}, {"she": "he"}
 SMALL = Grammar(
     {
         "story": ["{hero=name} saw {friend=animal} {friend.habit}. {end}"],
-        "name": [Alternative("Lily", 3, GIRL), Alternative("Mia", 1, GIRL), Alternative("Tom", 2, BOY)],
+        "name": [
+            Alternative("Lily", 3, GIRL),
+            Alternative("Mia", 1, GIRL),
+            Alternative("Tom", 2, BOY),
+        ],
         "animal": [
             Alternative("an owl", 1, {"habit": "{bird_habit}"}),
             Alternative("a crow", 2, {"habit": "{bird_habit}"}),
@@ -78,17 +82,26 @@ def grammars(draw: st.DrawFn) -> Grammar:
     """Random unambiguous grammars: every alternative starts with a letter of its own."""
     weights = st.integers(1, 9)
     noun = [
-        Alternative(letter, draw(weights), {"echo": draw(st.sampled_from(["{verb}", "fixed", "{verb}{verb}"]))})
+        Alternative(
+            letter,
+            draw(weights),
+            {"echo": draw(st.sampled_from(["{verb}", "fixed", "{verb}{verb}"]))},
+        )
         for letter in "abcd"[: draw(st.integers(1, 4))]
     ]
-    verb = [Alternative(letter + draw(st.sampled_from(["", "{tail}"])), draw(weights)) for letter in "pqr"]
+    verb = [
+        Alternative(letter + draw(st.sampled_from(["", "{tail}"])), draw(weights))
+        for letter in "pqr"
+    ]
     story = [
         Alternative(letter + draw(st.sampled_from(["{one=noun}", "{verb}{one=noun}"]))
                     + "-{two=noun}-" + draw(st.sampled_from(["{one}", "{one.echo}", "{two.echo}{one.echo}", "{verb}"])),
                     draw(weights))
         for letter in "xy"
     ]  # fmt: skip
-    return Grammar({"story": story, "noun": noun, "verb": verb, "tail": ["s", Alternative("t", draw(weights))]})
+    return Grammar(
+        {"story": story, "noun": noun, "verb": verb, "tail": ["s", Alternative("t", draw(weights))]}
+    )
 
 
 @settings(deadline=None, max_examples=50)

@@ -50,7 +50,9 @@ def steps(batches, accumulation):
 
 @settings(deadline=None)
 @given(**SHAPES)
-def test_all_ranks_together_see_every_sample_exactly_once(num_samples, batch_size, accumulation, world_size):
+def test_all_ranks_together_see_every_sample_exactly_once(
+    num_samples, batch_size, accumulation, world_size
+):
     batches, samplers = ranks(num_samples, batch_size, accumulation, world_size)
     seen = [sample for rank_batches in batches for batch in rank_batches for sample in batch]
     assert sorted(seen) == list(range(num_samples))
@@ -64,7 +66,9 @@ def test_all_ranks_together_see_every_sample_exactly_once(num_samples, batch_siz
 
 @settings(deadline=None)
 @given(num_samples=st.integers(0, 60), batch_size=st.integers(1, 4), accumulation=st.integers(1, 3))
-def test_one_rank_steps_over_the_same_samples_as_two_and_four(num_samples, batch_size, accumulation):
+def test_one_rank_steps_over_the_same_samples_as_two_and_four(
+    num_samples, batch_size, accumulation
+):
     alone, _ = ranks(num_samples, 4 * batch_size, accumulation, 1)
     two, _ = ranks(num_samples, 2 * batch_size, accumulation, 2)
     four, _ = ranks(num_samples, batch_size, accumulation, 4)
@@ -115,7 +119,9 @@ def test_a_new_epoch_starts_at_its_beginning():
     assert len(list(sampler)) == len(sampler) == sampler.steps_per_epoch == 5
 
 
-@pytest.mark.parametrize("wrong", [{"rank": 2, "world_size": 2}, {"batch_size": 0}, {"gradient_accumulation_steps": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"rank": 2, "world_size": 2}, {"batch_size": 0}, {"gradient_accumulation_steps": 0}]
+)
 def test_impossible_samplers_are_refused(wrong):
     with pytest.raises(ValueError):
         ShardedBatchSampler(**{"num_samples": 10, "batch_size": 2, **wrong})
@@ -125,7 +131,9 @@ def test_impossible_samplers_are_refused(wrong):
 
 @settings(deadline=None, max_examples=50)
 @given(num_tokens=st.integers(2, 100), block_length=st.integers(2, 20))
-def test_every_token_but_the_first_is_predicted_exactly_once(tmp_path_factory, num_tokens, block_length):
+def test_every_token_but_the_first_is_predicted_exactly_once(
+    tmp_path_factory, num_tokens, block_length
+):
     path = tmp_path_factory.mktemp("tokens") / "tokens.bin"
     np.arange(1000, 1000 + num_tokens, dtype="<u2").tofile(path)
     dataset = TokenBlockDataset(path, block_length, fill_id=7)
@@ -222,12 +230,25 @@ def test_loading_before_preparing_says_which_command_prepares(make_config, tmp_p
     with pytest.raises(DataError, match="no prepared data in .*python -m horovod_lm.data --config"):
         get_dataloaders(make_config(), 0, 1)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="notebooks/data/preprocessed/v1.*python -m horovod_lm.data"):
+    with pytest.raises(
+        DataError, match="notebooks/data/preprocessed/v1.*python -m horovod_lm.data"
+    ):
         load_preprocessed_data()
 
 
-@pytest.mark.parametrize("key, value", [("seed", 8), ("max_seq_len", 20), ("num_stories", 99), ("tokenizer", "bpe"), ("val_fraction", 0.5)])
-def test_data_of_other_settings_are_refused_with_the_setting_named(prepared, make_config, key, value):
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("seed", 8),
+        ("max_seq_len", 20),
+        ("num_stories", 99),
+        ("tokenizer", "bpe"),
+        ("val_fraction", 0.5),
+    ],
+)
+def test_data_of_other_settings_are_refused_with_the_setting_named(
+    prepared, make_config, key, value
+):
     with pytest.raises(DataError, match=rf"{key}=.* configuration has {value}"):
         get_dataloaders(make_config(**{key: value}), 0, 1)
 
@@ -237,7 +258,9 @@ def test_a_model_with_too_small_a_vocabulary_is_refused(prepared, make_config):
         get_dataloaders(make_config(vocab_size=200), 0, 1)
 
 
-def test_fault_8_data_are_read_where_they_were_written_from_any_folder(make_config, tmp_path, monkeypatch):
+def test_fault_8_data_are_read_where_they_were_written_from_any_folder(
+    make_config, tmp_path, monkeypatch
+):
     (tmp_path / "configs").mkdir()
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
@@ -253,8 +276,18 @@ def test_fault_8_data_are_read_where_they_were_written_from_any_folder(make_conf
 def test_fault_11_every_rank_has_the_same_split(make_config):
     config = make_config(val_fraction=0.2)
     prepare_data(config)
-    val = {tuple(batch.tolist()) for rank in range(3) for b in get_dataloaders(config, rank, 3)[1] for batch in b["input_ids"]}
-    train = {tuple(batch.tolist()) for rank in range(3) for b in get_dataloaders(config, rank, 3)[0] for batch in b["input_ids"]}
+    val = {
+        tuple(batch.tolist())
+        for rank in range(3)
+        for b in get_dataloaders(config, rank, 3)[1]
+        for batch in b["input_ids"]
+    }
+    train = {
+        tuple(batch.tolist())
+        for rank in range(3)
+        for b in get_dataloaders(config, rank, 3)[0]
+        for batch in b["input_ids"]
+    }
     expected_train, expected_val = load_preprocessed_data(config.resolve(config.data.data_dir))
     assert train == {tuple(one["input_ids"].tolist()) for one in expected_train}
     assert val == {tuple(one["input_ids"].tolist()) for one in expected_val}

@@ -96,7 +96,14 @@ def test_nothing_is_done_when_nothing_has_changed(make_config):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("seed", 8), ("num_stories", 101), ("val_fraction", 0.2), ("max_seq_len", 17), ("tokenizer", "bpe"), ("max_bytes", 9000)],
+    [
+        ("seed", 8),
+        ("num_stories", 101),
+        ("val_fraction", 0.2),
+        ("max_seq_len", 17),
+        ("tokenizer", "bpe"),
+        ("max_bytes", 9000),
+    ],
 )
 def test_a_change_of_what_the_data_depend_on_prepares_again(make_config, key, value):
     prepare_data(make_config())
@@ -139,12 +146,20 @@ def test_a_killed_preparation_leaves_the_old_data_and_no_half_ones(make_config, 
     prepare_data(config)
     old = contents(config)
     save_config(make_config(num_stories=10_000_000), tmp_path / "configs" / "long.yaml")
-    command = [sys.executable, "-m", "horovod_lm.data", "--config", str(tmp_path / "configs" / "long.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "horovod_lm.data",
+        "--config",
+        str(tmp_path / "configs" / "long.yaml"),
+    ]
     command += ["--set", "data.num_stories=150000"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     partial = folder_of(config) / ".partial" / "train.bin"
     deadline = time.monotonic() + 120
-    while not (partial.exists() and partial.stat().st_size > 100_000) and time.monotonic() < deadline:
+    while (
+        not (partial.exists() and partial.stat().st_size > 100_000) and time.monotonic() < deadline
+    ):
         assert process.poll() is None, "it was to be killed before its end"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -163,7 +178,8 @@ def test_two_processes_at_once_prepare_once(make_config, tmp_path):
     file = save_config(config, tmp_path / "configs" / "both.yaml")
     command = [sys.executable, "-m", "horovod_lm.data", "--config", str(file)]
     processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
     ]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
@@ -203,7 +219,9 @@ def test_the_python_corpus_is_split_by_document(make_config):
 def test_a_bpe_learns_from_training_text_only(make_config, tmp_path):
     for index in range(20):
         (tmp_path / f"{index}.txt").write_text(f"{'x' * index}word{chr(97 + index) * 9} " * 50)
-    config = make_config(source="files", path="*.txt", tokenizer="bpe", vocab_size=2000, val_fraction=0.2)
+    config = make_config(
+        source="files", path="*.txt", tokenizer="bpe", vocab_size=2000, val_fraction=0.2
+    )
     prepare_data(config)
     tokenizer = load_tokenizer(folder_of(config) / "tokenizer.json")
     for part, least, most in (("train", 1, 2), ("val", 3, 99)):
@@ -232,7 +250,9 @@ def test_memory_does_not_grow_with_the_corpus(make_config, tmp_path):
     peaks = []
     for megabytes in (2, 16):
         (tmp_path / "book.txt").write_text(line * (megabytes * 1_000_000 // len(line)))
-        config = make_config(source="files", path="book.txt", tokenizer="bpe", data_dir=f"data{megabytes}")
+        config = make_config(
+            source="files", path="book.txt", tokenizer="bpe", data_dir=f"data{megabytes}"
+        )
         file = save_config(config, tmp_path / "configs" / f"{megabytes}.yaml")
         command = [sys.executable, "-c", script, str(file)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -243,7 +263,9 @@ def test_memory_does_not_grow_with_the_corpus(make_config, tmp_path):
 def test_too_little_text_is_a_sentence(make_config, tmp_path):
     (tmp_path / "tiny.txt").write_text("tiny text")
     config = make_config(source="files", path="tiny.txt", max_seq_len=100)
-    with pytest.raises(DataError, match=r"tiny.txt gives \d+ training tokens, fewer than one block of 100"):
+    with pytest.raises(
+        DataError, match=r"tiny.txt gives \d+ training tokens, fewer than one block of 100"
+    ):
         prepare_data(config)
     assert not (folder_of(config) / "metadata.json").exists()
     assert not (folder_of(config) / ".partial").exists()
@@ -257,7 +279,9 @@ def test_no_text_at_all_is_a_sentence(make_config, tmp_path):
 
 
 def test_a_tokenizer_larger_than_the_model_is_a_sentence(make_config):
-    with pytest.raises(DataError, match="byte has 257 tokens.*room for 200: set model.vocab_size=257 or more"):
+    with pytest.raises(
+        DataError, match="byte has 257 tokens.*room for 200: set model.vocab_size=257 or more"
+    ):
         prepare_data(make_config(vocab_size=200))
 
 

@@ -17,7 +17,9 @@ from horovod_lm.data.split import (
     document_number,
 )
 
-TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=30)
+TEXTS = st.lists(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=30
+)
 FRACTIONS = st.floats(0.01, 0.9)
 
 
@@ -32,14 +34,18 @@ def assign(texts, seed, val_fraction):
 
 @settings(deadline=None)
 @given(texts=TEXTS, seed=st.integers(0, 2**32), val_fraction=FRACTIONS)
-def test_every_text_is_on_exactly_one_side_and_each_side_has_one_where_it_can(texts, seed, val_fraction):
+def test_every_text_is_on_exactly_one_side_and_each_side_has_one_where_it_can(
+    texts, seed, val_fraction
+):
     split, pieces = assign(texts, seed, val_fraction)
     assert "".join(piece.text for piece in pieces) == "".join(texts)
     assert all(piece.size == len(piece.text.encode()) for piece in pieces)
     if len(set(texts)) > 1:
         assert isinstance(split, DocumentSplit)
         assert [piece.text for piece in pieces] == texts
-        sides = {part: {piece.text for piece in pieces if piece.part == part} for part in (TRAIN, VAL)}
+        sides = {
+            part: {piece.text for piece in pieces if piece.part == part} for part in (TRAIN, VAL)
+        }
         assert not sides[TRAIN] & sides[VAL]  # two copies of a text are on the same side, too
         assert sides[TRAIN] and sides[VAL]
 
@@ -56,7 +62,9 @@ def test_the_share_of_validation_is_the_one_asked_for():
     numbers = [document_number(f"document {index}", seed=0) for index in range(20_000)]
     for fraction in (0.05, 0.5):
         share = sum(number < fraction for number in numbers) / len(numbers)
-        assert share == pytest.approx(fraction, abs=4 * (fraction * (1 - fraction) / len(numbers)) ** 0.5)
+        assert share == pytest.approx(
+            fraction, abs=4 * (fraction * (1 - fraction) / len(numbers)) ** 0.5
+        )
 
 
 def test_another_seed_is_another_split():
@@ -69,7 +77,9 @@ def test_one_document_is_cut_at_the_end_of_a_line():
     lines = [f"line {index} of the only document\n" for index in range(200)]
     split, pieces = assign(["".join(lines)], seed=0, val_fraction=0.1)
     assert isinstance(split, TailSplit)
-    train, val = ("".join(piece.text for piece in pieces if piece.part == part) for part in (TRAIN, VAL))
+    train, val = (
+        "".join(piece.text for piece in pieces if piece.part == part) for part in (TRAIN, VAL)
+    )
     assert train + val == "".join(lines)
     assert train.endswith("\n") and val.startswith("line ")
     assert len(val) / len("".join(lines)) == pytest.approx(0.1, abs=0.03)

@@ -68,8 +68,12 @@ def test_every_story_is_parsed_and_a_changed_one_is_not():
 
 
 def test_the_ties_of_the_first_sentence_come_back_in_the_last():
-    first = re.compile(r"^(?:Once upon a time|One fine day|Long ago), (\w+) \w+ (her|his) \w+ (\w+) (\w+) the (\w+)\.")
-    last = re.compile(r"So (\w+) \w+ and \w+ with (her|his) dear (\w+) (\w+) the same (\w+) until [^.]*\.$")
+    first = re.compile(
+        r"^(?:Once upon a time|One fine day|Long ago), (\w+) \w+ (her|his) \w+ (\w+) (\w+) the (\w+)\."
+    )
+    last = re.compile(
+        r"So (\w+) \w+ and \w+ with (her|his) dear (\w+) (\w+) the same (\w+) until [^.]*\.$"
+    )
     for story in STORIES:
         ties = first.search(story).groups()
         assert last.search(story).groups() == ties
@@ -119,12 +123,28 @@ def test_most_stories_start_with_once_upon_a_time():
 
 def test_a_smaller_grammar_of_the_same_shape_has_the_entropy_that_brute_force_finds():
     """The stories' own sentences, with few alternatives for each draw: 768 texts."""
-    keep = {"opening", "name", "toys", "places", "animal", "bird_habit", "wood_habit", "question", "late", "colour"}
+    keep = {
+        "opening",
+        "name",
+        "toys",
+        "places",
+        "animal",
+        "bird_habit",
+        "wood_habit",
+        "question",
+        "late",
+        "colour",
+    }
     small = {
-        symbol: alternatives if symbol == "story" else [alternatives[0], alternatives[-1]][: 1 + (symbol in keep)]
+        symbol: alternatives
+        if symbol == "story"
+        else [alternatives[0], alternatives[-1]][: 1 + (symbol in keep)]
         for symbol, alternatives in RULES.items()
     }
-    small["animal"] = [Alternative("owl", 1, {"habit": "{bird_habit}"}), Alternative("mouse", 3, {"habit": "{wood_habit}"})]
+    small["animal"] = [
+        Alternative("owl", 1, {"habit": "{bird_habit}"}),
+        Alternative("mouse", 3, {"habit": "{wood_habit}"}),
+    ]
     small["bird_habit"] = RULES["bird_habit"]
     grammar = Grammar(small)
     texts = list(grammar.texts())
@@ -138,9 +158,18 @@ def test_a_smaller_grammar_of_the_same_shape_has_the_entropy_that_brute_force_fi
 
 def test_every_rule_is_used():
     grammar = story_grammar()
-    texts = [text for rules in grammar.rules.values() for one in rules for text in (one.text, *one.features.values())]
-    drawn = {part.symbol for text in texts for part in grammar._parts[text] if isinstance(part, Draw)}
-    recalled = {part.feature for text in texts for part in grammar._parts[text] if isinstance(part, Recall)}
+    texts = [
+        text
+        for rules in grammar.rules.values()
+        for one in rules
+        for text in (one.text, *one.features.values())
+    ]
+    drawn = {
+        part.symbol for text in texts for part in grammar._parts[text] if isinstance(part, Draw)
+    }
+    recalled = {
+        part.feature for text in texts for part in grammar._parts[text] if isinstance(part, Recall)
+    }
     assert drawn | {"story"} == set(RULES)
     features = {name for rules in grammar.rules.values() for one in rules for name in one.features}
     assert features | {"text"} == recalled

@@ -58,19 +58,34 @@ def test_any_ids_decode_to_some_text(name, data):
 
 
 def test_every_byte_has_a_token(tokenizer):
-    text = "".join(map(chr, range(0x800)))  # its UTF-8 holds every byte that one- and two-byte characters use
+    text = "".join(
+        map(chr, range(0x800))
+    )  # its UTF-8 holds every byte that one- and two-byte characters use
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_end_of_text_and_ids_of_no_token_can_be_decoded(tokenizer):
-    ids = [*tokenizer.encode("a"), tokenizer.eot_id, *tokenizer.encode("b"), tokenizer.vocab_size, -1]
-    assert tokenizer.decode(ids) == f"a{END_OF_TEXT}b\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}"
+    ids = [
+        *tokenizer.encode("a"),
+        tokenizer.eot_id,
+        *tokenizer.encode("b"),
+        tokenizer.vocab_size,
+        -1,
+    ]
+    assert (
+        tokenizer.decode(ids)
+        == f"a{END_OF_TEXT}b\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}"
+    )
 
 
 def test_json_restores_the_same_tokenizer_without_any_file(tokenizer, tmp_path):
     text = "Once upon a time, naïve 🦉"
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    for source in (tokenizer.to_json(), tmp_path / "tokenizer.json", str(tmp_path / "tokenizer.json")):
+    for source in (
+        tokenizer.to_json(),
+        tmp_path / "tokenizer.json",
+        str(tmp_path / "tokenizer.json"),
+    ):
         restored = load_tokenizer(source)
         assert (restored.name, restored.vocab_size, restored.eot_id) == (
             tokenizer.name, tokenizer.vocab_size, tokenizer.eot_id,
@@ -91,7 +106,10 @@ def test_bpe_of_the_asked_size_has_that_size_with_end_of_text():
 
 
 def test_bpe_training_is_deterministic():
-    assert train_bpe(generate_stories(300, 1), 500).to_json() == train_bpe(generate_stories(300, 1), 500).to_json()
+    assert (
+        train_bpe(generate_stories(300, 1), 500).to_json()
+        == train_bpe(generate_stories(300, 1), 500).to_json()
+    )
 
 
 def test_a_vocabulary_smaller_than_the_bytes_is_refused():
@@ -128,7 +146,13 @@ def test_an_unknown_tokenizer_is_a_sentence():
 
 @pytest.mark.parametrize(
     "source",
-    ['{"name": "bpe"}', "{", '{"name": "bpe", "tokenizer": {"version": "1.0"}}', '{"name": "word"}', "{}"],
+    [
+        '{"name": "bpe"}',
+        "{",
+        '{"name": "bpe", "tokenizer": {"version": "1.0"}}',
+        '{"name": "word"}',
+        "{}",
+    ],
 )
 def test_json_that_is_no_tokenizer_is_a_sentence(source):
     with pytest.raises(DataError):
