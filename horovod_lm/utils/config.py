@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticSerializationError
 
 from horovod_lm.utils.config_errors import describe, sentence
 from horovod_lm.utils.errors import ConfigError
@@ -276,14 +277,12 @@ class Config(Section):
             run_name: what stands for `${run_name}`.
 
         Raises:
-            ConfigError: `path` holds `${run_name}` and no run name is given.
+            ConfigError: `path` holds `${run_name}` and no run name is given, or cannot be a path.
         """
         text = str(path)
         if RUN_NAME in text and run_name is None:
             raise ConfigError(f"the path {text} needs a run name; give one with --run-name")
-        return (
-            self.project_root / Path(text.replace(RUN_NAME, run_name or "")).expanduser()
-        ).resolve()
+        return _absolute(text.replace(RUN_NAME, run_name or ""), self.project_root)
 
     def with_overrides(self, overrides: Iterable[str] | Mapping[str, Any]) -> Config:
         """Return a copy with some settings changed; `load_config` says what `overrides` may be."""
@@ -305,7 +304,7 @@ def find_project_root(start: str | Path | None = None) -> Path:
 
 def resolve_path(path: str | Path) -> Path:
     """Return `path` as an absolute path: a relative one starts at the project root."""
-    return (find_project_root() / Path(path).expanduser()).resolve()
+    return _absolute(path, find_project_root())
 
 
 def load_config(
@@ -330,7 +329,7 @@ def load_config(
         content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {_one_line(error)}") from None
     if content is None:
         content = {}
@@ -369,7 +368,11 @@ def config_from_dict(
         given = {
             key: value for key, value in content.items() if value is not None
         }  # a section may stand empty
-        return Config.model_validate({**given, "project_root": root})
+        config = Config.model_validate({**given, "project_root": root})
+        config.model_dump_json()  # half a character, "\uD800", is text to YAML and to no file
+        return config
+    except PydanticSerializationError as error:
+        raise ConfigError(f"{name} holds a text that cannot be written: {error}") from None
     except ValidationError as error:
         raise ConfigError(f"{name}: {sentence(error.errors(), _valid_keys())}") from None
 
@@ -379,7 +382,8 @@ def save_config(config: Config, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8"
+        yaml.dump(config.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True),
+        encoding="utf-8",
     )
     return path
 
@@ -389,13 +393,22 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
-            raise yaml.YAMLError(
-                f"the key {twice!r} stands there twice (line {node.start_mark.line + 1})"
-            )
+        for number, (key, _) in enumerate(node.value):
+            if keys[number] in keys[:number]:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"the key {keys[number]!r} stands there twice (line {line})")
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """PyYAML writes Unicode's line breaks raw and reads them as spaces; this escapes them."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        breaks = any(character in text for character in "\x85\u2028\u2029")
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if breaks else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 _Loader.yaml_implicit_resolvers = copy.deepcopy(yaml.SafeLoader.yaml_implicit_resolvers)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -408,19 +421,34 @@ def _valid_keys() -> list[str]:
     """Return every key a file may hold, sections first, in dotted form."""
     sections = {name: field.annotation for name, field in Config.model_fields.items()}
     del sections["project_root"]
-    return [*sections] + [
+    of_sections = [
         f"{name}.{field}"
         for name, section in sections.items()
         if isinstance(section, type) and issubclass(section, Section)
         for field in section.model_fields
     ]
+    return [
+        *sections,
+        *of_sections,
+        *(f"distributed.hosts.0.{key}" for key in HostConfig.model_fields),
+    ]
+
+
+def _absolute(path: str | Path, root: Path) -> Path:
+    try:
+        return (root / Path(path).expanduser()).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, ~nobody
+        raise ConfigError(f"{describe(str(path))} cannot be a path: {_one_line(error)}") from None
 
 
 def _find_file(path: str | Path) -> Path:
-    given = Path(path).expanduser()
-    for candidate in (given, find_project_root() / given):
-        if candidate.is_file():
-            return candidate
+    try:
+        given = Path(path).expanduser()
+        candidates = [file for file in (given, find_project_root() / given) if file.is_file()]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{describe(str(path))} cannot be a path: {_one_line(error)}") from None
+    if candidates:
+        return candidates[0]
     folder = given.parent if given.parent.is_dir() else find_project_root() / given.parent
     names = (
         sorted(str(given.parent / file.name) for file in folder.glob("*.yaml"))
@@ -435,6 +463,8 @@ def _apply_overrides(
     content: Mapping[str, Any], overrides: Iterable[str] | Mapping[str, Any]
 ) -> dict[str, Any]:
     result = copy.deepcopy(dict(content))
+    if isinstance(overrides, str):
+        overrides = [overrides]
     items = overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides)
     for key, value in items:
         _set(result, str(key).split("."), value)
@@ -442,14 +472,14 @@ def _apply_overrides(
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
+    key, equals, value = str(text).partition("=")
     if not equals or not key.strip():
         raise ConfigError(
             f"--set takes KEY=VALUE, for example training.learning_rate=1e-3, not {text!r}"
         )
     try:
         return key.strip(), yaml.load(value, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"--set {key.strip()}: the value {value!r} cannot be read: {_one_line(error)}"
         ) from None
@@ -462,7 +492,8 @@ def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
         content = below
     last = keys[-1]
     if isinstance(value, Mapping):
-        content[last] = dict(content.get(last) or {})
+        below = content.get(last)
+        content[last] = dict(below) if isinstance(below, Mapping) else {}
         for key, inner in value.items():
             _set(content[last], str(key).split("."), inner)
     else:

@@ -10,17 +10,20 @@ from pydantic_core import ErrorDetails
 
 
 def sentence(errors: list[ErrorDetails], valid_keys: list[str]) -> str:
-    """Turn pydantic's first complaint into one sentence.
+    """Turn pydantic's first complaint into one sentence; a misspelt key goes before a missing one.
 
     Args:
         errors: what `ValidationError.errors()` gives.
         valid_keys: every dotted key that exists, for the nearest one to a misspelt key.
     """
-    error = errors[0]
+    unknown = (error for error in errors if error["type"] == "extra_forbidden")
+    error = next(unknown, errors[0])
     key = _dotted_key(error, valid_keys)
     if error["type"] == "extra_forbidden":
         nearest = nearest_key(key, valid_keys)
-        return f"{key} is not a setting" + (f"; the nearest is {nearest}" if nearest else "")
+        return f"{key or describe(key)} is not a setting" + (
+            f"; the nearest is {nearest}" if nearest else ""
+        )
     if error["type"] == "value_error":
         return (f"{key}: " if key else "") + str(error["ctx"]["error"])
     if error["type"] == "missing":
