@@ -1,0 +1,1 @@
+"""What only notebooks need: figures, and executing and checking the notebooks themselves."""
