@@ -105,6 +105,21 @@ REPAIRS = (
         upstream="none found",
     ),
     Repair(
+        name="a stop reaches the rank before the freeze",
+        file="horovod/runner/common/util/safe_shell_exec.py",
+        says="    # Terminate children gracefully.\n    for child in p.children():",
+        must_say="    # Terminate children gracefully.\n"
+        "    if p.name() not in ('sh', 'dash', 'bash', 'zsh', 'ksh', 'ash', 'busybox'):\n"
+        "        p.terminate()\n"
+        "        psutil.wait_procs([p], timeout=GRACEFUL_TERMINATION_TIME_S)\n"
+        "        if not p.is_running():\n"
+        "            return\n"
+        "    for child in p.children():",
+        why="bash, which is /bin/sh on many systems, puts the rank in its own place: the rank is then"
+        " taken for the shell and frozen at once, so that on Ctrl-C it cannot save anything",
+        upstream="none found",
+    ),
+    Repair(
         name="horovod.run's cycle time is a number",
         file="horovod/runner/__init__.py",
         says="        self.cycle_time_ms = None,\n",

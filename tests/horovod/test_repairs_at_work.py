@@ -178,3 +178,31 @@ def test_idle_ranks_of_horovod_run_leave_the_core_alone(tmp_path, monkeypatch):
     # any build: the share tells something on a quiet machine only.
     if machine - ours < 0.2 * seconds:
         assert ours < 0.4 * seconds, f"two idle ranks used {ours / seconds:.2f} of a core"
+
+
+def test_a_rank_in_the_place_of_its_shell_can_save_when_it_is_stopped(tmp_path):
+    """With `exec`, every shell does what bash does by itself: the command takes its place."""
+    (tmp_path / "rank.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n"
+        "    time.sleep(1)\n"
+        "    pathlib.Path('saved').touch()\n"
+        "    sys.exit()\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "pathlib.Path('ready').touch()\n"
+        "time.sleep(60)\n"
+    )
+    (tmp_path / "launcher.py").write_text(
+        "import pathlib, sys, threading, time\n"
+        "from horovod.runner.common.util import safe_shell_exec\n"
+        "if __name__ == '__main__':\n"
+        "    stop = threading.Event()\n"
+        "    def stop_when_ready():\n"
+        "        while not pathlib.Path('ready').exists():\n"
+        "            time.sleep(0.1)\n"
+        "        stop.set()\n"
+        "    threading.Thread(target=stop_when_ready, daemon=True).start()\n"
+        "    safe_shell_exec.execute(f'exec {sys.executable} rank.py', events=[stop])\n"
+    )
+    subprocess.run([sys.executable, "launcher.py"], cwd=tmp_path, check=True, timeout=60)
+    assert (tmp_path / "saved").exists()
