@@ -28,7 +28,7 @@ from horovod_lm.models.checks import check_inputs, check_sizes
 from horovod_lm.models.loss import cross_entropy, cross_entropy_in_pieces, shift_labels
 from horovod_lm.models.sampling import SamplingSettings, decode, make_generator
 
-INITIAL_DEVIATION = 0.02  # of every weight at the start: GPT-2's choice
+GPT2_DEVIATION, GPT2_WIDTH = 0.02, 768  # of every weight at the start, at GPT-2's d_model
 
 
 class FeedForward(nn.Module):
@@ -115,14 +115,19 @@ class TransformerLM(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Draw GPT-2's initial weights: normal, 0.02; biases 0; what is added on, smaller."""
+        """Draw normal weights, as spread as GPT-2's at its width; what is added on, smaller.
+
+        A product with C weights grows with sqrt(C): the same 0.02 in a narrow model would leave
+        every score near zero, and attention takes many times longer to find what to look for.
+        """
+        deviation = GPT2_DEVIATION * math.sqrt(GPT2_WIDTH / self.token_embedding.embedding_dim)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=INITIAL_DEVIATION)
+                nn.init.normal_(module.weight, std=deviation)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         # Each layer adds two terms to the residual stream: smaller terms keep their sum's size.
-        residual_deviation = INITIAL_DEVIATION / math.sqrt(2 * len(self.blocks))
+        residual_deviation = deviation / math.sqrt(2 * len(self.blocks))
         for block in self.blocks:
             nn.init.normal_(block.attention.output.weight, std=residual_deviation)
             nn.init.normal_(block.feed_forward.narrow.weight, std=residual_deviation)

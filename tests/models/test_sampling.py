@@ -59,7 +59,7 @@ def test_temperature_comes_first_then_top_k_then_top_p():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    # Half steps, each once: which of two equal logits is cut off is nobody's promise.
+    # Each once: which of two equal logits is cut off is nobody's promise.
     logits=st.lists(
         st.integers(-60, 60).map(lambda n: n / 2), min_size=1, max_size=20, unique=True
     ),

@@ -136,7 +136,9 @@ def test_loss_at_the_start_is_about_log_of_the_vocabulary():
     torch.manual_seed(0)
     model = TransformerLM(1000, 64, 4, 4, 256, 64, 0.0)
     ids = random_ids(4, 64, 1000)
-    assert model(ids, labels=ids)[1].item() == pytest.approx(math.log(1000), abs=0.05)
+    # Scores of deviation s add s^2 / 2 to log V; at GPT-2's spread s^2 = 768 * 0.02^2, at any width.
+    expected = math.log(1000) + 768 * 0.02**2 / 2
+    assert model(ids, labels=ids)[1].item() == pytest.approx(expected, abs=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -251,13 +253,15 @@ def test_state_dict_holds_parameters_only_all_of_them_float(make_model):
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
-def test_residual_projections_start_smaller():
+@pytest.mark.parametrize(("d_model", "deviation"), [(768, 0.02), (192, 0.04)])
+def test_residual_projections_start_smaller(d_model, deviation):
     torch.manual_seed(0)
-    model = TransformerLM(100, 128, 4, 8, 512, 64)
+    model = TransformerLM(100, d_model, 4, 8, 512, 64)  # GPT-2's deviation at GPT-2's width
     block = model.blocks[3]
-    assert block.attention.query_key_value.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    weight = block.attention.query_key_value.weight
+    assert weight.std().item() == pytest.approx(deviation, rel=0.05)
     for layer in (block.attention.output, block.feed_forward.narrow):
-        assert layer.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)  # sqrt(2 * 8) = 4
+        assert layer.weight.std().item() == pytest.approx(deviation / 4, rel=0.05)  # sqrt(2 * 8) = 4
         assert not layer.bias.any()
 
 
