@@ -10,7 +10,9 @@ import os
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,8 @@ def save_checkpoint(
             f"the checkpoint {path} cannot be written ({error}): check the folder and the disk"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there when all went well
+            temporary.unlink()
     return path
 
 
@@ -141,19 +144,19 @@ def read_checkpoint(checkpoint_path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}{_others(path.parent)}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "global" in str(error).lower():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's opinion of a stranger's pickle
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # a file cut at any byte fails in a dozen ways
+        if _is_refusal(error, path):
             raise CheckpointError(
                 f"{path} is refused: it holds more than tensors and plain values, and loading it"
                 " could run code; load only checkpoints that save_checkpoint wrote"
             ) from None
         raise CheckpointError(_damaged(path)) from None
-    except Exception as error:  # a file cut at any byte fails in a dozen ways; a full memory in one
-        if isinstance(error, MemoryError):
-            raise
-        raise CheckpointError(_damaged(path)) from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+    if not isinstance(checkpoint, dict) or not _is_state(checkpoint.get("model")):
         raise CheckpointError(f"{path} is not a checkpoint of this project: it holds no 'model'")
     if checkpoint.get("format") != FORMAT:
         raise CheckpointError(
@@ -181,8 +184,9 @@ def restore(
             raise CheckpointError(f"{name} holds no {part} state: it was saved for generation only")
         try:
             target.load_state_dict(checkpoint[part])
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{name} holds the {part} of another setting: {error}") from None
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{name} holds the {part} of another setting: {reason}") from None
 
 
 def find_checkpoints(checkpoint_dir: str | Path) -> list[Path]:
@@ -232,9 +236,12 @@ def checkpoint_name(epoch: int, global_step: int) -> str:
 
 
 def remove_old_checkpoints(checkpoint_dir: str | Path, keep: int) -> None:
-    """Keep the `keep` furthest numbered checkpoints and delete the others; best and final stay."""
+    """Keep the `keep` furthest numbered checkpoints and delete the others; best and final stay.
+
+    What a writer that was killed has left goes, too: the caller is the run's only writer.
+    """
     numbered = [path for path in find_checkpoints(checkpoint_dir) if path.name != FINAL]
-    for path in numbered[keep:]:
+    for path in [*numbered[keep:], *Path(checkpoint_dir).glob(".*.pt.*.tmp")]:
         path.unlink(missing_ok=True)
 
 
@@ -258,6 +265,20 @@ def _restore_model(
     if unknown := state.keys() - own.keys():
         raise CheckpointError(f"{name} is of another model: it has {sorted(unknown)[0]} besides")
     model.load_state_dict(state)
+
+
+def _is_refusal(error: Exception, path: Path) -> bool:
+    """Return whether a file is whole, and refused for what it holds; not a file that was cut."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return False
+    with open(path, "rb") as file:
+        start = file.read(4)
+    return start == b"PK\x03\x04" or start[:1] == b"\x80" or "GLOBAL" in str(error)
+
+
+def _is_state(value: Any) -> bool:
+    """Return whether `value` is what a module's `state_dict()` gives."""
+    return isinstance(value, dict) and all(isinstance(v, torch.Tensor) for v in value.values())
 
 
 def _plain(value: Any) -> Any:
