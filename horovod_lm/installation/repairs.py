@@ -115,8 +115,8 @@ REPAIRS = (
         "        if not p.is_running():\n"
         "            return\n"
         "    for child in p.children():",
-        why="bash, which is /bin/sh on many systems, puts the rank in its own place: the rank is then"
-        " taken for the shell and frozen at once, so that on Ctrl-C it cannot save anything",
+        why="bash, which is /bin/sh on many systems, puts the rank in its own place: the rank is"
+        " then taken for the shell and frozen at once, so that on Ctrl-C it cannot save anything",
         upstream="none found",
     ),
     Repair(

@@ -136,7 +136,7 @@ def test_loss_at_the_start_is_about_log_of_the_vocabulary():
     torch.manual_seed(0)
     model = TransformerLM(1000, 64, 4, 4, 256, 64, 0.0)
     ids = random_ids(4, 64, 1000)
-    # Scores of deviation s add s^2 / 2 to log V; at GPT-2's spread s^2 = 768 * 0.02^2, at any width.
+    # Scores of deviation s add s^2 / 2 to log V; s^2 = 768 * 0.02^2 at GPT-2's and any width.
     expected = math.log(1000) + 768 * 0.02**2 / 2
     assert model(ids, labels=ids)[1].item() == pytest.approx(expected, abs=0.05)
 
@@ -261,7 +261,9 @@ def test_residual_projections_start_smaller(d_model, deviation):
     weight = block.attention.query_key_value.weight
     assert weight.std().item() == pytest.approx(deviation, rel=0.05)
     for layer in (block.attention.output, block.feed_forward.narrow):
-        assert layer.weight.std().item() == pytest.approx(deviation / 4, rel=0.05)  # sqrt(2 * 8) = 4
+        assert layer.weight.std().item() == pytest.approx(
+            deviation / 4, rel=0.05
+        )  # sqrt(2 * 8) = 4
         assert not layer.bias.any()
 
 
