@@ -77,7 +77,6 @@ class RunReport:
             earlier = run.set_aside_earlier_run() if resume_step is None else None
             if earlier is not None:
                 progress.say(f"an earlier run of this name is now {shown(earlier)}")
-            run.run_dir.mkdir(parents=True, exist_ok=True)
             run.describe(config, world_size)
         barrier()  # Horovod: no rank may write into a folder that is about to be renamed
         self.recorder = MetricsRecorder(

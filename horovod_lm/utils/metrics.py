@@ -143,8 +143,8 @@ def _open_table(path: Path, resume_step: int | None) -> Any:
     """Open the table to append; rows after `resume_step`, or cut short by a death, are dropped."""
     kept: list[dict[str, str]] = []
     if resume_step is not None and path.exists():
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if None not in row.values()]
+        whole_lines = path.read_bytes().rpartition(b"\n")[0].decode("utf-8").splitlines()
+        rows = [row for row in csv.DictReader(whole_lines) if None not in row.values()]
         kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= resume_step]
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8", newline="") as file:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from horovod_lm.utils.config import Config, save_config
+from horovod_lm.utils.errors import ConfigError
 
 _PACKAGES = ("horovod_lm", "torch", "horovod", "numpy", "tokenizers", "pydantic")
 
@@ -30,7 +31,15 @@ class RunFolder:
 
     @classmethod
     def of(cls, config: Config, run_name: str) -> RunFolder:
-        """Return the folders that `config.paths` gives to a run of this name."""
+        """Return the folders that `config.paths` gives to a run of this name.
+
+        Raises:
+            ConfigError: the name is no folder's name.
+        """
+        if run_name in ("", ".", "..") or set(run_name) & set("/\\\0"):
+            raise ConfigError(
+                f"the run name {run_name!r} must be the name of a folder, without / or \\"
+            )
         paths = config.paths
         folders = (paths.run_dir, paths.checkpoint_dir, paths.log_dir, paths.tensorboard_dir)
         return cls(run_name, *(config.resolve(folder, run_name) for folder in folders))
@@ -50,8 +59,11 @@ class RunFolder:
         return target
 
     def describe(self, config: Config, world_size: int) -> None:
-        """Write `config.yaml` and `run.json`: what was run, where, with which versions."""
-        save_config(config, self.run_dir / "config.yaml")
+        """Make the folder and write `config.yaml` and `run.json`: what was run, where, on what.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
         record = {
             "name": self.name,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -65,7 +77,13 @@ class RunFolder:
             "threads_per_rank": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         }
-        (self.run_dir / "run.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        try:
+            save_config(config, self.run_dir / "config.yaml")
+            (self.run_dir / "run.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"the run's folder {self.run_dir} cannot be written: {error.strerror}"
+            ) from None
 
 
 def default_run_name(prefix: str = "run") -> str:
