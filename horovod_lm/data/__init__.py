@@ -1,4 +1,4 @@
-"""Text to batches: corpora, tokenizers, token files, and loaders that share them out among ranks."""
+"""Text to batches: corpora, tokenizers, token files, and loaders that share them out to ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 _HOME = {
     "get_dataloaders": "loaders",
     "load_preprocessed_data": "loaders",
-    "ShardedBatchSampler": "loaders",
+    "ShardedBatchSampler": "sampler",
     "TokenBlockDataset": "loaders",
     "prepare_data": "prepare",
     "load_tokenizer": "tokenizers",

@@ -1,4 +1,4 @@
-"""`python -m horovod_lm.data`: prepare the tokens that a configuration asks for, and look at them."""
+"""`python -m horovod_lm.data`: prepare the tokens that a configuration asks for, and look."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ EXAMPLES = """\
 examples:
   python -m horovod_lm.data --config configs/tiny.yaml
   python -m horovod_lm.data --config configs/tiny.yaml --show 3
-  python -m horovod_lm.data --config configs/laptop.yaml --set data.source=files --set data.path=my_book.txt"""
+  python -m horovod_lm.data --config configs/laptop.yaml --set data.source=files \\
+      --set data.path=my_book.txt"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,23 +79,26 @@ def show_documents(config: Config, count: int, width: int = 500) -> None:
 def summary(metadata: dict[str, Any], data_dir: Path) -> str:
     """Return what was prepared, as a few lines of text."""
     train, val, tokenizer = metadata["train"], metadata["val"], metadata["tokenizer"]
+    bytes_per_token = f"{metadata['bytes_per_token']:.2f} bytes per token"
     lines = [
         f"corpus      {metadata['corpus']}",
-        f"tokenizer   {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens, {metadata['bytes_per_token']:.2f} bytes per token",
+        f"tokenizer   {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens, {bytes_per_token}",
         f"training    {train['documents']:,} documents, {train['tokens']:,} tokens",
-        f"validation  {val['documents']:,} documents, {val['tokens']:,} tokens ({metadata['split']})",
+        f"validation  {val['documents']:,} documents, {val['tokens']:,} tokens",
+        f"split       {metadata['split']}",
         f"where       {data_dir}",
     ]
     if stories := metadata.get("stories"):
-        entropy, tokens = stories["entropy_nats_per_story"], stories["tokens_per_story"]
+        entropy = stories["entropy_nats_per_story"]
+        per_token = entropy / stories["tokens_per_story"]
         lines.append(
-            f"best loss   {entropy:.3f} nats per story, the stories' entropy: {entropy / tokens:.4f} per token on average"
+            f"best loss   {entropy:.2f} nats per story, {per_token:.4f} per token: entropy"
         )
     return "\n".join(lines)
 
 
 class ProgressLine:
-    """Says how far the work is: on one line that changes on a terminal, a line per phase elsewhere."""
+    """Says how far the work is: one line that changes on a terminal, a line per phase elsewhere."""
 
     def __init__(self) -> None:
         self.phase: str | None = None

@@ -1,7 +1,7 @@
 """Where text comes from: four sources behind one name, `data.source`.
 
-A corpus is a series of documents, and a document a series of pieces of text: nothing is ever held in
-memory whole, so that a corpus may be larger than the machine.
+A corpus is a series of documents, and a document a series of pieces of text: nothing is ever held
+in memory whole, so that a corpus may be larger than the machine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from horovod_lm.data.stories import RULES, generate_stories
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.errors import DataError
 
-PIECE_BYTES = 1 << 18  # a long file is read in pieces of a quarter of a MiB
+NOT_THE_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+PIECE_BYTES = 1 << 16  # files are read in pieces: a BPE holds 256 of them while it trains
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,12 @@ def open_corpus(config: Config) -> Corpus:
     Raises:
         DataError: there is no such text, or it cannot be read.
     """
-    corpus = {"stories": _stories, "python": _python, "files": _files, "hub": _hub}[
-        config.data.source
-    ](config)
+    sources = {"stories": _stories, "python": _python, "files": _files, "hub": _hub}
+    corpus = sources[config.data.source](config)
     limit = config.data.max_bytes
     if limit is None:
         return corpus
-    return Corpus(
-        corpus.description, lambda: _first_bytes(corpus.documents(), limit), corpus.fingerprint
-    )
+    return replace(corpus, documents=lambda: _first_bytes(corpus.documents(), limit))
 
 
 def text_document(name: str, text: str) -> Document:
@@ -87,17 +85,14 @@ def _python(config: Config) -> Corpus:
     files = sorted(file for file in root.rglob("*.py") if not _is_left_out(file.relative_to(root)))
     if not files:
         raise DataError(
-            f"Python's standard library has no source files in {root}; use data.source=stories instead"
+            f"the standard library has no source files in {root}; use data.source=stories instead"
         )
     return _file_corpus(f"the standard library of Python {sys.version.split()[0]}", files, root)
 
 
 def _is_left_out(file: Path) -> bool:
     """True for what is not the library proper: tests, what tests read, and third-party packages."""
-    folders = set(file.parts[:-1])
-    return bool(
-        folders & {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    )
+    return not NOT_THE_LIBRARY.isdisjoint(file.parts[:-1])
 
 
 def _files(config: Config) -> Corpus:
@@ -112,23 +107,14 @@ def _matching_files(config: Config, pattern: str) -> list[Path]:
     path = config.resolve(pattern)
     if path.is_file():
         return [path]
-    if path.is_dir():
-        files = [file for file in path.rglob("*") if not _is_hidden(file.relative_to(path))]
-    else:
-        files = [Path(name) for name in glob.glob(str(path), recursive=True)]
-    files = [file for file in files if file.is_file()]
+    wanted = str(path / "**" / "*") if path.is_dir() else str(path)
+    names = map(Path, glob.glob(wanted, recursive=True))  # hidden ones are not among them
+    ours = config.resolve(config.data.data_dir)
+    files = [name for name in names if name.is_file() and name.parent != ours]
     if not files:
-        what = (
-            "the folder is empty"
-            if path.is_dir()
-            else "there is no such file, and as a glob it matches none"
-        )
+        what = "the folder is empty" if path.is_dir() else "no such file, and no file matches it"
         raise DataError(f"data.path {pattern}: {what} ({path})")
     return files
-
-
-def _is_hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
 
 
 def _file_corpus(description: str, files: list[Path], root: Path) -> Corpus:
@@ -144,7 +130,7 @@ def _file_corpus(description: str, files: list[Path], root: Path) -> Corpus:
 
 
 def _listing(files: Iterable[Path], root: Path) -> str:
-    """Return a hash of the files' names, sizes and times of change, as `make` would look at them."""
+    """Return a hash of the files' names, sizes and times of change: what `make` looks at."""
     stats = []
     for file in files:
         name = file.relative_to(root) if file.is_relative_to(root) else file
@@ -160,31 +146,34 @@ def read_text_file(file: Path, piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
         piece_bytes: read about so many bytes at a time.
 
     Raises:
-        DataError: a byte is not UTF-8 (the message names the file and the byte's offset), or the file cannot be read.
+        DataError: a byte is not UTF-8 (the message names the file and the byte's offset), or the
+            file cannot be read.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset, held_back = 0, ""
+    held_back = ""
+    for text in _decode(file, piece_bytes):
+        text = held_back + text
+        cut = text.rfind("\n") + 1 or len(text)
+        if text[:cut]:
+            yield text[:cut]
+        held_back = text[cut:]
+    if held_back:
+        yield held_back
+
+
+def _decode(file: Path, piece_bytes: int) -> Iterator[str]:
+    """Yield the text of a UTF-8 file, block by block."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    offset = 0
     try:
         with file.open("rb") as stream:
-            while True:
-                block = stream.read(piece_bytes)
-                pending = len(
-                    decoder.getstate()[0]
-                )  # bytes of a character that the last block cut in two
-                try:
-                    text = decoder.decode(block, final=not block)
-                except UnicodeDecodeError as error:
-                    raise _bad_byte(file, error, offset - pending + error.start) from None
-                if offset == 0:
-                    text = text.removeprefix("\N{BYTE ORDER MARK}")
+            while block := stream.read(piece_bytes):
+                yield decoder.decode(block)
                 offset += len(block)
-                text = held_back + text
-                cut = text.rfind("\n") + 1 or len(text)
-                held_back = text[cut:] if block else ""
-                if piece := text[:cut] if block else text:
-                    yield piece
-                if not block:
-                    return
+            yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        # The decoder may have kept the first bytes of a character that a block had cut in two.
+        kept = len(error.object) - len(block)
+        raise _bad_byte(file, error, offset - kept + error.start) from None
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from None
 
@@ -211,7 +200,7 @@ def _hub(config: Config) -> Corpus:
                     )
                 if row[field]:
                     yield text_document(f"{name} row {index}", row[field])
-        except (DataError, GeneratorExit):
+        except DataError:
             raise
         except Exception as error:  # a stream can break in any of the libraries under it
             raise _hub_error(name, error) from None
@@ -253,7 +242,7 @@ def _hub_error(name: str, error: Exception) -> DataError:
 
 
 def _first_bytes(documents: Iterator[Document], limit: int) -> Iterator[Document]:
-    """Yield whole documents while they fit into `limit` bytes; a first one that does not fit is cut."""
+    """Yield whole documents while they fit into `limit` bytes; a first one too large is cut."""
     room = limit
     for document in documents:
         if document.size > room:

@@ -5,11 +5,11 @@ alternatives, drawn with known probabilities. When every text can be written in 
 grammar is *unambiguous*), texts and sequences of draws are the same thing, so that
 
 - the probability of a text is the product of the probabilities of its draws, found by parsing it;
-- the entropy of a text is the sum, along the draws, of each draw's entropy given the draws before it:
-  the chain rule, H(X1, X2, ...) = H(X1) + H(X2 | X1) + ... (Cover & Thomas, Elements of Information
-  Theory, 2nd ed., theorem 2.5.1).
+- the entropy of a text is the sum, along the draws, of each draw's entropy given the draws before
+  it: the chain rule, H(X1, X2, ...) = H(X1) + H(X2 | X1) + ... (Cover & Thomas, Elements of
+  Information Theory, 2nd ed., theorem 2.5.1).
 
-No model of these texts can have a smaller mean loss than that entropy, and the best one has exactly it.
+No model of these texts can have a smaller mean loss than that entropy; the best one has just it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Alternative:
     """One way to write a symbol.
 
     Args:
-        text: plain text with slots: `{animal}` writes the symbol `animal`; `{friend=animal}` does so and
-            remembers the draw as `friend`; `{friend}` repeats the remembered text; `{friend.habit}` writes
-            the remembered draw's feature `habit`.
+        text: plain text with slots: `{animal}` writes the symbol `animal`; `{friend=animal}` does
+            so and remembers the draw as `friend`; `{friend}` repeats the remembered text;
+            `{friend.habit}` writes the remembered draw's feature `habit`.
         weight: how often, relative to the symbol's other alternatives.
         features: what else is known about it, as texts that may hold slots in their turn.
     """
@@ -73,7 +73,7 @@ class Grammar:
         start: the symbol that writes a whole text.
 
     Raises:
-        ValueError: a symbol that leads back to itself, an unknown slot, an empty rule or a weight <= 0.
+        ValueError: the rules cannot work; the message says which and why.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Grammar:
         return "".join(written)
 
     def texts(self) -> Iterator[tuple[str, float]]:
-        """Yield every text with its probability. Only for small grammars: there may be very many."""
+        """Yield every text with its probability. For small grammars: there may be very many."""
 
         def write(parts: Parts, memory: Memory) -> Iterator[tuple[str, float]]:
             if not parts:
@@ -132,7 +132,7 @@ class Grammar:
         return write((Draw(self.start),), {})
 
     def log_probability(self, text: str) -> float:
-        """Return the natural logarithm of the probability of `text`, in nats; -inf if it cannot be written.
+        """Return the log-probability of `text` in nats; -inf if the grammar cannot write it.
 
         Raises:
             ValueError: `text` can be written in two ways: the grammar is ambiguous.
@@ -157,11 +157,11 @@ class Grammar:
 
     @cached_property
     def _size(self) -> tuple[int, float]:
-        """The number of texts, and the entropy of a text in nats, by the chain rule along the draws.
+        """The number of texts and the entropy of one in nats, by the chain rule along the draws.
 
-        What is still to be drawn depends on the slots left to fill and on the remembered features that
-        hold draws themselves, and on nothing else. The cache therefore makes of a sum over all texts
-        one that is hardly longer than the grammar.
+        What is still to be drawn depends on the slots left to fill and on the remembered features
+        that hold draws themselves, and on nothing else. The cache therefore makes of a sum over all
+        texts one that is hardly longer than the grammar.
         """
 
         @cache
@@ -190,14 +190,17 @@ class Grammar:
         return self._size[1]
 
     def _expansions(self, parts: Parts, memory: Memory) -> Iterator[tuple[float, Parts, Memory]]:
-        """Yield every way to replace the slot `parts[0]`: probability, the parts that follow, what is remembered."""
+        """Yield every way to replace the slot `parts[0]`.
+
+        Yields:
+            The way's probability, the parts that are then left, and what is then remembered.
+        """
         slot, rest = parts[0], parts[1:]
         if isinstance(slot, Recall):
             yield 1.0, self._recalled(slot, memory) + rest, memory
         elif isinstance(slot, Draw):
-            for probability, alternative in zip(
-                self._probabilities[slot.symbol], self.rules[slot.symbol]
-            ):
+            probabilities, alternatives = self._probabilities[slot.symbol], self.rules[slot.symbol]
+            for probability, alternative in zip(probabilities, alternatives, strict=True):
                 then = {**memory, slot.name: alternative} if slot.name else memory
                 yield probability, self._parts[alternative.text] + rest, then
 
@@ -207,14 +210,14 @@ class Grammar:
         return self._parts[text]
 
     def _without_fixed_texts(self, alternative: Alternative) -> Alternative:
-        """Return what of a remembered draw still matters to the draws to come: its features that draw."""
+        """Return what of a remembered draw matters to draws to come: its features that draw."""
         features = {
             name: text if "{" in text else "" for name, text in alternative.features.items()
         }
         return Alternative("", features=features)
 
     def _split(self, text: str) -> Parts:
-        """Cut a text at its slots: `"{hero=name} ran."` becomes `(Draw("name", "hero"), " ran.")`."""
+        """Cut a text at its slots: `"{hero=name} ran"` becomes `(Draw("name", "hero"), " ran")`."""
         parts: list[Part] = []
         position = 0
         for match in SLOT.finditer(text):
@@ -238,29 +241,33 @@ class Grammar:
             yield from alternative.features.values()
 
     def _check_slots(self) -> None:
-        """Refuse symbols that lead back to themselves, and slots that repeat what nothing remembers."""
-        leads_to: dict[str, set[str]] = {}
-        drawn_as: dict[str, set[str]] = {}
-        slots = [part for parts in self._parts.values() for part in parts]
-        for slot in slots:
+        """Refuse rules that never end, and slots that repeat what is not there to be repeated."""
+        remembered: dict[str, list[Alternative]] = {}
+        for slot in itertools.chain.from_iterable(self._parts.values()):
             if isinstance(slot, Draw) and slot.name:
-                drawn_as.setdefault(slot.name, set()).add(slot.symbol)
-        for symbol, alternatives in self.rules.items():
-            texts = [text for one in alternatives for text in (one.text, *one.features.values())]
-            leads_to[symbol] = {
-                part.symbol
-                for text in texts
-                for part in self._parts[text]
-                if isinstance(part, Draw)
-            }
-        for slot in slots:
-            if isinstance(slot, Recall) and slot.name not in drawn_as:
+                remembered.setdefault(slot.name, []).extend(self.rules[slot.symbol])
+        for slot in itertools.chain.from_iterable(self._parts.values()):
+            if not isinstance(slot, Recall):
+                continue
+            if slot.name not in remembered:
                 raise ValueError(
                     f"nothing is remembered as {slot.name!r}, and no symbol has that name"
                 )
+            for one in remembered[slot.name]:
+                if slot.feature not in ("text", *one.features):
+                    raise ValueError(f"{one.text!r} has no feature {slot.feature!r}")
+                if slot.feature == "text" and "{" in one.text:
+                    raise ValueError(f"{one.text!r} cannot be repeated: its slots would draw again")
+        self._check_that_it_ends()
+
+    def _check_that_it_ends(self) -> None:
+        leads_to: dict[str, set[str]] = {}
+        for symbol, alternatives in self.rules.items():
+            texts = [text for one in alternatives for text in (one.text, *one.features.values())]
+            slots = itertools.chain.from_iterable(self._parts[text] for text in texts)
+            leads_to[symbol] = {slot.symbol for slot in slots if isinstance(slot, Draw)}
         try:
             graphlib.TopologicalSorter(leads_to).prepare()
         except graphlib.CycleError as error:
-            raise ValueError(
-                f"symbols lead back to themselves: {' -> '.join(error.args[1])}"
-            ) from None
+            cycle = " -> ".join(error.args[1])
+            raise ValueError(f"symbols lead back to themselves: {cycle}") from None

@@ -1,18 +1,20 @@
-"""From token files to batches: which rank sees which window of tokens, and when."""
+"""From token files to batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from horovod_lm.data.prepare import data_settings, read_metadata
+from horovod_lm.data.prepare import data_settings
+from horovod_lm.data.sampler import ShardedBatchSampler
 from horovod_lm.data.split import TRAIN, VAL
+from horovod_lm.data.token_files import read_metadata
 from horovod_lm.utils.config import Config, resolve_path
 from horovod_lm.utils.distributed import get_rank, get_world_size
 from horovod_lm.utils.errors import DataError
@@ -25,10 +27,10 @@ Batch = dict[str, torch.Tensor]
 class TokenBlockDataset(Dataset[Batch]):
     """Windows of `block_length` tokens over a file of token ids, read where they are needed.
 
-    Window i starts at token i * (block_length - 1): two windows share one token, the last of the one and
-    the first of the other. The model predicts every token of a window but the first, so every token of the
-    file but its first (an end-of-text) is predicted exactly once. The last window is filled up with
-    `fill_id`; what is filled is no label.
+    Window i starts at token i * (block_length - 1): two windows share one token, the last of the
+    one and the first of the other. The model predicts every token of a window but the first, so
+    every token of the file but its first (an end-of-text) is predicted exactly once. The last
+    window is filled up with `fill_id`; what is filled is no label.
 
     Args:
         path: the file.
@@ -49,7 +51,7 @@ class TokenBlockDataset(Dataset[Batch]):
         return -(-(self.num_tokens - 1) // (self.block_length - 1))  # rounded up
 
     def __getitem__(self, index: int) -> Batch:
-        """Return `input_ids` (T,) and `labels` (T,), both long; the model shifts the labels itself."""
+        """Return `input_ids` and `labels`, (T,) long; the model shifts the labels itself."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         start = index * (self.block_length - 1)
@@ -76,104 +78,6 @@ class TokenBlockDataset(Dataset[Batch]):
         }  # a pickled memmap would be a copy of the whole file
 
 
-class ShardedBatchSampler(Sampler[list[int]]):
-    """Which samples each rank sees in each micro-batch, so that together they see every one once per epoch.
-
-    All ranks draw the same permutation from (seed, epoch). Optimizer step s takes the next G of it,
-    G = batch_size * gradient_accumulation_steps * world_size, cut into gradient_accumulation_steps * world_size
-    pieces of (nearly) equal length; micro-batch m of rank r is piece m * world_size + r. Hence
-
-    - every rank has the same number of micro-batches in every step, and none waits for another for ever;
-    - the samples of a step depend on the product G alone: one rank with batch 2B steps as two ranks with B;
-    - the last step of an epoch may be smaller, and its pieces even empty, but no sample is lost or repeated.
-
-    (`torch.utils.data.DistributedSampler` repeats samples to fill the last step.)
-
-    Args:
-        num_samples: samples in the dataset.
-        batch_size: samples in a micro-batch of one rank.
-        gradient_accumulation_steps: micro-batches of one rank in a step.
-        rank: this process, from 0.
-        world_size: number of processes.
-        seed: the permutations follow from it.
-        shuffle: False takes the samples in their order.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        gradient_accumulation_steps: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
-    ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not one of {world_size}")
-        if num_samples < 0 or batch_size < 1 or gradient_accumulation_steps < 1:
-            raise ValueError(
-                "batch_size and gradient_accumulation_steps must be at least 1, num_samples at least 0"
-            )
-        self.num_samples, self.batch_size = num_samples, batch_size
-        self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.rank, self.world_size = rank, world_size
-        self.seed, self.shuffle = seed, shuffle
-        self.epoch, self.start = 0, 0
-
-    @property
-    def samples_per_step(self) -> int:
-        """Samples in a full optimizer step, over all ranks: G."""
-        return self.batch_size * self.gradient_accumulation_steps * self.world_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in a whole epoch."""
-        return -(-self.num_samples // self.samples_per_step)  # rounded up
-
-    @property
-    def steps_left(self) -> int:
-        """Optimizer steps that iterating will give: fewer than an epoch's after `set_start`."""
-        return -(-(self.num_samples - self.start) // self.samples_per_step)
-
-    def samples_in_step(self, step: int) -> int:
-        """Return how many samples all ranks together see in step `step`, counted from where iterating starts."""
-        return max(
-            0,
-            min(
-                self.samples_per_step, self.num_samples - self.start - step * self.samples_per_step
-            ),
-        )
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's permutation, from its first sample on."""
-        self.epoch, self.start = epoch, 0
-
-    def set_start(self, samples_already_seen: int) -> None:
-        """Start the epoch after its first samples: to resume, at the same world size or at another one."""
-        if not 0 <= samples_already_seen <= self.num_samples:
-            raise ValueError(
-                f"cannot start after {samples_already_seen} of {self.num_samples} samples"
-            )
-        self.start = samples_already_seen
-
-    def __len__(self) -> int:
-        """Return the number of micro-batches that iterating will give to this rank."""
-        return self.steps_left * self.gradient_accumulation_steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = np.arange(self.num_samples)
-        if self.shuffle:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
-        for first in range(self.start, self.num_samples, self.samples_per_step):
-            step = order[first : first + self.samples_per_step]
-            pieces = np.array_split(step, self.gradient_accumulation_steps * self.world_size)
-            for mine in pieces[
-                self.rank :: self.world_size
-            ]:  # Horovod: each rank has its own samples
-                yield mine.tolist()
-
-
 def load_preprocessed_data(
     data_dir: str | Path = "notebooks/data/preprocessed/v1",
 ) -> tuple[TokenBlockDataset, TokenBlockDataset]:
@@ -194,8 +98,9 @@ def get_dataloaders(
 ) -> tuple[DataLoader, DataLoader]:
     """Return the loaders of this rank's training and validation batches.
 
-    A batch holds `input_ids` and `labels`, (B, T) long, and B may be 0 in the last step of an epoch.
-    The training loader's `batch_sampler` is a `ShardedBatchSampler`: call its `set_epoch` before each epoch.
+    A batch holds `input_ids` and `labels`, (B, T) long, and B may be 0 in the last step of an
+    epoch. The training loader's `batch_sampler` is a `ShardedBatchSampler`: call its `set_epoch`
+    before each epoch.
 
     Args:
         config: the settings.
@@ -239,9 +144,9 @@ def _loader(config: Config, dataset: TokenBlockDataset, sampler: ShardedBatchSam
         num_workers=workers,
         pin_memory=config.data.pin_memory and torch.cuda.is_available(),
         persistent_workers=workers > 0,
-        # Horovod: its threads and connections do not survive a fork; a fork server starts without them.
+        # Horovod: its threads and connections do not survive a fork; a fork server has none.
         multiprocessing_context="forkserver" if workers else None,
-        # Its own generator: else each epoch would draw from torch's, and a resumed run would differ.
+        # Its own generator: else each epoch drew from torch's, and a resumed run would differ.
         generator=torch.Generator().manual_seed(config.seed),
     )
 
@@ -264,7 +169,8 @@ def _metadata(folder: Path, config_file: str) -> dict[str, Any]:
     metadata = read_metadata(folder)
     if metadata is None:
         raise DataError(
-            f"there are no prepared data in {folder}: run python -m horovod_lm.data --config {config_file}"
+            f"there are no prepared data in {folder}: "
+            f"run python -m horovod_lm.data --config {config_file}"
         )
     return metadata
 
@@ -273,13 +179,15 @@ def _check_settings(config: Config, metadata: dict[str, Any], folder: Path) -> N
     """Refuse data that were prepared with other settings than the configuration's."""
     prepared = metadata["settings"]
     for key, wanted in data_settings(config).items():
-        if prepared.get(key, None) != wanted:
+        if prepared.get(key) != wanted:
             raise DataError(
-                f"the data in {folder} were prepared with {key}={prepared.get(key, 'unset')}, and the configuration has "
-                f"{wanted}: run python -m horovod_lm.data again with this configuration, or choose another data.data_dir"
+                f"the data in {folder} were prepared with {key}={prepared.get(key, 'unset')}, and "
+                f"the configuration has {wanted}: run python -m horovod_lm.data again with this "
+                "configuration, or choose another data.data_dir"
             )
-    if metadata["tokenizer"]["vocab_size"] > config.model.vocab_size:
+    tokens = metadata["tokenizer"]["vocab_size"]
+    if tokens > config.model.vocab_size:
         raise DataError(
-            f"the data in {folder} have {metadata['tokenizer']['vocab_size']} tokens and the model room for "
-            f"{config.model.vocab_size}: set model.vocab_size to that or more"
+            f"the data in {folder} have {tokens} tokens and the model room for "
+            f"{config.model.vocab_size}: set model.vocab_size={tokens} or more"
         )

@@ -1,43 +1,37 @@
-"""From text to token files: once per host, atomic, and in constant memory for a corpus of any size.
+"""From text to token files: once per host, whole or not at all, in constant memory.
 
-`data_dir` holds four files afterwards:
-
-    train.bin, val.bin   all tokens in one row (little-endian uint16, or uint32 for large vocabularies),
-                         end-of-text before the first document and after every one
-    tokenizer.json       what `load_tokenizer` restores
-    metadata.json        what the data are and what they were made from; written last: where it
-                         stands, the other three are whole and belong to it
+One preparation reads the corpus up to three times: to choose the split, to learn the vocabulary
+from the training text, and to encode everything. See `horovod_lm.data.token_files` for the result.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock
 
 from horovod_lm.data.corpora import Corpus, open_corpus
-from horovod_lm.data.split import TRAIN, VAL, Split, Survey, choose_split
+from horovod_lm.data.split import TRAIN, VAL, Split, SplitText, Survey, choose_split
 from horovod_lm.data.stories import story_count, story_entropy
+from horovod_lm.data.token_files import (
+    FORMAT,
+    METADATA,
+    TOKENIZER,
+    PartSummary,
+    TokenWriter,
+    put_in_place,
+    read_metadata,
+)
 from horovod_lm.data.tokenizers import Tokenizer, make_tokenizer, train_bpe
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.errors import DataError
 
-FORMAT = 1  # raise it when the same inputs give other files
-METADATA, TOKENIZER = "metadata.json", "tokenizer.json"
-FILES = (
-    f"{TRAIN}.bin",
-    f"{VAL}.bin",
-    TOKENIZER,
-    METADATA,
-)  # metadata.json is the last to be put in place
 BPE_TRAINING_BYTES = 64 << 20  # more text than this hardly changes a vocabulary
 BATCH_CHARACTERS = 1 << 20  # text that is encoded in one go
 
@@ -50,11 +44,12 @@ def prepare_data(
 ) -> dict[str, Any]:
     """Make the token files of `config` in `config.data.data_dir`, unless they are there already.
 
-    Any number of processes may call this at once: one prepares, the others wait for it and find the data
-    made. A preparation that is killed leaves the earlier data as they were.
+    Any number of processes may call this at once: one prepares, the others wait for it and find the
+    data made. A preparation that is killed leaves the earlier data as they were.
 
     Args:
-        config: the settings; `data`, `seed`, `model.vocab_size` and `model.max_seq_len` matter here.
+        config: the settings; `data`, `seed`, `model.vocab_size` and `model.max_seq_len` matter
+            here.
         force: prepare even when nothing has changed.
         progress: told how far the work is.
 
@@ -82,19 +77,6 @@ def prepare_data(
         ) from None
 
 
-def read_metadata(data_dir: Path) -> dict[str, Any] | None:
-    """Return the content of `metadata.json`, or None where the data are missing or not whole."""
-    try:
-        metadata = json.loads((data_dir / METADATA).read_text(encoding="utf-8"))
-        whole = metadata["format"] == FORMAT and (data_dir / TOKENIZER).is_file()
-        for part in (TRAIN, VAL):
-            size = metadata[part]["tokens"] * np.dtype(metadata["dtype"]).itemsize
-            whole = whole and (data_dir / f"{part}.bin").stat().st_size == size
-        return metadata if whole else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def data_settings(config: Config) -> dict[str, Any]:
     """Return the settings that the prepared data depend on, by their dotted names."""
     data = config.data
@@ -117,11 +99,10 @@ def _prepare(
     config: Config, corpus: Corpus, inputs: str, data_dir: Path, progress: Progress
 ) -> dict[str, Any]:
     """Make the four files in a folder of their own, then move them into `data_dir`."""
+    progress("reading", 0.0)
     survey = Survey.of(corpus.documents(), config.seed)
     if not survey.documents:
-        raise DataError(
-            f"{corpus.description} holds no text: choose another data.path or data.source"
-        )
+        raise DataError(f"{corpus.description} holds no text: choose another data.path or source")
     split = choose_split(survey, config.seed, config.data.val_fraction)
     tokenizer = _make_tokenizer(config, corpus, survey, split, progress)
     partial = data_dir / ".partial"
@@ -133,23 +114,34 @@ def _prepare(
             part: TokenWriter(partial / f"{part}.bin", dtype, tokenizer.eot_id)
             for part in (TRAIN, VAL)
         }
-        done = 0
-        for batch in _batches(split.assign(corpus.documents())):
-            for text, ids in zip(batch, tokenizer.encode_batch([text.text for text in batch])):
-                writers[text.part].write(ids, text.size, text.ends_document)
-            done += sum(text.size for text in batch)
-            progress("encoding", done / max(survey.bytes, 1))
+        _encode(split.assign(corpus.documents()), tokenizer, writers, survey.bytes, progress)
         parts = {part: writer.close() for part, writer in writers.items()}
         _check_size(config, corpus, parts)
         metadata = _describe(config, corpus, inputs, split, tokenizer, dtype, parts)
         (partial / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
-        (partial / METADATA).write_text(
-            json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        _put_in_place(partial, data_dir)
+        content = json.dumps(metadata, indent=2, ensure_ascii=False)
+        (partial / METADATA).write_text(content + "\n", encoding="utf-8")
+        put_in_place(partial, data_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return metadata
+
+
+def _encode(
+    texts: Iterable[SplitText],
+    tokenizer: Tokenizer,
+    writers: Mapping[str, TokenWriter],
+    total_bytes: int,
+    progress: Progress,
+) -> None:
+    """Encode the texts, some at a time, and append each to the file of its side."""
+    done = 0
+    for batch in _batches(texts):
+        encoded = tokenizer.encode_batch([text.text for text in batch])
+        for text, ids in zip(batch, encoded, strict=True):
+            writers[text.part].write(ids, text.size, text.ends_document)
+            done += text.size
+        progress("encoding", done / total_bytes)
 
 
 def _make_tokenizer(
@@ -165,8 +157,8 @@ def _make_tokenizer(
         tokenizer = make_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise DataError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens and the model room for "
-            f"{config.model.vocab_size}: set model.vocab_size={tokenizer.vocab_size} or more"
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens and the model room "
+            f"for {config.model.vocab_size}: set model.vocab_size={tokenizer.vocab_size} or more"
         )
     return tokenizer
 
@@ -175,16 +167,17 @@ def _training_texts(corpus: Corpus, split: Split, wanted: int, progress: Progres
     seen = 0
     for text in split.assign(corpus.documents()):
         seen += text.size
-        progress("learning the vocabulary", min(1.0, seen / max(wanted, 1)))
+        progress("learning the vocabulary", min(1.0, seen / wanted))
         if text.part == TRAIN:
             yield text.text
         if seen >= wanted:
             return
 
 
-def _batches(texts: Iterable[Any]) -> Iterator[list[Any]]:
+def _batches(texts: Iterable[SplitText]) -> Iterator[list[SplitText]]:
     """Group texts so that each group has about `BATCH_CHARACTERS` characters."""
-    batch, characters = [], 0
+    batch: list[SplitText] = []
+    characters = 0
     for text in texts:
         batch.append(text)
         characters += len(text.text)
@@ -195,63 +188,17 @@ def _batches(texts: Iterable[Any]) -> Iterator[list[Any]]:
         yield batch
 
 
-@dataclass
-class PartSummary:
-    """What one of the two token files holds."""
-
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    sha256: str = ""
-
-
-class TokenWriter:
-    """Appends documents to a file of token ids, and counts and hashes what it writes.
-
-    Args:
-        path: the file to make.
-        dtype: NumPy's name for the type of an id.
-        eot_id: written before the first document and after every one.
-    """
-
-    def __init__(self, path: Path, dtype: str, eot_id: int) -> None:
-        self.dtype, self.eot_id = dtype, eot_id
-        self.summary = PartSummary()
-        self._digest = hashlib.sha256()
-        self._file = path.open("wb")
-        self._append([eot_id])
-
-    def write(self, ids: list[int], size: int, ends_document: bool) -> None:
-        """Append a piece of a document: its ids, its size in bytes, and whether it is the document's last."""
-        self._append([*ids, self.eot_id] if ends_document else ids)
-        self.summary.bytes += size
-        self.summary.documents += ends_document
-
-    def close(self) -> PartSummary:
-        """Finish the file, on the disk and not only in its cache, and return what it holds."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self.summary.sha256 = self._digest.hexdigest()
-        return self.summary
-
-    def _append(self, ids: list[int]) -> None:
-        data = np.asarray(ids, dtype=self.dtype).tobytes()
-        self._file.write(data)
-        self._digest.update(data)
-        self.summary.tokens += len(ids)
-
-
 def _check_size(config: Config, corpus: Corpus, parts: dict[str, PartSummary]) -> None:
     block_length = config.model.max_seq_len
     if parts[TRAIN].tokens < block_length:
         raise DataError(
-            f"{corpus.description} gives {parts[TRAIN].tokens} training tokens, fewer than one block of "
-            f"{block_length}: use more text or a smaller model.max_seq_len"
+            f"{corpus.description} gives {parts[TRAIN].tokens} training tokens, fewer than one "
+            f"block of {block_length}: use more text or a smaller model.max_seq_len"
         )
     if parts[VAL].tokens < 2:
         raise DataError(
-            f"{corpus.description} leaves no text for validation: use more text or a larger data.val_fraction"
+            f"{corpus.description} leaves no text for validation: "
+            "use more text or a larger data.val_fraction"
         )
 
 
@@ -292,10 +239,3 @@ def _describe(
             "tokens_per_story": round((tokens - 2) / documents, 4),
         }
     return metadata
-
-
-def _put_in_place(partial: Path, data_dir: Path) -> None:
-    """Move the finished files into `data_dir`; without metadata.json, what is there counts as no data."""
-    (data_dir / METADATA).unlink(missing_ok=True)
-    for name in FILES:
-        os.replace(partial / name, data_dir / name)

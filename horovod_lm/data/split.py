@@ -1,8 +1,9 @@
 """Which text is for training and which for validation.
 
-A document's side follows from a number that is drawn from the seed and from its text, and from nothing else:
-every rank and every run comes to the same split, a document that is added or removed moves no other
-one, and two copies of a text always land on the same side. No token of validation is in training.
+A document's side follows from a number that is drawn from the seed and from its text, and from
+nothing else: every rank and every run comes to the same split, a document that is added or removed
+moves no other one, and two copies of a text always land on the same side. No token of validation is
+in training.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ TRAIN, VAL = "train", "val"
 
 @dataclass(frozen=True)
 class SplitText:
-    """A piece of text, the side it is on, its size in UTF-8 bytes, and whether a document ends with it."""
+    """A piece of text, its side, its size in UTF-8 bytes, and whether a document ends with it."""
 
     part: str
     text: str
@@ -30,7 +31,7 @@ class SplitText:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one look at a corpus tells: how many documents and bytes, and between which numbers they lie."""
+    """What one look at a corpus tells: its documents, its bytes, and the range of their numbers."""
 
     documents: int
     bytes: int
@@ -60,7 +61,7 @@ class Split(Protocol):
 
 
 def document_number(text: str, seed: int) -> float:
-    """Return a number from [0, 1), evenly spread over texts and seeds, always the same for the same two."""
+    """Return a number from [0, 1) that follows from the two and is evenly spread over texts."""
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=str(seed).encode()).digest()
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 
@@ -68,8 +69,8 @@ def document_number(text: str, seed: int) -> float:
 def choose_split(survey: Survey, seed: int, val_fraction: float) -> Split:
     """Return the split for a corpus: by document, or within the document when there is only one.
 
-    The bar below which a document's number puts it into validation is `val_fraction`, moved where it
-    must be so that each side gets at least one document.
+    The bar below which a document's number puts it into validation is `val_fraction`, moved where
+    it must be so that each side gets at least one document.
     """
     if survey.smallest < survey.largest:
         bar = min(max(val_fraction, math.nextafter(survey.smallest, 1.0)), survey.largest)
@@ -119,7 +120,7 @@ class TailSplit:
 
 
 def _cut_position(text: str, size: int) -> int:
-    """Return where to cut `text` so that about `size` of its bytes come before: at a line's or a word's end."""
+    """Return where a line or a word of `text` ends after about `size` bytes."""
     middle = len(text.encode("utf-8")[:size].decode("utf-8", errors="ignore"))
     near = max(80, len(text) // 20)
     for separator in ("\n\n", "\n", " "):

@@ -105,9 +105,11 @@ class ByteTokenizer(_Base):
 
 
 class BPETokenizer(_Base):
-    """Byte-level byte-pair encoding (Sennrich et al., 2016; Radford et al., 2019), trained on a corpus.
+    """Byte-level byte-pair encoding (Sennrich et al., 2016; Radford et al., 2019), trained on a
+    corpus.
 
-    End-of-text is the last id. The library's tokenizer inside does not know it, so that no text can make it.
+    End-of-text is the last id. The library's tokenizer inside does not know it, so that no text can
+    make it.
     """
 
     name = "bpe"
@@ -148,7 +150,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
     if vocab_size <= NUM_BYTES:
         raise DataError(
-            f"a byte-level BPE needs at least {NUM_BYTES + 1} tokens (every byte, and end-of-text): "
+            f"a byte-level BPE needs at least {NUM_BYTES + 1} tokens (all bytes and end-of-text): "
             f"model.vocab_size is {vocab_size}"
         )
     tokenizer = LibraryTokenizer(models.BPE())

@@ -27,8 +27,8 @@ def make_config(tmp_path: Path) -> MakeConfig:
             },
             "training": {"per_gpu_batch_size": batch, "gradient_accumulation_steps": 1},
             "data": {
-                "source": "stories", "num_stories": 100, "tokenizer": "byte", "data_dir": "prepared",
-                **data,
+                "source": "stories", "num_stories": 100, "tokenizer": "byte",
+                "data_dir": "prepared", **data,
             },
             "seed": seed,
         }  # fmt: skip

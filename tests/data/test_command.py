@@ -29,13 +29,13 @@ def test_it_prepares_once_and_says_what_it_made(run, tmp_path):
     assert [one.returncode for one in (first, second, third)] == [0, 0, 0], first.stderr
     assert "prepared in" in first.stdout and "prepared in" in third.stdout
     assert "nothing has changed" in second.stdout and second.stderr == ""
-    assert first.stderr == "learning the vocabulary ...\nencoding ...\n"
+    assert first.stderr == "reading ...\nlearning the vocabulary ...\nencoding ...\n"
     for part in (
         "100 tiny stories",
         "bpe, 400 tokens",
         "bytes per token",
         "by document",
-        "best loss   41.2",
+        "best loss   41.20 nats per story",
     ):
         assert part in second.stdout
     assert str(tmp_path / "prepared") in first.stdout
@@ -54,7 +54,7 @@ def test_it_shows_documents_without_preparing(run, tmp_path):
     [
         (
             ["--set", "data.source=files", "--set", "data.path=nowhere.txt"],
-            "data.path nowhere.txt: there is no such",
+            "data.path nowhere.txt: no such file",
         ),
         (["--set", "data.source=poems"], "data.source must be"),
         (["--set", "model.vocab_size=100"], "at least 257 tokens"),

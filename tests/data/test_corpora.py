@@ -25,7 +25,7 @@ def names(config) -> list[str]:
     return [Path(document.name).name for document in open_corpus(config).documents()]
 
 
-# ---- stories ----------------------------------------------------------------------------------------
+# ---- stories ------------------------------------------------------------------------------------
 
 
 def test_stories_follow_from_the_seed(make_config):
@@ -39,7 +39,7 @@ def test_a_corpus_can_be_read_twice(make_config):
     assert first == second
 
 
-# ---- the Python standard library --------------------------------------------------------------------
+# ---- the Python standard library ----------------------------------------------------------------
 
 
 def test_the_python_corpus_is_the_standard_library_without_tests_and_packages(make_config):
@@ -60,7 +60,7 @@ def test_every_file_of_the_python_corpus_is_read_as_it_is(make_config):
         )
 
 
-# ---- files ------------------------------------------------------------------------------------------
+# ---- files --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -91,13 +91,20 @@ def test_files_come_from_a_file_a_folder_a_glob_or_a_list_in_order_and_once(
     assert texts(make_config(source="files", path=path)) == expected
 
 
+def test_prepared_data_inside_the_folder_are_not_text(make_config, library):
+    (library / "prepared").mkdir()
+    (library / "prepared" / "train.bin").write_bytes(b"\xff\xff")
+    config = make_config(source="files", path="library", data_dir="library/prepared")
+    assert texts(config) == ["first", "second", "third"]
+
+
 def test_files_may_lie_anywhere(make_config, library):
     assert texts(make_config(source="files", path=str(library))) == ["first", "second", "third"]
 
 
 @pytest.mark.parametrize("path", ["nowhere.txt", "nowhere/*.txt", ["library", "nowhere.txt"]])
 def test_a_path_that_matches_nothing_is_named_in_a_sentence(make_config, library, path):
-    with pytest.raises(DataError, match="data.path nowhere.*there is no such file") as caught:
+    with pytest.raises(DataError, match="data.path nowhere.*no such file") as caught:
         open_corpus(make_config(source="files", path=path))
     assert "\n" not in str(caught.value)
 
@@ -167,7 +174,7 @@ def test_pieces_end_at_the_end_of_a_line(tmp_path):
     assert all(piece.endswith("\n") for piece in pieces)
 
 
-# ---- max_bytes --------------------------------------------------------------------------------------
+# ---- max_bytes ----------------------------------------------------------------------------------
 
 
 def test_max_bytes_keeps_whole_documents(make_config):
@@ -181,7 +188,7 @@ def test_max_bytes_cuts_a_first_document_that_alone_is_too_large(make_config, tm
     assert texts(make_config(source="files", path="book.txt", max_bytes=101)) == ["ä" * 50]
 
 
-# ---- hub --------------------------------------------------------------------------------------------
+# ---- hub ----------------------------------------------------------------------------------------
 
 
 def test_the_hub_without_its_library_is_a_sentence(make_config, monkeypatch):

@@ -1,4 +1,4 @@
-"""Windows, samplers and loaders: every token predicted once, every sample seen once, by one rank."""
+"""Windows, samplers, loaders: every token is predicted once, every sample seen by one rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horovod_lm.data import get_dataloaders, load_preprocessed_data, prepare_data
-from horovod_lm.data.loaders import IGNORED_LABEL, ShardedBatchSampler, TokenBlockDataset
+from horovod_lm.data.loaders import IGNORED_LABEL, TokenBlockDataset
+from horovod_lm.data.sampler import ShardedBatchSampler
 from horovod_lm.utils.errors import DataError
 
 SHAPES = {

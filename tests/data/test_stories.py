@@ -49,7 +49,7 @@ def test_stories_score_the_entropy_on_average():
 
 
 def test_no_text_of_a_symbol_begins_another_so_that_every_story_parses_in_one_way():
-    """Read from the left, each draw can then be told from the text alone: the grammar is unambiguous."""
+    """Read from the left, each draw is then told by the text: the grammar is unambiguous."""
     grammar = story_grammar()
     for symbol, alternatives in grammar.rules.items():
         if symbol == "story":
@@ -69,7 +69,8 @@ def test_every_story_is_parsed_and_a_changed_one_is_not():
 
 def test_the_ties_of_the_first_sentence_come_back_in_the_last():
     first = re.compile(
-        r"^(?:Once upon a time|One fine day|Long ago), (\w+) \w+ (her|his) \w+ (\w+) (\w+) the (\w+)\."
+        r"^(?:Once upon a time|One fine day|Long ago), "
+        r"(\w+) \w+ (her|his) \w+ (\w+) (\w+) the (\w+)\."
     )
     last = re.compile(
         r"So (\w+) \w+ and \w+ with (her|his) dear (\w+) (\w+) the same (\w+) until [^.]*\.$"
@@ -86,8 +87,12 @@ def test_the_ties_of_the_first_sentence_come_back_in_the_last():
 def test_breaking_one_tie_makes_a_story_impossible(word):
     story = generate_story(0, 1)
     pattern = {
-        "name": r"So \w+", "pronoun": r"with (her|his)", "toy": r"dear \w+", "place": r"same \w+", "friend": r"The \w+",
-    }[word]  # fmt: skip
+        "name": r"So \w+",
+        "pronoun": r"with (her|his)",
+        "toy": r"dear \w+",
+        "place": r"same \w+",
+        "friend": r"The \w+",
+    }[word]
     seen = {re.search(pattern, other).group() for other in STORIES[:500]}
     assert len(seen) > 1
     for replacement in seen:
