@@ -1,0 +1,242 @@
+"""The door to Horovod: open on two real ranks, and safe before init and with nothing behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from horovod_lm.utils import distributed
+from horovod_lm.utils.config import DistributedConfig
+from horovod_lm.utils.errors import DistributedError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# What stands for Horovod in a folder that comes first on Python's path. An install that cannot be
+# loaded raises OSError: it was built for another torch.
+MISSING = "raise ModuleNotFoundError(\"No module named 'horovod'\", name='horovod')"
+BROKEN = "raise OSError('mpi_lib_v2.so: undefined symbol: _ZN3c10\\nand a second line')"
+
+HELPERS = """
+import torch
+from horovod_lm.utils import distributed as d
+model = torch.nn.Linear(1, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+assert d.distributed_optimizer(optimizer, model.named_parameters(), 4) is optimizer
+model.weight.sum().backward()
+before = model.weight.item()
+d.synchronize(optimizer)
+with d.already_synchronized(optimizer):
+    optimizer.step()
+assert abs(model.weight.item() - (before - 1)) < 1e-6
+done = []
+d.once_per_host(lambda: done.append(1))
+d.broadcast_parameters(model)
+d.barrier()
+d.shutdown()
+value = torch.tensor([1.5, 2.0], requires_grad=True)
+assert d.reduce_sum(value, "a").tolist() == [1.5, 2.0]
+assert d.finish_reduce_sum(d.start_reduce_sum(value, "b")).tolist() == [1.5, 2.0]
+assert (d.get_rank(), d.get_world_size(), d.get_local_rank(), d.get_local_size()) == (0, 1, 0, 1)
+assert d.is_main_process() and not d.is_distributed() and done == [1]
+assert d.metric_average(2.5, name="c") == d.metric_average(torch.tensor(2.5), "d") == 2.5
+assert d.broadcast_object([1], "e") == [1] and d.gather_objects("x", "f") == ["x"]
+assert d.horovod_is_installed() is {installed}
+assert d.setup_horovod(require_distributed=False)[:3] == (1, 0, 0)
+assert d.setup_horovod(False)[:3] == (1, 0, 0)
+assert not d.is_distributed()
+print("all well")
+"""
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """Run Python code in a fresh process, with a `horovod` of our choosing."""
+
+    def run(code: str, horovod: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+        paths = [str(ROOT)]
+        if horovod is not None:
+            (tmp_path / "horovod").mkdir(exist_ok=True)
+            (tmp_path / "horovod" / "__init__.py").write_text(horovod)
+            paths.insert(0, str(tmp_path))
+        clean = {name: value for name, value in os.environ.items() if "HOROVOD_" not in name}
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+            env=clean | {"PYTHONPATH": os.pathsep.join(paths)} | env,
+        )  # fmt: skip
+
+    return run
+
+
+# One process -----------------------------------------------------------------------------------
+
+
+def test_every_helper_works_before_init(run_python):
+    # Fault 4: Horovod before init raises ValueError, not ImportError, at every question.
+    pytest.importorskip("horovod.torch")
+    done = run_python("import horovod.torch\n" + HELPERS.format(installed=True))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "all well\n", "")
+
+
+@pytest.mark.parametrize(
+    ("horovod", "says"),
+    [
+        (MISSING, ["note: Horovod is not installed: training alone, in one process"]),
+        (BROKEN, ["note: Horovod is installed but does not load (mpi_lib_v2.so: undefined symbol:"
+                  " _ZN3c10): run python -m horovod_lm.install_horovod",
+                  "note: Horovod is not installed: training alone, in one process"]),
+    ],
+)  # fmt: skip
+def test_every_helper_works_without_horovod_and_says_so_once(run_python, horovod, says):
+    done = run_python(HELPERS.format(installed=False), horovod)
+    assert (done.returncode, done.stdout) == (0, "all well\n"), done.stderr
+    assert done.stderr.splitlines() == says
+
+
+@pytest.mark.parametrize(
+    ("horovod", "required", "env"),
+    [(MISSING, True, {}), (BROKEN, False, {"HOROVOD_SIZE": "2"})],
+)
+def test_horovod_that_is_needed_and_missing_is_one_sentence(run_python, horovod, required, env):
+    code = f"""
+from horovod_lm.utils.cli import run_cli
+from horovod_lm.utils.distributed import setup_horovod
+run_cli(lambda _: setup_horovod(require_distributed={required}) and 0)
+"""
+    done = run_python(code, horovod, **env)
+    assert done.returncode == 2
+    (sentence,) = (line for line in done.stderr.splitlines() if not line.startswith("note: "))
+    assert sentence == (
+        f"error: Horovod is not installed for torch {torch.__version__}:"
+        " run python -m horovod_lm.install_horovod"
+    )
+
+
+def test_the_contracts_call_starts_horovod_in_one_process_too(run_python):
+    pytest.importorskip("horovod.torch")
+    code = """
+from horovod_lm.utils import distributed as d
+world_size, rank, local_rank, use_cuda = d.setup_horovod(require_distributed=True)
+import torch
+assert (world_size, rank, local_rank, use_cuda) == (1, 0, 0, torch.cuda.is_available())
+assert d.is_distributed() and d.metric_average(2.0, name="a") == 2.0
+d.shutdown()
+"""
+    done = run_python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_without_a_launcher_horovod_is_not_started_unless_asked_for(monkeypatch):
+    for name in distributed._LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert distributed.setup_horovod(False)[0] == 1
+    assert not distributed.is_distributed()
+
+
+def test_an_error_of_work_done_alone_is_raised_as_it_is():
+    def fail() -> None:
+        raise DistributedError("mine")
+
+    with pytest.raises(DistributedError, match="^mine$"):
+        distributed.once_per_host(fail)
+
+
+@pytest.mark.parametrize(
+    ("threads", "local_size", "omp", "cores", "wanted"),
+    [
+        ("auto", 1, None, 8, None),  # alone: torch's own choice
+        ("auto", 2, None, 8, 4),
+        ("auto", 3, None, 8, 2),
+        ("auto", 4, None, 2, 1),  # more ranks than cores
+        ("auto", 2, "3", 8, None),  # the user's variable wins
+        (5, 2, "3", 8, 5),  # the user's setting is newer than that
+    ],
+)
+def test_a_hosts_cores_are_shared(monkeypatch, threads, local_size, omp, cores, wanted):
+    chosen = []
+    monkeypatch.setattr(distributed, "get_local_size", lambda: local_size)
+    monkeypatch.setattr(distributed, "available_cores", lambda: cores)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    distributed._share_the_cores(DistributedConfig(threads_per_rank=threads))
+    assert chosen == ([] if wanted is None else [wanted])
+
+
+# Two real ranks --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(start_for_module, tmp_path_factory):
+    """What each of two ranks saw of every helper."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = ROOT / "tests" / "ranks_distributed.py"
+    env = {"HOROVOD_CYCLE_TIME": "4.5"}  # the user's own
+    finished = start_for_module([str(script), str(folder)], ranks=2, env=env).wait(120)
+    assert finished.code == 0, finished.output[-4000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def both(ranks, key):
+    """Return what both ranks saw, having made sure that it is the same."""
+    assert ranks[0][key] == ranks[1][key]
+    return ranks[0][key]
+
+
+def test_before_init_a_launched_rank_is_asked_safely(ranks):
+    assert both(ranks, "before") == [False, 0, 1, True] and both(ranks, "launched")
+
+
+def test_setup_returns_world_size_rank_local_rank_and_gpu(ranks):
+    gpu = torch.cuda.is_available()
+    assert [seen["setup"] for seen in ranks] == [[2, 0, 0, gpu], [2, 1, 1, gpu]]
+    assert [seen["again"] for seen in ranks] == [seen["setup"] for seen in ranks]
+    assert [seen["rank"] for seen in ranks] == [[0, 2, 0, 2], [1, 2, 1, 2]]
+    assert [seen["main"] for seen in ranks] == [True, False]
+
+
+def test_averages_and_sums_are_over_all_ranks(ranks):
+    assert both(ranks, "average") == [1.5, 1.5, 2.0**-10]
+    assert [seen["untouched"] for seen in ranks] == [0.0, 3.0]
+    assert both(ranks, "sum") == [[[2, 4], [1, 2 * 10**9]], "torch.float64", "cpu"]
+    assert both(ranks, "later") == [pytest.approx(0.2), 1.0]
+
+
+def test_objects_come_in_the_order_of_ranks_and_from_the_root(ranks):
+    assert both(ranks, "gathered") == [{"rank": 0, "text": "é"}, {"rank": 1, "text": "éé"}]
+    assert both(ranks, "broadcast") == [{"from": 0}, ["one"]]
+    assert both(ranks, "parameters") == [[5.0, 5.0], [5.0, 5.0]]
+
+
+def test_once_per_host_is_once_and_the_others_wait(ranks):
+    assert both(ranks, "worked") == "0\n"
+
+
+def test_an_error_of_the_one_that_works_reaches_every_rank(ranks):
+    assert both(ranks, "failed") == "a sentence from rank 0"
+
+
+def test_gradients_are_summed_over_passes_averaged_over_ranks_and_reduced_once(ranks):
+    assert both(ranks, "gradient") == [[4.0, 4.0], [4.0, 4.0]]
+    assert both(ranks, "stepped") == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_settings_are_exported_and_the_users_environment_wins(ranks):
+    for seen in ranks:
+        environment = seen["environment"]
+        assert environment["HOROVOD_FUSION_THRESHOLD"] == str(3 * 1024 * 1024)
+        assert environment["HOROVOD_STALL_CHECK_TIME_SECONDS"] == "11"
+        assert environment["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] == "22"
+        assert environment["HOROVOD_GLOO_TIMEOUT_SECONDS"] == "33"
+        assert environment["HOROVOD_CYCLE_TIME"] == "4.5"  # not 7
+        assert environment["HOROVOD_GLOO_IFACE"] != "no-such-interface"  # horovodrun's choice
+
+
+def test_the_users_number_of_threads_wins_on_real_ranks(ranks):
+    assert both(ranks, "threads") == 1  # OMP_NUM_THREADS=1, which the fixture sets
