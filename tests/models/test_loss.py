@@ -71,13 +71,15 @@ def test_pieces_equal_the_whole_in_float32(elements):
 
 
 @pytest.mark.parametrize("elements", [5 * V, 10**9])
-def test_under_autocast_gradients_are_float32_and_near(elements):
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 2.0**16)])
+def test_under_autocast_gradients_are_float32_and_near(elements, dtype, scale):
     hidden, vocabulary, targets = random_problem(64, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         ours = cross_entropy_in_pieces(hidden, vocabulary, targets, elements)
-        whole = F.cross_entropy((hidden @ vocabulary.T).float(), targets)
-    ours = value_and_gradients(ours, hidden, vocabulary)
+    whole = F.cross_entropy(hidden @ vocabulary.T, targets)
+    ours = value_and_gradients(ours * scale, hidden, vocabulary)
     theirs = value_and_gradients(whole, hidden, vocabulary)
+    ours = [our / scale for our in ours]
     for our, their in zip(ours, theirs, strict=True):
         assert our.dtype == torch.float32
         torch.testing.assert_close(our, their, rtol=0.05, atol=0.01)
