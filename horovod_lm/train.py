@@ -41,7 +41,7 @@ from horovod_lm.optimization import (
 from horovod_lm.report import Position, RunReport, TrainingResult
 from horovod_lm.utils import distributed
 from horovod_lm.utils.config import Config
-from horovod_lm.utils.errors import CheckpointError, DistributedError
+from horovod_lm.utils.errors import CheckpointError, LostRankError
 from horovod_lm.utils.interrupts import StopRequest
 from horovod_lm.utils.metrics import StepTimer
 from horovod_lm.utils.progress import ProgressLine
@@ -78,7 +78,7 @@ def run_distributed_training(
 
     Raises:
         UserError: one sentence about a setting, the data or the checkpoint.
-        DistributedError: another rank is gone; rank 0 has saved where training stood.
+        LostRankError: another rank is gone; rank 0 has saved where training stood.
     """
     # Horovod: ranks that did not agree on a name would write into two folders.
     run_name = distributed.broadcast_object(run_name or default_run_name(), name="run_name")
@@ -335,10 +335,10 @@ class Trainer:
         if self.rank == 0:
             self.report.interrupted(why, self.position, self.saved)
 
-    def another_rank_is_gone(self, error: Exception) -> DistributedError:
+    def another_rank_is_gone(self, error: Exception) -> LostRankError:
         """Save the last step that all ranks took, and return the error to raise."""
         self._save_here("another rank is gone; training ended")
-        return DistributedError(
+        return LostRankError(
             f"rank {self.rank} lost another rank after step {self.position.global_step}"
             f" ({' '.join(str(error).split())})"
         )
@@ -367,10 +367,8 @@ class Trainer:
         )  # Horovod: a share
         stories = [generate_story(self.config.seed, number) for number in own]
         nats = torch.tensor([sum(score_texts(self.model, self.tokenizer, stories, self.device))])
-        mean, entropy = (
-            distributed.reduce_sum(nats, "stories").item() / HELD_OUT_STORIES,
-            story_entropy(),
-        )
+        total = distributed.reduce_sum(nats, "stories").item()  # Horovod: of all ranks' shares
+        mean, entropy = total / HELD_OUT_STORIES, story_entropy()
         self.report.stories(mean, entropy)
         return mean, entropy
 

@@ -22,7 +22,6 @@ END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 NUM_BYTES = 256
 GPT2_MERGES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
-_GPT2_VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 
 
 class Tokenizer(Protocol):
@@ -192,7 +191,7 @@ def _load_gpt2_encoding() -> Any:
     import tiktoken
 
     try:
-        if not _is_in_tiktokens_cache(GPT2_MERGES):
+        if not gpt2_is_on_disk():
             check_reachable(GPT2_MERGES)  # tiktoken itself would wait without a limit
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
@@ -203,11 +202,11 @@ def _load_gpt2_encoding() -> Any:
         ) from None
 
 
-def _is_in_tiktokens_cache(url: str) -> bool:
-    """Apply the rule of `tiktoken.load.read_file_cached`."""
+def gpt2_is_on_disk() -> bool:
+    """Return whether GPT-2's vocabulary is there without a network, where tiktoken keeps it."""
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     folder = folder or os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    return (Path(folder) / hashlib.sha1(url.encode()).hexdigest()).exists()
+    return (Path(folder) / hashlib.sha1(GPT2_MERGES.encode()).hexdigest()).exists()
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:

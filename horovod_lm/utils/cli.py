@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 
-from horovod_lm.utils.errors import UserError
+from horovod_lm.utils.errors import LostRankError, UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+# Horovod: horovodrun blames the rank that ends first, which should be the one that was lost.
+SECONDS_BEHIND_THE_LOST_RANK = 3
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -39,7 +43,11 @@ def run_cli(
     try:
         sys.exit(main(argv) or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Horovod: the ranks of a host meet the same error; the first one tells it for all.
+        if os.environ.get("HOROVOD_LOCAL_RANK", "0") == "0" or isinstance(error, LostRankError):
+            print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, LostRankError):
+            time.sleep(SECONDS_BEHIND_THE_LOST_RANK)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)

@@ -21,3 +21,7 @@ class CheckpointError(UserError, RuntimeError):
 
 class DistributedError(UserError, RuntimeError):
     """Horovod is missing, or the ranks cannot work together as they were started."""
+
+
+class LostRankError(DistributedError):
+    """Another rank is gone. What this rank says is its own, and no other rank says it."""

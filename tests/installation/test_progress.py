@@ -102,14 +102,18 @@ def test_a_failure_shows_the_line_that_matters_and_a_cure(tmp_path, line, cure):
 
 
 def test_an_interrupt_takes_every_process_of_the_build_along(tmp_path, monkeypatch):
+    def children() -> set[psutil.Process]:
+        return set(psutil.Process().children(recursive=True))
+
+    before = children()  # other tests of this process may have some
     script = "import subprocess, sys; print('go', flush=True);"
     script += "subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
 
     def interrupt(progress: Progress, line: str) -> None:
         deadline = time.monotonic() + 20
-        while len(psutil.Process().children(recursive=True)) < 2 and time.monotonic() < deadline:
+        while len(children() - before) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert len(psutil.Process().children(recursive=True)) >= 2
+        assert len(children() - before) >= 2
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Progress, "read", interrupt)
@@ -117,5 +121,5 @@ def test_an_interrupt_takes_every_process_of_the_build_along(tmp_path, monkeypat
         run_with_progress(
             [sys.executable, "-c", script], {}, tmp_path / "log", "Horovod", io.StringIO()
         )
-    gone = psutil.Process().children(recursive=True)
-    assert not [child for child in gone if child.status() != psutil.STATUS_ZOMBIE]
+    left = children() - before
+    assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE]

@@ -1,0 +1,132 @@
+"""Training from outside: ways to start it, errors, a user's own text, a rank that fails."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from horovod_lm.checkpoint import newest_readable, read_checkpoint
+from horovod_lm.utils.metrics import read_metrics
+
+RUN = ("--config", "configs/tiny.yaml", "--set", "training.max_steps=12")
+WITHOUT_HOROVOD = """
+import sys
+class NoHorovod:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "horovod":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, NoHorovod())
+"""
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(folder, "train")]
+
+
+@pytest.mark.horovod
+def test_every_way_to_start_trains_the_same_loop(tiny_project, train, start):
+    """horovodrun -np 2 and -np 1, one plain process, and one where Horovod cannot be imported."""
+    runs = tiny_project / "runs"
+    train(*RUN, "--run-name", "np2", "--set", "training.per_gpu_batch_size=2",
+          "--set", "model.dropout=0.0", ranks=2)  # fmt: skip
+    same = (*RUN, "--set", "model.dropout=0.0")
+    train(*same, "--run-name", "np1", ranks=1)
+    train(*same, "--run-name", "alone")
+    (tiny_project / "without.py").write_text(
+        WITHOUT_HOROVOD + "from horovod_lm.train_command import main\nsys.exit(main())\n"
+    )
+    finished = start(["without.py", *same, "--run-name", "without"]).wait(120)
+    assert finished.code == 0, finished.output
+    assert finished.output.count("Horovod is not installed: training alone") == 1
+    assert len(losses(runs / "alone")) == 12
+    assert losses(runs / "np1") == losses(runs / "alone") == losses(runs / "without")
+    assert losses(runs / "np2") == pytest.approx(losses(runs / "alone"), rel=1e-5)
+    for name in ("np2", "np1", "alone", "without"):
+        model = read_checkpoint(runs / name / "checkpoints" / "final_model.pt")["model"]
+        assert "blocks.1.attention.query_key_value.weight" in model  # fault 12: no stand-in model
+
+
+def test_the_users_own_text_trains_and_talks(tiny_project, train, start):
+    text = "".join(f"The {n}th goose went over the hill, and it was high.\n" for n in range(400))
+    (tiny_project / "my_book.txt").write_text(text, encoding="utf-8")
+    train(*RUN, "--set", "data.source=files", "--set", "data.path=my_book.txt",
+          "--set", "data.data_dir=my_data", "--run-name", "mine")  # fmt: skip
+    assert losses(tiny_project / "runs" / "mine")[-1] < losses(tiny_project / "runs" / "mine")[0]
+    arguments = ["--checkpoint", "runs/mine", "--prompt", "The", "--max-new-tokens", "20"]
+    talk = start(["-m", "horovod_lm.generate", *arguments]).wait(60)
+    assert talk.code == 0, talk.output
+    assert "The" in talk.output and len(talk.output.strip()) > len("The")
+
+
+def test_a_run_of_the_same_name_is_set_aside_not_overwritten(tiny_project, train):
+    train(*RUN, "--run-name", "twice")
+    final = tiny_project / "runs" / "twice" / "checkpoints" / "final_model.pt"
+    first = final.read_bytes()
+    again = train(*RUN, "--run-name", "twice")
+    kept = tiny_project / "runs" / "twice.1" / "checkpoints" / "final_model.pt"
+    assert "an earlier run of this name is now runs/twice.1" in again.output
+    assert kept.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--resume", "runs/nowhere"), "runs/nowhere is not a run"),
+        (("--resume", "auto", "--run-name", "nobody"), "auto is not a run"),
+        (("--config", "configs/tni.yaml"), "there is no configuration file configs/tni.yaml"),
+    lines = (f"The {n}th goose went over the hill, and it was high.\n" for n in range(400))
+    text = "".join(lines)
+        (
+            ("--config", "configs/tiny.yaml", "--set", "data.source=files", "--set",
+             "data.path=missing.txt", "--set", "data.data_dir=none"),
+            "missing.txt",
+        ),
+    ],
+)  # fmt: skip
+def test_a_users_error_is_one_sentence(start, arguments, sentence):
+    finished = start(["-m", "horovod_lm.train", *arguments]).wait(60)
+    assert finished.code == 2
+    assert finished.output.startswith("error: ") and sentence in finished.output
+    assert len(finished.output.strip().splitlines()) == 1
+
+
+@pytest.mark.horovod
+def test_on_two_ranks_an_error_of_the_users_is_told_once(tiny_project, train, start):
+    train(*RUN, "--run-name", "wide")
+    checkpoint = next((tiny_project / "runs" / "wide" / "checkpoints").glob("final_model.pt"))
+    arguments = ["--resume", str(checkpoint), "--set", "model.d_model=32"]
+    command = start(["-m", "horovod_lm.train", *arguments], ranks=2)
+    finished = command.wait(60)
+    assert finished.code != 0
+    assert finished.output.count("was trained with model.d_model=16") == 1
+    assert command.left_behind() == []
+
+
+@pytest.mark.horovod
+def test_a_failing_rank_ends_the_job_and_leaves_a_checkpoint_that_loads(tiny_project, start):
+    """Rank 1 raises in step 8: the job ends soon, rank 0 has saved the last common step."""
+    (tiny_project / "failing.py").write_text(
+        "import sys\n"
+        "from horovod_lm.train import Trainer\n"
+        "from horovod_lm.train_command import main\n"
+        "from horovod_lm.utils.distributed import get_rank\n"
+        "step = Trainer.train_step\n"
+        "def failing(self, batches):\n"
+        "    if get_rank() == 1 and self.position.global_step == 7:\n"
+        "        print('now', flush=True)\n"
+        "        raise RuntimeError('the goose is loose')\n"
+        "    return step(self, batches)\n"
+        "Trainer.train_step = failing\n"
+        "sys.exit(main())\n"
+    )
+    command = start(["failing.py", *RUN, "--run-name", "failing"], ranks=2)
+    command.wait_until(lambda: "now" in command.output(), timeout=60)
+    finished = command.wait(10)
+    assert finished.code != 0
+    assert "[1]<stderr>:RuntimeError: the goose is loose" in finished.output
+    assert re.search(r"Process name: 1\b", finished.output)  # horovodrun names the rank
+    assert command.left_behind() == []
+    checkpoint = read_checkpoint(newest_readable(tiny_project / "runs/failing/checkpoints"))
+    assert checkpoint["global_step"] in (5, 7)
