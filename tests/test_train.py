@@ -76,8 +76,7 @@ def test_a_run_of_the_same_name_is_set_aside_not_overwritten(tiny_project, train
         (("--resume", "runs/nowhere"), "runs/nowhere is not a run"),
         (("--resume", "auto", "--run-name", "nobody"), "auto is not a run"),
         (("--config", "configs/tni.yaml"), "there is no configuration file configs/tni.yaml"),
-    lines = (f"The {n}th goose went over the hill, and it was high.\n" for n in range(400))
-    text = "".join(lines)
+        (("--config", "configs/tiny.yaml", "--set", "training.lr=1"), "lr is not a setting"),
         (
             ("--config", "configs/tiny.yaml", "--set", "data.source=files", "--set",
              "data.path=missing.txt", "--set", "data.data_dir=none"),
