@@ -34,7 +34,7 @@ from horovod_lm.utils.errors import UserError
 from horovod_lm.utils.progress import ProgressLine, format_seconds
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-CELL_TIMEOUT = 600  # seconds; the longest cell of the course trains for a few minutes
+CELL_TIMEOUT = 1800  # seconds; the longest cell trains for minutes, and machines differ
 PATIENCE = 5  # seconds that processes have to end by themselves
 _WHAT_ENDS_A_RUN = (
     CellExecutionError,

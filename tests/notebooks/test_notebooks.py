@@ -1,0 +1,107 @@
+"""The stored notebooks are whole, hold to the course's habits, and still run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from nbformat import NotebookNode
+
+from horovod_lm.jupyter.notebook_checks import find_problems, headings
+from horovod_lm.jupyter.notebooks import read_notebook
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "horovod_transformer.example.ipynb"
+PAGES = [*sorted(ROOT.glob("*.ipynb")), *sorted((ROOT / "notebooks").glob("*.ipynb"))]
+NOT_COMPARED = {"nbval-ignore-output", "nbval-skip"}  # for times, process ids, a machine's name
+
+
+@pytest.fixture(scope="module", params=PAGES, ids=lambda path: path.name)
+def page(request) -> NotebookNode:
+    return read_notebook(request.param)
+
+
+def code_of(page: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in page.cells if cell.cell_type == "code"]
+
+
+def test_the_page_is_stored_executed_without_errors_or_private_paths(page):
+    assert find_problems(page) == []
+
+
+def test_ids_are_names_that_stay_and_no_cell_is_empty(page):
+    ids = [cell.id for cell in page.cells]
+    assert len(set(ids)) == len(ids)
+    # An id that an editor made up says nothing, and is made up anew when the cell is copied.
+    assert [name for name in ids if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f-]{27})?", name)] == []
+    assert [cell.id for cell in page.cells if not cell.source.strip()] == []
+
+
+def test_the_contents_link_to_every_part(page):
+    assert page.cells[0].source.startswith("# ")
+    for _, level, text in headings(page):
+        if level > 1:
+            assert f"[{text}](#{text.replace(' ', '-')})" in page.cells[0].source
+
+
+def test_cells_are_short_and_explained(page):
+    lines = [len(cell.source.strip().splitlines()) for cell in code_of(page)]
+    words = sum(len(cell.source.split()) for cell in page.cells if cell.cell_type == "markdown")
+    assert statistics.median(lines) <= 7 and max(lines) <= 25
+    assert words >= 5 * sum(lines)
+    kinds = [cell.cell_type for cell in page.cells]
+    assert ("code", "code") not in zip(kinds, kinds[1:], strict=False), "code that no text explains"
+
+
+def test_few_outputs_are_excused_from_being_compared(page):
+    code = code_of(page)
+    excused = [cell for cell in code if NOT_COMPARED & set(cell.metadata.get("tags", []))]
+    assert 8 * len(excused) <= len(code)
+
+
+def test_pictures_come_from_the_page_and_have_a_text(page):
+    for cell in page.cells:
+        assert not re.search(r"!\[[^]]*\]\(http|<img", cell.source)
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                assert output.data["text/plain"].startswith("figure: ")
+
+
+def test_the_files_that_the_example_names_exist():
+    text = "\n".join(cell.source for cell in read_notebook(EXAMPLE).cells)
+    named = set(re.findall(r"(?:configs|horovod_lm)/[\w/.]+\.(?:yaml|py)", text))
+    assert {"configs/laptop.yaml", "configs/config.yaml", "configs/cluster.yaml"} <= named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.horovod
+@pytest.mark.slow
+def test_the_example_runs_from_its_first_cell_to_its_last(tmp_path):
+    """All of its parts and commands, with a smaller model and fewer steps; `make example` is it."""
+    if not Path(sys.executable).with_name("horovodrun").exists():
+        pytest.skip("Horovod is not installed: run python -m horovod_lm.install_horovod")
+    shutil.copy(EXAMPLE, tmp_path)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    finished = subprocess.run(
+        [sys.executable, "-m", "horovod_lm.jupyter.notebooks", "execute", EXAMPLE.name,
+         "--out", "executed.ipynb"],
+        cwd=tmp_path, env={**os.environ, "HOROVOD_LM_FAST": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    for shown in (
+        "going on at step ",
+        "largest difference below 1e-10: True",
+        "all losses equal to the last bit: True",
+        "speed ",
+        "executed in ",
+    ):
+        assert shown in finished.stdout
+    assert find_problems(read_notebook(tmp_path / "executed.ipynb")) == []
+    assert (tmp_path / "runs" / "example" / "example.png").stat().st_size > 10_000
