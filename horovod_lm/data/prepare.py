@@ -62,19 +62,24 @@ def prepare_data(
     data_dir = config.resolve(config.data.data_dir)
     corpus = open_corpus(config)
     inputs = _fingerprint(config, corpus)
+    if not force and (metadata := _unchanged(data_dir, inputs)):
+        return metadata  # without the lock: the folder may be one that we cannot write to
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(data_dir / ".lock"):
-            metadata = None if force else read_metadata(data_dir)
-            if metadata is None or metadata["inputs"] != inputs:
-                metadata = _prepare(
-                    config, corpus, inputs, data_dir, progress or (lambda phase, done: None)
-                )
-            return metadata
+            # Another process may have made them while this one waited.
+            if not force and (metadata := _unchanged(data_dir, inputs)):
+                return metadata
+            return _prepare(config, corpus, inputs, data_dir, progress or (lambda *_: None))
     except OSError as error:
-        raise DataError(
-            f"the data cannot be written to {data_dir}: {error.strerror or error}"
-        ) from None
+        reason = error.strerror or error
+        raise DataError(f"the data cannot be written to {data_dir}: {reason}") from None
+
+
+def _unchanged(data_dir: Path, inputs: str) -> dict[str, Any] | None:
+    """Return the metadata of data that are whole and were made from the same inputs, else None."""
+    metadata = read_metadata(data_dir)
+    return metadata if metadata is not None and metadata["inputs"] == inputs else None
 
 
 def data_settings(config: Config) -> dict[str, Any]:

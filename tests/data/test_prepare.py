@@ -94,6 +94,16 @@ def test_nothing_is_done_when_nothing_has_changed(make_config):
     assert count_calls(config, force=True)
 
 
+def test_prepared_data_need_no_lock_and_no_right_to_write(make_config):
+    config = make_config()
+    metadata = prepare_data(config)
+    (folder_of(config) / ".lock").unlink()
+    (folder_of(config) / ".lock").mkdir()  # whoever wants to lock fails
+    assert prepare_data(config) == metadata
+    with pytest.raises(DataError, match="cannot be written"):
+        prepare_data(config, force=True)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
