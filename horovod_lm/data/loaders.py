@@ -72,10 +72,8 @@ class TokenBlockDataset(Dataset[Batch]):
         return self._tokens
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_tokens": None,
-        }  # a pickled memmap would be a copy of the whole file
+        # For a worker process: a pickled memmap would be a copy of the whole file.
+        return {**self.__dict__, "_tokens": None}
 
 
 def load_preprocessed_data(

@@ -71,12 +71,8 @@ class ShardedBatchSampler(Sampler[list[int]]):
 
     def samples_in_step(self, step: int) -> int:
         """Return how many samples all ranks see in step `step`, counted from the start."""
-        return max(
-            0,
-            min(
-                self.samples_per_step, self.num_samples - self.start - step * self.samples_per_step
-            ),
-        )
+        left = self.num_samples - self.start - step * self.samples_per_step
+        return max(0, min(self.samples_per_step, left))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's permutation, from its first sample on."""
@@ -101,7 +97,6 @@ class ShardedBatchSampler(Sampler[list[int]]):
         for first in range(self.start, self.num_samples, self.samples_per_step):
             step = order[first : first + self.samples_per_step]
             pieces = np.array_split(step, self.gradient_accumulation_steps * self.world_size)
-            for mine in pieces[
-                self.rank :: self.world_size
-            ]:  # Horovod: each rank has its own samples
-                yield mine.tolist()
+            own = pieces[self.rank :: self.world_size]  # Horovod: each rank has its own samples
+            for micro_batch in own:
+                yield micro_batch.tolist()

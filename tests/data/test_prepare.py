@@ -16,7 +16,7 @@ import pytest
 
 from horovod_lm.data import get_dataloaders, prepare_data
 from horovod_lm.data.stories import generate_stories, story_count, story_entropy
-from horovod_lm.data.token_files import FILES, TokenWriter, read_metadata
+from horovod_lm.data.token_files import FILES, TokenWriter, put_in_place, read_metadata
 from horovod_lm.data.tokenizers import load_tokenizer
 from horovod_lm.utils.config import Config, save_config
 from horovod_lm.utils.errors import DataError
@@ -181,6 +181,17 @@ def test_a_killed_preparation_leaves_the_old_data_and_no_half_ones(make_config, 
     prepare_data(config, force=True)  # and the killed process holds no lock
     assert contents(config) == old
     assert sorted(path.name for path in folder_of(config).iterdir()) == sorted([*FILES, ".lock"])
+
+
+def test_files_of_two_preparations_never_count_as_data(make_config, tmp_path):
+    config = make_config()
+    prepare_data(config)
+    partial = tmp_path / "partial"
+    partial.mkdir()
+    (partial / "train.bin").write_bytes(bytes((folder_of(config) / "train.bin").stat().st_size))
+    with pytest.raises(FileNotFoundError):  # it ends after the first of the four files
+        put_in_place(partial, folder_of(config))
+    assert read_metadata(folder_of(config)) is None
 
 
 def test_two_processes_at_once_prepare_once(make_config, tmp_path):
