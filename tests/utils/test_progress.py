@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import select
 
 import pytest
 
@@ -14,13 +15,16 @@ from horovod_lm.utils.progress import ProgressLine, format_seconds
 
 @pytest.fixture
 def terminal():
-    """A pseudo terminal: a stream to write to, and a function that reads what it would show."""
+    """A pseudo terminal: a stream to write to, and a function that reads what it shows."""
     ours, theirs = pty.openpty()
     stream = os.fdopen(theirs, "w")
 
-    def shown() -> str:
-        stream.flush()
-        return os.read(ours, 100_000).decode()
+    def shown(end: str) -> str:
+        """Return what came up to `end`: a terminal hands out its text in pieces."""
+        text = ""
+        while end not in text and select.select([ours], [], [], 10)[0]:
+            text += os.read(ours, 100_000).decode()
+        return text
 
     yield stream, shown
     stream.close()
@@ -54,7 +58,7 @@ def test_on_a_terminal_the_line_is_renewed_and_cleared_before_what_stays(termina
     line.say("more")
     clear = "\r\x1b[K"
     wanted = f"first\r\n{clear}step 1{clear}step 2{clear}step 4{clear}last\r\nmore\r\n"
-    assert shown() == wanted
+    assert shown(end="more\r\n") == wanted
 
 
 def test_other_ranks_say_nothing():
