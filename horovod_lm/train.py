@@ -147,10 +147,10 @@ class Trainer:
             # Horovod: only rank 0's disk need hold the checkpoint; the others get it over the wire.
             checkpoint = on_rank_0(lambda: read_checkpoint(resume_checkpoint), "checkpoint")
             check_same_model(checkpoint, self.config, resume_checkpoint)
-            restore(
-                checkpoint, self.model, self.optimizer, scaler=self.scaler, name=resume_checkpoint
-            )
-            self.position = Position(**{key: checkpoint[key] for key in asdict(self.position)})
+            scaler = self.scaler if self.scaler.is_enabled() else None
+            restore(checkpoint, self.model, self.optimizer, scaler=scaler, name=resume_checkpoint)
+            known = {key: checkpoint.get(key) for key in asdict(self.position)}
+            self.position = Position(**{key: at for key, at in known.items() if at is not None})
             self._begin_next_epoch_if_done()
         # Horovod: parameters last, so that every rank starts from the same bits.
         distributed.broadcast_parameters(self.model)

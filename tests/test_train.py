@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from horovod_lm.checkpoint import newest_readable, read_checkpoint
+from horovod_lm.checkpoint import newest_readable, read_checkpoint, save_checkpoint
+from horovod_lm.optimization import build_optimizer
+from horovod_lm.train import build_model, run_distributed_training
+from horovod_lm.utils.config import load_config
 from horovod_lm.utils.metrics import read_metrics
 
 RUN = ("--config", "configs/tiny.yaml", "--set", "training.max_steps=12")
@@ -101,6 +104,43 @@ def test_on_two_ranks_an_error_of_the_users_is_told_once(tiny_project, train, st
     assert finished.code != 0
     assert finished.output.count("was trained with model.d_model=16") == 1
     assert command.left_behind() == []
+
+
+@pytest.mark.horovod
+def test_an_error_of_one_rank_alone_is_told_too(tiny_project, start):
+    (tiny_project / "alone.py").write_text(
+        "from horovod_lm.utils.cli import run_cli\n"
+        "from horovod_lm.utils.distributed import get_rank, metric_average, setup_horovod\n"
+        "from horovod_lm.utils.errors import DataError\n"
+        "def main(argv):\n"
+        "    setup_horovod()\n"
+        "    if get_rank() == 1:\n"
+        "        raise DataError('the disk of this rank alone is empty')\n"
+        "    metric_average(1.0, name='never')\n"
+        "run_cli(main)\n"
+    )
+    command = start(["alone.py"], ranks=2)
+    finished = command.wait(60)
+    assert finished.code != 0
+    assert finished.output.count("[1]<stderr>:error: the disk of this rank alone is empty") == 1
+    assert command.left_behind() == []
+
+
+def test_a_checkpoint_that_knows_only_what_the_contract_names_can_be_resumed(
+    tiny_project, monkeypatch
+):
+    """Saved by a user's own loop: no tokens, no best loss, no position in the data."""
+    monkeypatch.chdir(tiny_project)
+    config = load_config("configs/tiny.yaml", ["training.max_steps=4"])
+    model = build_model(config, eot_id=0)
+    optimizer = build_optimizer(model, config.training)
+    saved = save_checkpoint(
+        model, optimizer, epoch=0, step=2, loss=3.5, checkpoint_dir="own", filename="own.pt",
+        global_step=2,
+    )  # fmt: skip
+    result = run_distributed_training(config, 0, 1, 0, resume_checkpoint=saved, run_name="own")
+    assert result.steps == 4 and result.validation_loss > 0
+    assert [row["step"] for row in read_metrics(result.run_dir, "train")] == [3, 4]
 
 
 @pytest.mark.horovod

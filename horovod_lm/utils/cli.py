@@ -14,6 +14,7 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 # Horovod: horovodrun blames the rank that ends first, which should be the one that was lost.
 SECONDS_BEHIND_THE_LOST_RANK = 3
+SECONDS_BEHIND_THE_FIRST_RANK = 5
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -43,10 +44,13 @@ def run_cli(
     try:
         sys.exit(main(argv) or 0)
     except UserError as error:
-        # Horovod: the ranks of a host meet the same error; the first one tells it for all.
-        if os.environ.get("HOROVOD_LOCAL_RANK", "0") == "0" or isinstance(error, LostRankError):
-            print(f"error: {error}", file=sys.stderr)
-        if isinstance(error, LostRankError):
+        lost = isinstance(error, LostRankError)
+        if os.environ.get("HOROVOD_LOCAL_RANK", "0") != "0" and not lost:
+            # Horovod: the ranks of a host meet the same error, and the first one's end ends them
+            # all before they repeat it. Who is still here then has an error of its own to tell.
+            time.sleep(SECONDS_BEHIND_THE_FIRST_RANK)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if lost:
             time.sleep(SECONDS_BEHIND_THE_LOST_RANK)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
