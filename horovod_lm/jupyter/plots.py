@@ -16,12 +16,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from horovod_lm.utils.metrics import PARTS_OF_A_STEP
 
 Rows = Sequence[Mapping[str, Any]]
 Runs = Mapping[str, Rows]
+Series = tuple[list[int], list[float]]  # steps and values
 
 BLUE, ORANGE, GREEN, PINK, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000"
 # How runs differ: colour, line style, line width, marker. Runs may lie exactly over each other, so
@@ -32,10 +33,11 @@ RUN_STYLES = (
     (GREEN, "-.", 1.5, "^"),
     (PINK, ":", 1.5, "D"),
 )
-ALONE = (BLUE, "-", 1.4, "o")
+ALONE = (BLUE, "-", 1.6, "o")
 # How the parts of a step differ: (colour, hatching), in the order in which they happen.
 PART_STYLES = ((BLACK, ""), (BLUE, "//"), (GREEN, ".."), (ORANGE, "xx"), (PINK, "\\\\"))
 DOTS_PER_INCH = 110
+STEPS = "optimizer step"
 
 
 class Plot(Figure):
@@ -92,8 +94,8 @@ def draw_loss(
     """Draw what `plot_loss` shows into one panel."""
     for (name, rows), (colour, line, width, marker) in _styled(runs):
         of_run = f", {name}" if len(runs) > 1 else ""
-        steps, losses = _series(rows, "train", "loss")
-        axes.plot(steps, losses, line, color=colour, linewidth=width, label=f"training{of_run}")
+        points = _series(rows, "train", "loss")
+        _draw_noisy(axes, points, line, colour, width, f"training{of_run}")
         steps, losses = _series(rows, "validation", "loss")
         if steps:
             axes.plot(
@@ -102,7 +104,7 @@ def draw_loss(
             )  # fmt: skip
     for label, value in (levels or {}).items():
         axes.axhline(value, color="0.45", linestyle=(0, (6, 3)), linewidth=1, label=label)
-    _label(axes, title, "optimizer step", "loss (nats per token)")
+    _label(axes, title, STEPS, "loss (nats per token)")
     axes.legend(frameon=False)
 
 
@@ -117,11 +119,12 @@ def plot_speed(runs: Runs, title: str = "Learning rate and speed") -> Plot:
     left, right = plot.subplots(1, 2)
     plot.suptitle(title)
     for (name, rows), (colour, line, width, _) in _styled(runs):
-        for axes, column in ((left, "learning_rate"), (right, "tokens_per_second")):
-            steps, values = _series(rows, "train", column)
-            axes.plot(steps, values, line, color=colour, linewidth=width, label=name)
-    _label(left, "", "optimizer step", "learning rate (per step)")
-    _label(right, "", "optimizer step", "speed (tokens per second)")
+        rates = _series(rows, "train", "learning_rate")
+        left.plot(*rates, line, color=colour, linewidth=width, label=name)
+        speeds = _series(rows, "train", "tokens_per_second")
+        _draw_noisy(right, speeds, line, colour, width, name)
+    _label(left, "", STEPS, "learning rate (per step)")
+    _label(right, "", STEPS, "speed (tokens per second)")
     left.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     right.yaxis.set_major_formatter(EngFormatter(sep=""))
     right.set_ylim(bottom=0)
@@ -189,12 +192,25 @@ def _write(axes: Axes, prompt: str, continuation: str, columns: int = 58, lines:
     ]
     for text, weight, colour in ((bold, "bold", BLUE), (plain, "normal", BLACK)):
         axes.text(
-            0.02, 0.97, "\n".join(text), transform=axes.transAxes, family="monospace", fontsize=7.5,
+            0.02, 0.97, "\n".join(text), transform=axes.transAxes, family="monospace", fontsize=9,
             weight=weight, color=colour, verticalalignment="top", parse_math=False,
         )  # fmt: skip
 
 
-def _series(rows: Rows, phase: str, column: str) -> tuple[list[int], list[float]]:
+def _draw_noisy(
+    axes: Axes, points: Series, line: str, colour: str, width: float, label: str
+) -> None:
+    """Draw a value of each step; where there are many, faintly under their running median."""
+    steps, values = points
+    reach = len(values) // 60  # steps to either side; none in a run of few steps
+    if reach:
+        axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
+        values = [median(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+        label = f"{label} (median of {2 * reach + 1} steps)"
+    axes.plot(steps, values, line, color=colour, linewidth=width, label=label)
+
+
+def _series(rows: Rows, phase: str, column: str) -> Series:
     """Return the steps and the values of a column in one phase."""
     chosen = [row for row in rows if row["phase"] == phase and column in row]
     return [row["step"] for row in chosen], [row[column] for row in chosen]
@@ -210,6 +226,8 @@ def _styled(runs: Runs) -> Iterator[tuple[tuple[str, Rows], tuple[str, str, floa
 
 def _label(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set(title=title, xlabel=x, ylabel=y)
+    if x == STEPS:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -45,6 +45,24 @@ def test_a_run_without_validation_has_no_empty_entry_in_the_legend():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training"]
 
 
+def test_many_steps_are_drawn_faintly_under_their_running_median():
+    rows = training_rows(180)
+    rows[90]["loss"] = 1000.0  # one wild step must be seen, and must not bend the line
+    [axes] = plots.plot_loss({"long": rows}).axes
+    raw, smooth, _ = axes.lines
+    assert max(raw.get_ydata()) == 1000 and raw.get_alpha() < 0.5
+    assert smooth.get_label() == "training (median of 7 steps)"
+    assert len(smooth.get_ydata()) == 180 and max(smooth.get_ydata()) < 8
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "training (median of 7 steps)", "validation"
+    ]  # fmt: skip
+
+
+def test_steps_are_whole_numbers_on_the_axis():
+    [axes] = plots.plot_loss({"short": training_rows(5)}).axes
+    assert all(tick == int(tick) for tick in axes.get_xticks())
+
+
 def test_runs_that_lie_over_each_other_can_all_be_seen():
     plot = plots.plot_loss({name: training_rows() for name in "abcd"})
     lines = [line for line in plot.axes[0].lines if line.get_label().startswith("training")]
