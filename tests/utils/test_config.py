@@ -168,6 +168,14 @@ def test_saved_and_loaded_is_the_same(tmp_path_factory, content):
             assert config.to_dict()[section] == {**config.to_dict()[section], **settings_given}
 
 
+@pytest.mark.parametrize(
+    "text", ["a\x85b", "\u2028", "x\u2029", "two\nlines", "bücher 本.txt", "3e-4"]
+)
+def test_strange_texts_are_saved_as_they_are(tmp_path, text):
+    config = config_from_dict({"data": {"source": "files", "path": text}}, ROOT)
+    assert load_config(save_config(config, tmp_path / "c.yaml")).data.path == text
+
+
 def test_a_config_cannot_be_changed_only_copied():
     config = Config()
     for change in (lambda: setattr(config, "seed", 1), lambda: setattr(config.model, "d_ff", 1)):
