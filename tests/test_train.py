@@ -147,9 +147,9 @@ def test_a_checkpoint_that_knows_only_what_the_contract_names_can_be_resumed(
 def test_a_failing_rank_ends_the_job_and_leaves_a_checkpoint_that_loads(tiny_project, start):
     """Rank 1 raises in step 8: the job ends soon, rank 0 has saved the last common step."""
     (tiny_project / "failing.py").write_text(
-        "import sys\n"
         "from horovod_lm.train import Trainer\n"
         "from horovod_lm.train_command import main\n"
+        "from horovod_lm.utils.cli import run_cli\n"
         "from horovod_lm.utils.distributed import get_rank\n"
         "step = Trainer.train_step\n"
         "def failing(self, batches):\n"
@@ -158,7 +158,7 @@ def test_a_failing_rank_ends_the_job_and_leaves_a_checkpoint_that_loads(tiny_pro
         "        raise RuntimeError('the goose is loose')\n"
         "    return step(self, batches)\n"
         "Trainer.train_step = failing\n"
-        "sys.exit(main())\n"
+        "run_cli(main)\n"
     )
     command = start(["failing.py", *RUN, "--run-name", "failing"], ranks=2)
     command.wait_until(lambda: "now" in command.output(), timeout=60)
