@@ -40,9 +40,7 @@ def run_ranks(tmp_path):
 
 def run_to_the_end(command: list[str], timeout: float = 60) -> subprocess.CompletedProcess[str]:
     """Like subprocess.run; at the time limit the children are killed too, and the test fails."""
-    ours = (name for name in os.environ if name.startswith("HOROVOD_"))
-    dropped = set(ours) - {"HOROVOD_TIMELINE"}
-    env = {name: value for name, value in os.environ.items() if name not in dropped}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
     process = subprocess.Popen(
         command,
         env=env | {"OMP_NUM_THREADS": "1"},
@@ -127,53 +125,59 @@ def test_every_socket_of_a_rank_is_on_the_chosen_interface(run_ranks):
 
 IDLE_RANKS = """
 import json
-import sys
 import horovod
 
 
-def idle(timeline):
+def idle():
     import os
     import time
     import horovod.torch as hvd
-    import psutil
     import torch
 
-    def clocks():
-        machine = psutil.cpu_times()
-        return time.monotonic(), time.process_time(), machine.user + machine.nice + machine.system
-
-    hvd.init()
-    hvd.allreduce(torch.ones(1), name="awake")
-    hvd.start_timeline(timeline, mark_cycles=True)
-    before = clocks()
-    time.sleep(4)
-    spent = [after - start for after, start in zip(clocks(), before)]
-    hvd.stop_timeline()
-    hvd.allreduce(torch.ones(1), name="nobody leaves while another is measured")
     names = "HOROVOD_CYCLE_TIME", "HOROVOD_CACHE_CAPACITY"
-    return spent, {name: os.environ[name] for name in names if name in os.environ}
+    exported = {name: os.environ[name] for name in names if name in os.environ}
+
+    def clocks():
+        return time.monotonic(), time.process_time()
+
+    def share_of_a_core():
+        hvd.init()
+        hvd.allreduce(torch.ones(1), name="awake")
+        shares = []
+        for _ in range(5):
+            before = clocks()
+            time.sleep(0.6)
+            wall, cpu = (after - start for after, start in zip(clocks(), before))
+            shares.append(cpu / wall)
+        hvd.allreduce(torch.ones(1), name="nobody leaves while another is measured")
+        hvd.shutdown()
+        return min(shares)
+
+    as_it_is = share_of_a_core()
+    os.environ.update(dict.fromkeys(names, "(None,)"))  # what the release exports
+    return exported, as_it_is, share_of_a_core()
 
 
 if __name__ == "__main__":
-    print("IDLE", json.dumps(horovod.run(idle, args=sys.argv[1:], np=2, use_gloo=True)))
+    print("IDLE", json.dumps(horovod.run(idle, np=2, use_gloo=True)))
 """
 
 
-def test_idle_ranks_of_horovod_run_look_no_more_than_once_a_millisecond(tmp_path, monkeypatch):
-    # "horovod.run's cycle time / cache capacity is a number". Measured on two quiet cores: without
-    # the repair 3000 cycles a second and 0.5 to 1.0 of a core, with it 700 and 0.15 to 0.2. The
-    # share of a core is no assertion: where others use the cores, Gloo spins in any build.
-    monkeypatch.setenv("HOROVOD_TIMELINE", "DYNAMIC")
-    script, timeline = tmp_path / "idle.py", tmp_path / "timeline.json"
+def test_idle_ranks_of_horovod_run_do_not_burn_a_core(tmp_path):
+    # "horovod.run's cycle time / cache capacity is a number". Measured on two cores, quiet or with
+    # three busy loops beside: 0.05 to 0.15 of a core per rank, and 0.4 to 1.0 with what the
+    # release exports. The least of five looks, because a shared machine can only add to it; and
+    # without the timeline, whose writer alone keeps a core of rank 0 busy.
+    script = tmp_path / "idle.py"
     script.write_text(IDLE_RANKS)
-    done = run_to_the_end([sys.executable, str(script), str(timeline)])
+    done = run_to_the_end([sys.executable, str(script)])
     assert done.returncode == 0, done.stderr
     ranks = json.loads(re.search(r"IDLE (.*)", done.stdout).group(1))
-    for _, exported in ranks:
+    for exported, _, _ in ranks:
         assert all(float(value) >= 0 for value in exported.values()), exported
-    seconds = ranks[0][0][0]
-    cycles = timeline.read_text().count("CYCLE_START")
-    assert 0 < cycles < 1100 * seconds, f"{cycles} cycles in {seconds:.1f} s"
+    as_it_is, as_released = (sum(rank[i] for rank in ranks) for i in (1, 2))
+    assert as_it_is < 0.5, f"two idle ranks use {as_it_is:.2f} cores"
+    assert as_it_is < as_released / 2, f"{as_it_is:.2f} cores, and {as_released:.2f} as released"
 
 
 def test_a_rank_in_the_place_of_its_shell_can_save_when_it_is_stopped(tmp_path):
