@@ -6,6 +6,10 @@ from __future__ import annotations
 class UserError(Exception):
     """An error a user can mend. Its text is the whole message: command lines print it alone."""
 
+    def _render_traceback_(self) -> list[str]:
+        # A notebook asks for this instead of showing the package's insides.
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(UserError, ValueError):
     """A setting that does not exist, has the wrong type, or cannot work."""
