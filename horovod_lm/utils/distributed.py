@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from horovod_lm.utils.config import DistributedConfig
+from horovod_lm.utils.cores import available_cores
 from horovod_lm.utils.errors import DistributedError
 
 MIB = 1024 * 1024
@@ -288,11 +289,6 @@ def _export_settings(settings: DistributedConfig) -> None:
         os.environ.setdefault(name, str(value))
     if settings.interface:
         os.environ.setdefault("HOROVOD_GLOO_IFACE", settings.interface)
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use, which may be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _share_the_cores(settings: DistributedConfig) -> None:
