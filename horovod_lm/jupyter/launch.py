@@ -1,0 +1,236 @@
+"""Training jobs from a cell: `launch` returns at once, and the notebook stays free.
+
+job = launch("configs/tiny.yaml", np=2)
+job.status                     # running: step 40 of 600, loss 3.21
+await job                      # in a cell of its own; the Stop button ends the job
+job.metrics().tail()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import sys
+import time
+from collections.abc import Generator, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from horovod_lm.jupyter.call import COMMANDS_PATIENCE, Call, share_the_cores
+from horovod_lm.jupyter.outcome import Outcome, RankError
+from horovod_lm.jupyter.ranks import Ranks
+from horovod_lm.jupyter.run_reader import RunReader
+from horovod_lm.utils.config import Config, load_config, save_config
+from horovod_lm.utils.errors import ConfigError
+from horovod_lm.utils.progress import format_seconds
+from horovod_lm.utils.run_folder import RunFolder, default_run_name
+
+if TYPE_CHECKING:
+    import pandas
+
+SECONDS_TO_END = COMMANDS_PATIENCE + 12  # to save, to be killed if need be, and to be counted
+
+
+def launch(
+    config: Config | str | Path,
+    np: int | None = None,
+    *,
+    overrides: Iterable[str] | Mapping[str, Any] | None = None,
+    run_name: str | None = None,
+    resume: bool = False,
+    threads: int | None = None,
+    env: Mapping[str, str] | None = None,
+) -> TrainingJob:
+    """Start `horovodrun -np N python -m horovod_lm.train` and return at once.
+
+    Args:
+        config: settings, or the path of a YAML file.
+        np: how many ranks; default: the slots of the configuration's hosts, or 2.
+        overrides: changes on top of `config`, as `load_config` takes them.
+        run_name: the run's folder under `runs/`; default: a name that no run has.
+        resume: go on with the run of that name, from its newest checkpoint.
+        threads: CPU threads of each rank; default: the host's cores shared evenly.
+        env: environment variables of every rank.
+
+    Raises:
+        ConfigError: a setting is wrong, or there is nothing to resume.
+        DistributedError: Horovod is not installed.
+    """
+    if not isinstance(config, Config):
+        config = load_config(config, overrides)
+    elif overrides:
+        config = config.with_overrides(overrides)
+    run = RunFolder.of(config, run_name or default_run_name("job"))
+    if resume and not (run.run_dir / "config.yaml").is_file():
+        raise ConfigError(f"there is no run {run.name!r} to resume in {run.run_dir.parent}")
+    if not resume:
+        run.set_aside_earlier_run()
+        save_config(config, run.run_dir / "config.yaml")
+    return TrainingJob(run, _call(config, run, np, resume, threads, env or {}))
+
+
+class TrainingJob:
+    """A training run in processes of its own, which end with the kernel at the latest.
+
+    Attributes:
+        run: where its files are.
+        error: what it failed with, or None.
+    """
+
+    def __init__(self, run: RunFolder, call: Call) -> None:
+        self.run, self.size = run, call.size
+        self._reader = RunReader(run.log_dir)
+        self._outcome = Outcome(call.size, f"run {run.name}")
+        self._started, self._seconds = time.monotonic(), math.nan
+        run.log_dir.mkdir(parents=True, exist_ok=True)
+        # A command's job needs nothing of the folder that `ready` takes away again.
+        with call.ready() as job:
+            self._ranks = Ranks(job, self._outcome)
+        self._ranks.ended.add_done_callback(self._stop_the_clock)
+
+    # ---- looking --------------------------------------------------------------------------------
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a process of it may still live."""
+        return not self._ranks.ended.done()
+
+    @property
+    def error(self) -> RankError | None:
+        """What it failed with; None while it runs, when it is done, and when you stopped it."""
+        if self.is_running:
+            return None
+        error = self._outcome.error()
+        return error if isinstance(error, RankError) else None
+
+    @property
+    def status(self) -> str:
+        """How it stands, in words."""
+        self._reader.update()
+        at = f"step {self._reader.step} of {self._reader.total_steps}"
+        loss = "" if math.isnan(self._reader.loss) else f", loss {self._reader.loss:.4f}"
+        if self.is_running:
+            return f"running: {at}{loss}" if self._reader.total_steps else "starting"
+        after = f"after {at}{loss}, {format_seconds(self._seconds)}"
+        if self._outcome.reason == "stopped":
+            return f"stopped by you {after}; launch(..., run_name={self.run.name!r}, resume=True)"
+        if self.error is not None:
+            return f"failed {after}: {self.error}; log: {self._log_of(self.error.rank)}"
+        return f"done {after}"
+
+    @property
+    def processes(self) -> dict[int, int]:
+        """Process ids of the ranks on this host, by rank."""
+        return dict(self._outcome.processes)
+
+    def log(self, rank: int = 0) -> str:
+        """Return what a rank has printed so far; the file is `logs/console-rankN.log`.
+
+        Raises:
+            ConfigError: there is no such rank.
+        """
+        if not 0 <= rank < self.size:
+            raise ConfigError(f"there is no rank {rank}: the job has ranks 0 to {self.size - 1}")
+        return self._outcome.text(rank)
+
+    def metrics(self) -> pandas.DataFrame:
+        """Return `metrics.csv` as a table, one row per measurement; empty before the first one."""
+        import pandas
+
+        from horovod_lm.utils.metrics import COLUMNS
+
+        table = self.run.run_dir / "metrics.csv"
+        if not table.is_file() or not table.stat().st_size:
+            return pandas.DataFrame(columns=list(COLUMNS))
+        return pandas.read_csv(table)
+
+    # ---- ending ---------------------------------------------------------------------------------
+
+    def stop(self) -> str:
+        """End every rank after the step it is at, with a checkpoint; return the status."""
+        self._ranks.stop()
+        self._ranks.wait(SECONDS_TO_END)
+        return self.status
+
+    def wait(self, timeout: float | None = None) -> TrainingJob:
+        """Wait for the end, also outside notebooks; the kernel does nothing else meanwhile.
+
+        Raises:
+            RankError: it failed.
+            TimeoutError: it did not end in time; it goes on.
+        """
+        self._ranks.wait(timeout)
+        return self._ended()
+
+    def __await__(self) -> Generator[Any, None, TrainingJob]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> TrainingJob:
+        """Wait for the end, with the kernel free; an interrupt ends every rank."""
+        try:
+            # Shielded: what is cancelled is this waiting, and the job has an end of its own.
+            await asyncio.shield(asyncio.wrap_future(self._ranks.ended))
+        except asyncio.CancelledError:
+            print(await asyncio.to_thread(self.stop))
+            raise
+        return self._ended()
+
+    def _ended(self) -> TrainingJob:
+        if self.error is not None:
+            raise self.error
+        return self
+
+    def __repr__(self) -> str:
+        return f"<run {self.run.name}, {self.size} ranks: {self.status}>"
+
+    def _stop_the_clock(self, _: object) -> None:
+        self._seconds = time.monotonic() - self._started
+
+    def _log_of(self, rank: int | None) -> Path:
+        return self.run.log_dir / f"console-rank{rank or 0}.log"
+
+
+def _call(
+    config: Config,
+    run: RunFolder,
+    np: int | None,
+    resume: bool,
+    threads: int | None,
+    env: Mapping[str, str],
+) -> Call:
+    """Return the call of horovodrun for a run whose configuration stands in its folder."""
+    hosts = {host.name: host.slots for host in config.distributed.hosts} or None
+    slots = sum(hosts.values()) if hosts else None
+    size = np or slots or 2
+    if size < 1 or (slots is not None and slots != size):
+        raise ConfigError(f"np={size} does not fit the hosts' {slots or 'slots'}: leave np out")
+    settings = str(run.run_dir / "config.yaml")
+    new = ["--config", settings, "--run-name", run.name]
+    what = ["--resume", str(run.run_dir)] if resume else new
+    given = config.distributed.threads_per_rank
+    threads = threads or (None if given == "auto" else given)
+    share = share_the_cores(max(hosts.values()) if hosts else size, threads)
+    return Call(
+        size=size,
+        hosts=hosts,
+        options=_options(config),
+        command=[sys.executable, "-m", "horovod_lm.train", *what],
+        env={"OMP_NUM_THREADS": str(share), **env},
+        what=f"run {run.name}",
+        patience=COMMANDS_PATIENCE,
+        log_dir=str(run.log_dir),
+        cwd=str(config.project_root),
+    )
+
+
+def _options(config: Config) -> list[str]:
+    """Return horovodrun's options for the configuration's hosts."""
+    settings = config.distributed
+    words: list[str] = []
+    if settings.interface and settings.hosts:
+        words += ["--network-interfaces", settings.interface]
+    if settings.ssh_port:
+        words += ["--ssh-port", str(settings.ssh_port)]
+    if settings.ssh_identity_file:
+        words += ["--ssh-identity-file", str(config.resolve(settings.ssh_identity_file))]
+    return words
