@@ -11,7 +11,6 @@ import socket
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -189,10 +188,10 @@ def share_the_cores(ranks: int, threads: int | None, cores: int | None = None) -
     cores = cores or available_cores()
     share = threads or max(1, cores // ranks)
     if ranks * share > cores:
-        warnings.warn(
-            f"{ranks} ranks with {share} threads each want {ranks * share} cores, and"
+        print(
+            f"warning: {ranks} ranks with {share} threads each want {ranks * share} cores, and"
             f" {cores} are here: they will take turns, and run slower than fewer would",
-            stacklevel=3,
+            file=sys.stderr,
         )
     return share
 
@@ -233,7 +232,7 @@ def _host_of(text: str, name: str, slots: str) -> tuple[str, int]:
 def _common(arguments: argparse.Namespace) -> dict:
     hosts = read_hosts(arguments.hosts, arguments.hostfile)
     slots = sum(hosts.values()) if hosts else None
-    size = arguments.np or slots or 2
+    size = arguments.np if arguments.np is not None else slots or 2
     if size < 1:
         raise ConfigError(f"-np {size}: there must be at least one rank")
     if slots is not None and slots != size:

@@ -28,6 +28,7 @@ from horovod_lm.utils.run_folder import RunFolder, default_run_name
 if TYPE_CHECKING:
     import pandas
 
+SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_END = COMMANDS_PATIENCE + 12  # to save, to be killed if need be, and to be counted
 
 
@@ -80,13 +81,14 @@ class TrainingJob:
     def __init__(self, run: RunFolder, call: Call) -> None:
         self.run, self.size = run, call.size
         self._reader = RunReader(run.log_dir)
+        self._reader.skip_what_is_there()
         self._outcome = Outcome(call.size, f"run {run.name}")
         self._started, self._seconds = time.monotonic(), math.nan
         run.log_dir.mkdir(parents=True, exist_ok=True)
         # A command's job needs nothing of the folder that `ready` takes away again.
         with call.ready() as job:
             self._ranks = Ranks(job, self._outcome)
-        self._ranks.ended.add_done_callback(self._stop_the_clock)
+        self._ranks.ended.add_done_callback(self._look_for_the_last_time)
 
     # ---- looking --------------------------------------------------------------------------------
 
@@ -106,11 +108,13 @@ class TrainingJob:
     @property
     def status(self) -> str:
         """How it stands, in words."""
-        self._reader.update()
-        at = f"step {self._reader.step} of {self._reader.total_steps}"
+        if self.is_running:
+            self._reader.update()
+        total = self._reader.total_steps
+        at = f"step {self._reader.step} of {total}" if total else "it was started"
         loss = "" if math.isnan(self._reader.loss) else f", loss {self._reader.loss:.4f}"
         if self.is_running:
-            return f"running: {at}{loss}" if self._reader.total_steps else "starting"
+            return f"running: {at}{loss}" if total else "starting"
         after = f"after {at}{loss}, {format_seconds(self._seconds)}"
         if self._outcome.reason == "stopped":
             return f"stopped by you {after}; launch(..., run_name={self.run.name!r}, resume=True)"
@@ -168,8 +172,9 @@ class TrainingJob:
     async def _wait(self) -> TrainingJob:
         """Wait for the end, with the kernel free; an interrupt ends every rank."""
         try:
-            # Shielded: what is cancelled is this waiting, and the job has an end of its own.
-            await asyncio.shield(asyncio.wrap_future(self._ranks.ended))
+            # In steps: a kernel sees an interrupt when its event loop wakes up, and not before.
+            while self.is_running:
+                await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
         except asyncio.CancelledError:
             print(await asyncio.to_thread(self.stop))
             raise
@@ -183,7 +188,8 @@ class TrainingJob:
     def __repr__(self) -> str:
         return f"<run {self.run.name}, {self.size} ranks: {self.status}>"
 
-    def _stop_the_clock(self, _: object) -> None:
+    def _look_for_the_last_time(self, _: object) -> None:
+        self._reader.update()  # a later run of the name takes the folder
         self._seconds = time.monotonic() - self._started
 
     def _log_of(self, rank: int | None) -> Path:
@@ -201,7 +207,7 @@ def _call(
     """Return the call of horovodrun for a run whose configuration stands in its folder."""
     hosts = {host.name: host.slots for host in config.distributed.hosts} or None
     slots = sum(hosts.values()) if hosts else None
-    size = np or slots or 2
+    size = np if np is not None else slots or 2
     if size < 1 or (slots is not None and slots != size):
         raise ConfigError(f"np={size} does not fit the hosts' {slots or 'slots'}: leave np out")
     settings = str(run.run_dir / "config.yaml")

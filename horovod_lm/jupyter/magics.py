@@ -123,8 +123,7 @@ class HorovodMagics(Magics):
         shown = _Output(call.size)
         with call.ready() as job:
             try:
-                for event in follow(job, outcome):
-                    shown.add(event)
+                follow(job, outcome, shown.add)
             except KeyboardInterrupt:
                 outcome.reason = "stopped"
             finally:

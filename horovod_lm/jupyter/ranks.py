@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import psutil
@@ -111,25 +111,26 @@ def end_tree(pid: int | None, patience: float = 5.0) -> list[int]:
     return [process.pid for process in left]
 
 
-def follow(job: Job, outcome: Outcome) -> Iterator[dict]:
-    """Run a job and yield its events as they come; an interrupt ends every rank first.
+def follow(job: Job, outcome: Outcome, show: Callable[[dict], None]) -> None:
+    """Run a job to its end and show its events as they come, in the thread that calls.
 
     Raises:
-        KeyboardInterrupt: again, once everything has ended.
+        KeyboardInterrupt: again, once every rank has ended and all that was printed is shown.
     """
     events: queue.SimpleQueue[dict] = queue.SimpleQueue()
     running = Ranks(job, outcome, events.put)
-    try:
-        while True:
-            event = events.get()
-            yield event
-            if event["event"] == "ended":
-                break
-        running.wait(10)
-    except BaseException:
-        running.stop()
-        running.wait(job.patience + 20)
-        raise
+    interrupt: KeyboardInterrupt | None = None
+    while running.outcome.code is None or not events.empty():
+        try:
+            show(events.get())
+        except KeyboardInterrupt as error:
+            if interrupt is not None:
+                raise  # asked twice: the supervisor ends the ranks without us
+            interrupt = error
+            running.stop()
+    running.wait()
+    if interrupt is not None:
+        raise interrupt
 
 
 @atexit.register

@@ -33,7 +33,7 @@ class RunReader:
         A line that is still being written is left for the next call.
         """
         events: list[dict[str, Any]] = []
-        for file in sorted(self.log_dir.glob("rank*.jsonl"), key=_rank_of):
+        for file in self._files():
             with open(file, "rb") as lines:
                 lines.seek(self._read.get(file, 0))
                 whole, _, _ = lines.read().rpartition(b"\n")
@@ -43,6 +43,13 @@ class RunReader:
         for event in events:
             self._note(event)
         return events
+
+    def skip_what_is_there(self) -> None:
+        """Begin behind what an interrupted run has left in the files."""
+        self._read = {file: file.stat().st_size for file in self._files()}
+
+    def _files(self) -> list[Path]:
+        return sorted(self.log_dir.glob("rank*.jsonl"), key=_rank_of)
 
     def _note(self, event: dict[str, Any]) -> None:
         if event["rank"] != 0:

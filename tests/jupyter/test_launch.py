@@ -1,0 +1,203 @@
+"""`launch` on real ranks: watched, waited for, stopped, killed, and resumed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from horovod_lm.checkpoint import newest_readable, read_checkpoint
+from horovod_lm.jupyter.launch import TrainingJob, launch
+from horovod_lm.jupyter.outcome import RankError
+from horovod_lm.utils.errors import ConfigError
+from tests.conftest import ROOT
+from tests.jupyter.conftest import children, needs_horovod, wait_until
+
+pytestmark = [pytest.mark.horovod, needs_horovod, pytest.mark.usefixtures("nothing_left")]
+
+CONFIG = "configs/tiny.yaml"
+LONG = {"training": {"max_steps": 100_000, "num_epochs": 100_000, "eval_interval": 1000}}
+SECONDS_TO_DETECT = 10
+
+
+@pytest.fixture(autouse=True)
+def in_project(tiny_project, monkeypatch):
+    monkeypatch.chdir(tiny_project)
+
+
+@pytest.fixture
+def running():
+    """Start a job that would take hours and wait until it trains; it is ended with the test."""
+    jobs: list[TrainingJob] = []
+
+    def start(np: int = 2, **options) -> TrainingJob:
+        overrides = None if options.get("resume") else LONG
+        job = launch(CONFIG, np, overrides=overrides, **options)
+        jobs.append(job)
+        wait_until(lambda: job.status.startswith("running: step ") or not job.is_running, 60,
+                   "the first step")  # fmt: skip
+        assert job.is_running, job.status
+        return job
+
+    yield start
+    for job in jobs:
+        job.stop()
+
+
+def test_a_job_is_there_at_once_and_trains_to_its_end():
+    started = time.monotonic()
+    job = launch(CONFIG, np=2, run_name="whole")
+    assert time.monotonic() - started < 2
+    assert job.is_running and job.status == "starting" and job.metrics().empty
+    assert asyncio.run(until(job)) is job
+    assert job.status.startswith("done after step 20 of 20, loss ")
+    assert job.error is None and not job.is_running
+    table = job.metrics()
+    assert list(table[table.phase == "train"].step) == list(range(1, 21))
+    assert table.loss.iloc[0] > table[table.phase == "train"].loss.iloc[-1]
+    assert "step 20/20" in job.log() and job.log(1) == ""
+    assert (job.run.log_dir / "console-rank0.log").read_text() == job.log(0)
+    with pytest.raises(ConfigError, match="there is no rank 2: the job has ranks 0 to 1"):
+        job.log(2)
+
+
+async def until(job: TrainingJob) -> TrainingJob:
+    return await job
+
+
+def test_the_loop_is_free_while_a_job_is_awaited():
+    async def count() -> int:
+        job, ticks = launch(CONFIG, 1, run_name="awaited"), 0
+        waiting = asyncio.ensure_future(until(job))
+        while not waiting.done():
+            await asyncio.sleep(0.05)
+            ticks += 1
+        return ticks
+
+    assert asyncio.run(count()) > 10
+
+
+def test_the_same_numbers_as_in_a_shell(train):
+    launch(CONFIG, 2, run_name="from_a_cell").wait(120)
+    train("--config", CONFIG, "--run-name", "from_a_shell", ranks=2)
+    tables = [open(f"runs/{name}/metrics.csv").read() for name in ("from_a_cell", "from_a_shell")]
+    losses = [[line.split(",")[:6] for line in table.splitlines()] for table in tables]
+    assert losses[0] == losses[1]
+
+
+def test_a_stopped_job_has_saved_and_goes_on(running):
+    job = running(run_name="stopped")
+    status = job.stop()
+    assert status.startswith("stopped by you after step ") and "resume=True" in status
+    assert job.error is None and job.wait(1) is job
+    saved = read_checkpoint(newest_readable(job.run.checkpoint_dir))
+    again = running(run_name="stopped", resume=True)
+    again.stop()
+    assert f"going on at step {saved['global_step']} of" in again.log()
+
+
+def test_an_earlier_run_of_the_name_is_kept(running):
+    first = running(run_name="twice")
+    first.stop()
+    rows = len(first.metrics())
+    second = running(run_name="twice")
+    second.stop()
+    assert len((first.run.run_dir.with_name("twice.1") / "metrics.csv").read_text().split()) > rows
+    assert "resume" in second.status
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dead_or_frozen_rank_is_named_in_time(running, rank, number):
+    job = running(run_name=f"dead{rank}{number}")
+    wait_until(lambda: any(job.run.checkpoint_dir.glob("*.pt")), 30, "a checkpoint")
+    os.kill(job.processes[rank], number)
+    since = time.monotonic()
+    with pytest.raises(RankError, match=f"rank {rank} was .*; rank {1 - rank} was ended") as caught:
+        asyncio.run(until(job))
+    assert time.monotonic() - since < SECONDS_TO_DETECT
+    assert caught.value is job.error or str(caught.value) == str(job.error)
+    assert job.status.startswith("failed after step ") and f"console-rank{rank}.log" in job.status
+    assert children() == []
+    assert read_checkpoint(newest_readable(job.run.checkpoint_dir))["global_step"] > 0
+
+
+def test_what_a_failing_rank_said_is_in_the_error():
+    elsewhere = {"data.source": "files", "data.path": "nowhere.txt", "data.data_dir": "empty"}
+    job = launch(CONFIG, 2, run_name="wrong", overrides=elsewhere)
+    with pytest.raises(RankError, match="rank 0 ended with exit code 2; rank 1 was") as caught:
+        job.wait(60)
+    assert "error: " in caught.value.trace and "nowhere.txt" in caught.value.trace
+    assert job.status.startswith("failed after it was started, ")
+    assert job.status.endswith("console-rank0.log")
+
+
+def test_an_interrupt_of_await_ends_the_job_and_says_so(kernel):
+    kernel.run("from horovod_lm.jupyter.launch import launch")
+    kernel.run(f"job = launch({CONFIG!r}, 2, overrides={LONG!r}, run_name='interrupted')")
+    kernel.run("import time\nwhile 'step' not in job.status: time.sleep(0.1)")
+    kernel.start("print('waiting', flush=True)\nawait job")
+    kernel.read(lambda: "waiting" in kernel.text)
+    time.sleep(1)
+    kernel.manager.interrupt_kernel()
+    kernel.read(lambda: False, 30)
+    assert kernel.error["ename"] in ("CancelledError", "KeyboardInterrupt")
+    assert "stopped by you after step" in kernel.text
+    assert psutil.Process(kernel.pid).children(recursive=True) == []
+
+
+KERNEL = """
+import sys, time
+from horovod_lm.jupyter.launch import launch
+job = launch("CONFIG", 2, overrides=LONG, run_name="orphan")
+while "step" not in job.status:
+    time.sleep(0.1)
+print(*job.processes.values(), flush=True)
+time.sleep(SECONDS)
+"""
+
+
+@pytest.mark.parametrize("way", ["killed", "ends"])
+def test_a_job_ends_with_its_kernel(tiny_project, way):
+    code = KERNEL.replace("CONFIG", CONFIG).replace("LONG", repr(LONG))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code.replace("SECONDS", "60" if way == "killed" else "0")],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    ranks = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+    assert len(ranks) == 2
+    family = [*psutil.Process(process.pid).children(recursive=True), *ranks]
+    if way == "killed":
+        process.kill()
+    wait_until(lambda: not any(p.is_running() for p in family), SECONDS_TO_DETECT, "their end")
+    process.communicate(timeout=30)
+
+
+def test_ranks_end_when_the_supervisor_itself_is_killed(running):
+    job = running(run_name="unwatched")
+    [supervisor] = psutil.Process().children()
+    supervisor.kill()
+    with pytest.raises(RankError, match="its supervisor was killed"):
+        job.wait(SECONDS_TO_DETECT)
+    assert children() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"np": 0}, "np=0 "),
+        ({"run_name": "nobody", "resume": True}, "there is no run 'nobody' to resume"),
+        ({"run_name": "a/b"}, "the run name 'a/b' must be the name of a folder"),
+        ({"overrides": {"training.epochs": 3}}, "training.epochs"),
+    ],
+)
+def test_what_cannot_be_launched_is_one_sentence(options, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        launch(CONFIG, **options)
+    assert children() == []

@@ -1,0 +1,320 @@
+"""`%%horovodrun` on real ranks: what a cell shows, brings back, and says when a rank fails."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+
+from horovod_lm.jupyter.outcome import RankError
+from horovod_lm.utils.errors import ConfigError, DistributedError
+from tests.jupyter.conftest import children, needs_horovod, wait_until
+
+pytestmark = [pytest.mark.horovod, needs_horovod, pytest.mark.usefixtures("nothing_left")]
+
+INIT = "import os, signal, sys, time\nimport horovod.torch as hvd, torch\nhvd.init()\n"
+REDUCE = "hvd.allreduce(torch.ones(1), name='together')\n"
+# Starting is no part of detecting, so the ranks say when all of them are there.
+READY = INIT + "hvd.barrier()\nprint('READY', time.time())\n"
+SECONDS_TO_DETECT = 10
+
+
+@pytest.fixture(scope="module")
+def shell():
+    made = InteractiveShell.instance()
+    made.run_line_magic("load_ext", "horovod_lm.jupyter")
+    yield made
+    InteractiveShell.clear_instance()
+
+
+@pytest.fixture
+def run(shell, capsys):
+    """Run a cell; return what it showed. An error is raised as the cell raised it."""
+
+    def run_cell(line: str, body: str = "") -> str:
+        magic = f"%%horovodrun {line}\n{body}" if body else f"%horovodrun {line}"
+        capsys.readouterr()
+        result = shell.run_cell(magic)
+        shown = capsys.readouterr().out
+        if not result.success:
+            error = result.error_in_exec or result.error_before_exec
+            error.shown = shown
+            raise error
+        return shown
+
+    return run_cell
+
+
+def test_every_rank_s_lines_come_behind_its_number_in_order(run):
+    body = "import os\nfor line in range(2):\n    print(os.environ['HOROVOD_RANK'], line)\n"
+    expected = "".join(f"[{rank}] {rank} {line}\n" for rank in range(3) for line in range(2))
+    assert run("-np 3", body) == expected
+    assert run("-np 3", body) == expected
+
+
+def test_warnings_stand_where_they_were_given(run):
+    body = "import sys\nprint('one')\nprint('two', file=sys.stderr)\nprint('three')"
+    assert run("-np 1", body) == "[0] one\n[0] two\n[0] three\n"
+
+
+def test_rank_0_is_shown_while_it_runs(kernel):
+    kernel.start("%%horovodrun -np 2\nimport time\nprint('first')\ntime.sleep(60)")
+    kernel.read(lambda: "[0] first" in kernel.text)
+    assert "[1]" not in kernel.text
+    kernel.manager.interrupt_kernel()
+    kernel.read(lambda: False)
+    assert kernel.error["ename"] == "RanksStopped"
+    assert "[1] first" in kernel.text  # nothing that was printed is lost
+
+
+def test_the_last_value_is_shown_unless_it_is_wanted_or_hushed(run, shell):
+    assert run("-np 1", "x = 6\nx * 7") == "[0] 42\n"
+    assert run("-np 1", "x = 6\nx * 7;") == ""
+    assert run("-np 1", "x = 6\nNone") == ""
+
+
+def test_values_go_to_the_ranks_and_come_back_by_rank(run, shell):
+    import torch
+
+    shell.user_ns["weights"] = torch.arange(3.0)
+    shell.user_ns["double"] = lambda value: 2 * value  # a function of the notebook's own
+    out = run(
+        "-np 2 --push weights,double --out sums",
+        INIT + "mine = double(weights) * (hvd.rank() + 1)\n"
+        "print('on the way')\n(hvd.rank(), hvd.allreduce(mine, name='sum', op=hvd.Sum))",
+    )
+    assert out == "[0] on the way\n[1] on the way\n"
+    sums = shell.user_ns["sums"]
+    assert [rank for rank, _ in sums] == [0, 1]
+    for _, total in sums:
+        assert torch.equal(total, torch.tensor([0.0, 6.0, 12.0]))
+
+
+def test_classes_of_the_cell_and_large_values_come_back(run, shell):
+    body = "class Point:\n    def __init__(self, x):\n        self.x = x\nPoint(bytes(5_000_000))"
+    run("-np 1 --out points", body)
+    assert len(shell.user_ns["points"][0].x) == 5_000_000
+
+
+def test_a_value_that_cannot_travel_is_said(run):
+    with pytest.raises(RankError, match="rank 0: TypeError: the last value, a lock, cannot be"):
+        run("-np 1 --out lock", "import threading\nthreading.Lock()")
+    with pytest.raises(RankError, match="has 40 MiB, and at most 32 can be sent"):
+        run("-np 1 --out big", "bytes(40 * 2**20)")
+
+
+def test_a_command_runs_with_the_notebook_s_python_and_variables(run, shell):
+    shell.user_ns["word"] = "hello"
+    out = run("-np 2 --env GREETING={word} python -c 'import os; print(os.environ[\"GREETING\"])'")
+    assert out == "[0] hello\n[1] hello\n"
+    with pytest.raises(RankError, match="rank 1 ended with exit code 3; rank 0 was ended with it"):
+        run("-np 2 python -c 'import os, time; time.sleep(9) if os.environ[\"HOROVOD_RANK\"] == \"0\" else os._exit(3)'")  # noqa: E501  # fmt: skip
+
+
+def test_options_reach_horovod(run, tmp_path):
+    body = INIT + REDUCE + (
+        "names = 'OMP_NUM_THREADS HOROVOD_FUSION_THRESHOLD HOROVOD_CYCLE_TIME COLOUR'.split()\n"
+        "print(*(os.environ[name] for name in names), torch.get_num_threads())"
+    )  # fmt: skip
+    timeline = tmp_path / "timeline.json"
+    out = run(
+        f"-np 1 --threads 1 --timeline {timeline} --fusion-threshold-mb 8 --cycle-time-ms 2.5"
+        " --env COLOUR=blue",
+        body,
+    )
+    assert out.split() == ["[0]", "1", str(8 * 2**20), "2.5", "blue", "1"]
+    assert "together" in timeline.read_text()
+
+
+def test_a_check_starts_nothing_and_shows_the_call(run):
+    out = run("-np 2 -H localhost:2 --timeline t.json --threads 1 --check", "print('never')")
+    assert out.splitlines() == [
+        "horovodrun -np 2 -H localhost:2 --timeline-filename t.json"
+        " python -m horovod_lm.jupyter.rank_cell",
+        "2 ranks on localhost:2, CPU threads of each: 1",
+        "nothing was started",
+    ]
+    assert children() == []
+
+
+def test_hosts_may_stand_in_a_file_with_comments(run, tmp_path):
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("# this machine\n\nlocalhost slots=2  # both cores\n")
+    assert run(f"--hostfile {hostfile}", "print('here')") == "[0] here\n[1] here\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "body", "sentence"),
+    [
+        ("-np two", "1", r"argument -np/--num-proc: invalid int value: 'two'"),
+        ("-np 0", "1", r"-np 0: there must be at least one rank"),
+        ("--nodes 2", "1", r"unrecognized arguments: --nodes"),
+        ("-np 2 -H localhost:4", "1", r"-np 2 and the hosts' 4 slots differ"),
+        ("-np 2 -H localhost", "1", r"the host 'localhost' has no number of slots"),
+        ("--hostfile nowhere", "1", r"the hostfile nowhere cannot be read: No such file"),
+        ("--env 3=x", "1", r"--env 3=x: write NAME=VALUE"),
+        ("--push nothing_there", "1", r"--push nothing_there: there is no such name"),
+        ("-np 2 python x.py", "1", r"python x.py stands on its line: write %horovodrun, with one"),
+        ("-np 2", "", r"needs a command.*write %%horovodrun, with two"),
+        ("-np 2 --out x python x.py", "", r"--out and --push belong to a cell"),
+    ],
+)
+def test_a_wrong_line_is_one_sentence_and_starts_nothing(run, line, body, sentence):
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        run(line, body)
+    assert caught.value._render_traceback_() == [f"ConfigError: {caught.value}"]
+    assert children() == []
+
+
+def test_a_cell_for_other_hosts_must_be_small(run, shell):
+    import os
+
+    shell.user_ns["large"] = os.urandom(200_000)
+    with pytest.raises(DistributedError, match=r"take \d+ KiB, and other hosts can be sent 64"):
+        run("-np 2 -H faraway:2 --push large", "len(large)")
+
+
+def test_a_syntax_error_is_found_before_anything_starts(run):
+    with pytest.raises(RankError, match=r"not Python: .*never closed \(line 3\); nothing was") as e:
+        run("-np 2", "x = 1\ny = (x,\n")
+    assert "    y = (x,\n" in e.value.trace
+
+
+def test_too_many_threads_are_warned_of(shell, capsys):
+    cores = len(psutil.Process().cpu_affinity())
+    shell.run_cell(f"%%horovodrun -np 2 --threads {cores} --check\n1")
+    assert f"2 ranks with {cores} threads each want {2 * cores} cores" in capsys.readouterr().err
+    shell.run_cell("%%horovodrun -np 1 --check\n1")
+    assert capsys.readouterr().err == ""
+
+
+# ---- the failure table ---------------------------------------------------------------------------
+
+
+def seconds_since_ready(shown: str) -> float:
+    return time.time() - max(float(found) for found in re.findall(r"READY ([\d.]+)", shown))
+
+
+KILLED = r"rank {0} was killed by SIGKILL, exit code 137 .*; rank {1} was ended with it"
+FAILURES = {
+    "exception": (
+        "if hvd.rank() == 1:\n    raise ValueError('boom')\n" + REDUCE,
+        r"rank 1: ValueError: boom \(line 8 of the cell\); rank 0 was ended with it",
+    ),
+    "exception everywhere": (
+        "1 / 0",
+        r"every rank: ZeroDivisionError: division by zero \(line 7 of the cell\)$",
+    ),
+    "SIGKILL of rank 0": (
+        "if hvd.rank() == 0:\n    os.kill(os.getpid(), signal.SIGKILL)\n" + REDUCE,
+        KILLED.format(0, 1),
+    ),
+    "SIGKILL of another": (
+        "if hvd.rank() == 1:\n    os.kill(os.getpid(), signal.SIGKILL)\n" + REDUCE,
+        KILLED.format(1, 0),
+    ),
+    "SIGSTOP": (
+        "if hvd.rank() == 1:\n    os.kill(os.getpid(), signal.SIGSTOP)\n" + REDUCE,
+        r"rank 1 was stopped \(SIGSTOP\), not woken for 3 s, and killed; rank 0 was ended with it",
+    ),
+    "early end": (
+        "if hvd.rank() == 1:\n    sys.exit()\n" + REDUCE,
+        r"rank 0 lost the others at line 9 of the cell, because rank 1 had already come to the end",
+    ),
+    "exit code": (
+        "if hvd.rank() == 1:\n    sys.exit(3)\n" + REDUCE,
+        r"rank 1 ended with exit code 3; rank 0 was ended with it",
+    ),
+    "crash": (
+        "if hvd.rank() == 1:\n    os.abort()\n" + REDUCE,
+        r"rank 1 was killed by SIGABRT, exit code 134 \(compiled code gave up\); rank 0 was ended",
+    ),
+}
+
+
+@pytest.mark.parametrize("event", FAILURES)
+def test_a_failing_rank_is_named_in_time(run, event):
+    body, sentence = FAILURES[event]
+    with pytest.raises(RankError, match=sentence) as caught:
+        run("-np 2", READY + body)
+    assert seconds_since_ready(caught.value.shown) < SECONDS_TO_DETECT
+    assert children() == []
+
+
+def test_the_traceback_is_the_rank_s_own_once_and_shows_the_cell_s_lines(run):
+    body = INIT + "def divide(a, b):\n    return a / b\nif hvd.rank() == 1:\n    divide(1, 0)\n"
+    with pytest.raises(RankError) as caught:
+        run("-np 2", body + REDUCE)
+    assert caught.value.trace.splitlines()[:5] == [
+        "Traceback (most recent call last):",
+        '  File "<cell>", line 8, in <module>',
+        "    divide(1, 0)",
+        '  File "<cell>", line 6, in divide',
+        "    return a / b",
+    ]
+    assert caught.value.trace.count("Traceback") == 1 and "rank_cell" not in caught.value.trace
+    assert caught.value.rank == 1
+
+
+def test_a_rank_that_stays_away_is_named_by_the_stall_check(run):
+    body = READY + "if hvd.rank() == 1:\n    time.sleep(120)\n" + REDUCE
+    sentence = r"rank 1 did not come to 'together', where rank 0 waited for 4 s: every rank must"
+    with pytest.raises(RankError, match=sentence) as caught:
+        run("-np 2 --stall 4", body)
+    assert seconds_since_ready(caught.value.shown) < 4 + SECONDS_TO_DETECT
+    # Times and places in Horovod's source would differ each time.
+    assert "[0] Horovod: One or more tensors were submitted" in caught.value.shown
+
+
+def test_a_time_limit_says_where_each_rank_was(run):
+    body = READY + "if hvd.rank() == 1:\n    time.sleep(120)\n" + REDUCE
+    with pytest.raises(RankError) as caught:
+        run("-np 2 --timeout 10", body)
+    assert "longer than 10 s" in str(caught.value)
+    assert "rank 0 was at line 9: hvd.allreduce" in str(caught.value)
+    assert "rank 1 was at line 8: time.sleep(120)" in str(caught.value)
+
+
+def test_an_interrupt_ends_every_rank_and_the_kernel_goes_on(kernel):
+    kernel.start("%%horovodrun -np 2\n" + READY + "time.sleep(120)")
+    kernel.read(lambda: "READY" in kernel.text)
+    started = time.monotonic()
+    kernel.manager.interrupt_kernel()
+    kernel.read(lambda: False)
+    assert time.monotonic() - started < SECONDS_TO_DETECT
+    assert kernel.error["evalue"] == "stopped by you: every rank of the cell was ended"
+    assert psutil.Process(kernel.pid).children(recursive=True) == []
+    assert "[1] still here" in kernel.run("%%horovodrun -np 2\nprint('still here')")
+
+
+def test_ranks_end_with_a_kernel_that_is_killed(kernel):
+    kernel.start("%%horovodrun -np 2\n" + READY + "time.sleep(120)")
+    kernel.read(lambda: "READY" in kernel.text)
+    family = psutil.Process(kernel.pid).children(recursive=True)
+    assert len(family) >= 4
+    psutil.Process(kernel.pid).kill()
+    wait_until(lambda: not any(p.is_running() for p in family), SECONDS_TO_DETECT, "their end")
+
+
+@pytest.mark.slow
+def test_twenty_cells_in_a_row_leave_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    run("-np 2", "pass")
+
+    def what_there_is() -> tuple[int, int, int, int]:
+        me = psutil.Process()
+        ports = [one for one in me.net_connections() if one.status == psutil.CONN_LISTEN]
+        files = list(Path(tmp_path).rglob("*"))
+        return me.num_fds(), threading.active_count(), len(ports), len(files)
+
+    before = what_there_is()
+    for _ in range(20):
+        run("-np 2", "pass")
+    assert what_there_is() == before
+    assert children() == []
