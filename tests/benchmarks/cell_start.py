@@ -2,7 +2,7 @@
 
     python tests/benchmarks/cell_start.py [--pairs 15]
 
-Pairs of runs, in turns, so that whatever else the machine does meets both; the median of the ratios.
+Pairs of runs, in turns, so that whatever else the machine does meets both; the median ratio.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def test_lists_of_ranks():
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 11), st.text(st.characters(exclude_characters="\n\r[")))),
+    st.lists(st.tuples(st.integers(0, 11), st.text(st.characters(codec="utf-8", exclude_characters="\n\r[")))),
     st.data(),
 )
 def test_lines_are_the_same_however_they_arrive(lines, data):
