@@ -20,7 +20,7 @@ Turn text into tokens, once, before training.
 
 The text comes from data.source:
   stories   tiny stories whose entropy, the best possible loss, is known exactly
-  python    the source of this Python's standard library, about 11 MB
+  python    the source of this Python's standard library, about 12 MB
   files     your own UTF-8 text: data.path is a file, a folder, a glob, or a list of them
   hub       a Hugging Face dataset: data.hub_dataset is its name or a local copy
 

@@ -91,7 +91,7 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: PositiveInt = 2
     """Backward passes before one optimizer step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Adamw (Loshchilov & Hutter, 2019) or sgd."""
+    """AdamW (Loshchilov & Hutter, 2019) or sgd."""
     learning_rate: PositiveFloat = 3e-4
     """Peak rate, reached after the warm-up."""
     min_learning_rate_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -129,7 +129,7 @@ class TrainingConfig(Section):
     keep_last_checkpoints: PositiveInt = 3
     """Numbered checkpoints kept; best and final are always kept."""
     compile: bool = False
-    """Torch.compile the model: minutes at the start, faster steps."""
+    """Run the model through torch.compile: minutes at the start, faster steps."""
 
 
 class DataConfig(Section):
@@ -140,7 +140,7 @@ class DataConfig(Section):
     path: str | list[str] | None = None
     """Source files: a file, folder or glob, or a list of them."""
     tokenizer: Literal["bpe", "byte", "gpt2"] = "gpt2"
-    """Bpe is trained on the corpus; byte and gpt2 are fixed."""
+    """BPE is trained on the corpus; byte and gpt2 are fixed."""
     data_dir: str = "notebooks/data/preprocessed/v1"
     """Folder of the prepared tokens."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
@@ -245,9 +245,9 @@ class DistributedConfig(Section):
     interface: str | None = None
     """The network interface that the hosts share, for example eth0."""
     ssh_port: PositiveInt | None = None
-    """Ssh's port; null: ssh's own setting."""
+    """The port of ssh; null: as ssh itself is set up."""
     ssh_identity_file: str | None = None
-    """Ssh's private key; null: ssh's own setting."""
+    """The private key for ssh; null: as ssh itself is set up."""
 
 
 class Config(Section):
