@@ -84,10 +84,10 @@ def test_lists_of_ranks():
 # ---- horovodrun's output, cut into lines ---------------------------------------------------------
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 11), st.text(st.characters(codec="utf-8", exclude_characters="\n\r[")))),
-    st.data(),
-)
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\n\r["))
+
+
+@given(st.lists(st.tuples(st.integers(0, 11), TEXT)), st.data())
 def test_lines_are_the_same_however_they_arrive(lines, data):
     sent = "".join(f"[{rank}]<stdout>:{text}\n" for rank, text in lines).encode()
     reader, got, at = Lines(), [], 0
