@@ -1,0 +1,228 @@
+"""A real JupyterLab in a real browser: what a person sees and clicks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+import requests
+
+from tests.conftest import ROOT
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+# Alone with this page: no look-ups and no updates in the background.
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    " --disable-component-update --disable-sync --disable-dev-shm-usage"
+).split()
+SETTINGS = {
+    "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {
+        "windowingMode": "none", "autoStartDefaultKernel": True, "recordTiming": False,
+    },
+    "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {
+        "fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True,
+    },
+    "@jupyterlab/docmanager-extension/plugin.jupyterlab-settings": {"autosave": False},
+}  # fmt: skip
+TOKEN = "only-this-machine"
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Skip what needs a browser where there is none, and say so."""
+    if CHROMIUM is None:
+        skip = pytest.mark.skip(reason="no Chromium here: apt-get install chromium")
+        for item in items:
+            if "browser" in Path(item.fspath).parts:
+                item.add_marker(skip)
+
+
+class Lab:
+    """A JupyterLab on loopback, with a folder, a configuration and a runtime of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "project"
+        self.folder.mkdir()
+        settings = folder / "settings"
+        for name, values in SETTINGS.items():
+            path = settings / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(values))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / "lab.log"
+        env = {
+            **os.environ,
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONPATH": str(ROOT),
+            "JUPYTERLAB_SETTINGS_DIR": str(settings),
+            "JUPYTER_CONFIG_DIR": str(folder / "config"),
+            "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
+            "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+            "IPYTHONDIR": str(folder / "ipython"),
+        }
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1",
+                 f"--port={self.port}", f"--IdentityProvider.token={TOKEN}", "--allow-root",
+                 "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={self.folder}"],
+                cwd=self.folder, env=env, stdout=log, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        self._wait()
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                requests.get(f"{self.url}/api/status", params={"token": TOKEN}, timeout=5)
+                return
+            except requests.ConnectionError:
+                time.sleep(0.1)
+        pytest.fail(f"JupyterLab did not start:\n{self.log.read_text()[-3000:]}")
+
+    def start_kernel(self, name: str) -> str:
+        """Start the notebook's session before the page asks for it; return the kernel's id."""
+        session = requests.post(
+            f"{self.url}/api/sessions",
+            params={"token": TOKEN},
+            json={"path": name, "name": name, "type": "notebook", "kernel": {"name": "python3"}},
+            timeout=60,
+        )
+        session.raise_for_status()
+        return session.json()["kernel"]["id"]
+
+    def end_kernels(self) -> None:
+        for session in requests.get(
+            f"{self.url}/api/sessions", params={"token": TOKEN}, timeout=10
+        ).json():
+            requests.delete(
+                f"{self.url}/api/sessions/{session['id']}", params={"token": TOKEN}, timeout=60
+            )
+
+    def children(self) -> list[psutil.Process]:
+        """Every process that this JupyterLab has started and that lives."""
+        return [
+            child
+            for child in psutil.Process(self.process.pid).children(recursive=True)
+            if child.status() != psutil.STATUS_ZOMBIE
+        ]
+
+    def close(self) -> None:
+        family = self.children()
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        for child in family:
+            if child.is_running():
+                child.kill()
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> Iterator[Lab]:
+    started = Lab(tmp_path_factory.mktemp("lab"))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Page:
+    """One notebook, open in the lab.
+
+    Attributes:
+        page: Playwright's, for whatever a person would do.
+        complaints: what the browser's console called an error.
+    """
+
+    def __init__(self, lab: Lab, chromium, name: str) -> None:
+        self.lab, self.name = lab, name
+        self.complaints: list[str] = []
+        self.kernel_id = lab.start_kernel(name)
+        self.page = chromium.new_page(viewport={"width": 1300, "height": 1000})
+        self.page.on("console", self._listen)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.goto(f"{lab.url}/lab/tree/{name}?token={TOKEN}&reset")
+        self.page.wait_for_function(
+            "() => window.jupyterapp?.shell?.currentWidget?.sessionContext !== undefined",
+            timeout=60_000,
+        )
+        self.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.ready")
+        self.page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell")
+
+    def _listen(self, message) -> None:
+        if message.type == "error":
+            self.complaints.append(message.text)
+
+    def run_all(self) -> None:
+        """Run every cell, without waiting for their ends."""
+        self.page.evaluate(
+            "() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }"
+        )
+
+    def interrupt(self) -> None:
+        """Press the Stop button."""
+        self.page.evaluate(
+            "() => { window.jupyterapp.commands.execute('notebook:interrupt-kernel'); }"
+        )
+
+    def wait_for(self, text: str, seconds: float = 60) -> None:
+        """Wait until an output shows a text."""
+        self.page.wait_for_function(
+            "text => [...document.querySelectorAll('.jp-OutputArea-output')]"
+            ".some(output => output.innerText.includes(text))",
+            arg=text, timeout=seconds * 1000,
+        )  # fmt: skip
+
+    def outputs(self) -> list[str]:
+        """Return the text that each code cell shows."""
+        return self.page.evaluate(
+            """() => [...document.querySelectorAll('.jp-CodeCell')].map(cell =>
+                [...cell.querySelectorAll('.jp-OutputArea-output')]
+                    .map(output => output.innerText).join("\\n"))"""
+        )
+
+    def close(self) -> None:
+        self.page.close()
+        self.lab.end_kernels()
+
+
+@pytest.fixture
+def open_notebook(lab, chromium):
+    """Open cells of code as a notebook in JupyterLab."""
+    opened: list[Page] = []
+
+    def open_cells(*cells: str, name: str = "page.ipynb") -> Page:
+        notebook = nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell(cell) for cell in cells]
+        )
+        nbformat.write(notebook, lab.folder / name)
+        opened.append(Page(lab, chromium, name))
+        return opened[-1]
+
+    yield open_cells
+    for page in opened:
+        page.close()
