@@ -28,6 +28,8 @@ from horovod_lm.utils.run_folder import RunFolder, default_run_name
 if TYPE_CHECKING:
     import pandas
 
+    from horovod_lm.jupyter.dashboard import Dashboard
+
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_END = COMMANDS_PATIENCE + 12  # to save, to be killed if need be, and to be counted
 
@@ -148,11 +150,21 @@ class TrainingJob:
             return pandas.DataFrame(columns=list(COLUMNS))
         return pandas.read_csv(table)
 
+    def dashboard(self) -> Dashboard:
+        """Return a widget that watches this job and can stop it."""
+        from horovod_lm.jupyter.dashboard import Dashboard
+
+        return Dashboard(self)
+
     # ---- ending ---------------------------------------------------------------------------------
+
+    def ask_to_stop(self) -> None:
+        """Ask every rank to end after the step it is at, with a checkpoint; return at once."""
+        self._ranks.stop()
 
     def stop(self) -> str:
         """End every rank after the step it is at, with a checkpoint; return the status."""
-        self._ranks.stop()
+        self.ask_to_stop()
         self._ranks.wait(SECONDS_TO_END)
         return self.status
 

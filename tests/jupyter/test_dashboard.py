@@ -1,0 +1,178 @@
+"""The training dashboard without a browser: what it shows of real runs, and its Stop."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import math
+import os
+import signal
+import time
+
+import pytest
+from PIL import Image
+
+from horovod_lm.jupyter.dashboard import Dashboard, rank_table
+from horovod_lm.jupyter.launch import launch
+from horovod_lm.jupyter.run_view import RunView, entropy_per_token, open_run
+from horovod_lm.train import run_distributed_training
+from horovod_lm.utils.config import load_config
+from horovod_lm.utils.errors import ConfigError
+from tests.jupyter.conftest import children, needs_horovod, wait_until
+
+CONFIG = "configs/tiny.yaml"
+LONG = {"training": {"max_steps": 100_000, "num_epochs": 100_000, "eval_interval": 1000}}
+
+
+@pytest.fixture(autouse=True)
+def in_project(tiny_project, monkeypatch):
+    monkeypatch.chdir(tiny_project)
+
+
+@pytest.fixture(scope="module")
+def past_run(tiny_project):
+    """A run of one process that is over."""
+    config = load_config(tiny_project / CONFIG)
+    return run_distributed_training(config, 0, 1, 0, run_name="past").run_dir
+
+
+def test_a_run_of_the_past_is_shown_and_cannot_be_stopped(past_run):
+    dashboard = Dashboard(past_run)
+    assert dashboard.headline.value.startswith("step 20 of 20 &emsp; loss ")
+    assert "left" not in dashboard.headline.value
+    assert (dashboard.bar.value, dashboard.bar.max) == (20, 20)
+    assert dashboard.stop.disabled and "this run has ended" in dashboard.message.value
+    assert "<td>ended</td>" in dashboard.ranks.value
+    width, height = Image.open(io.BytesIO(bytes(dashboard.picture.value))).size
+    assert width > 900 and height > 250
+
+
+def test_the_numbers_are_those_of_the_metrics_file(past_run):
+    from horovod_lm.utils.metrics import read_metrics
+
+    view, rows = open_run(past_run), read_metrics(past_run / "metrics.csv")
+    assert [row["step"] for row in view.rows] == [row["step"] for row in rows]
+    for ours, stored in zip(view.rows, rows, strict=True):
+        assert ours["loss"] == pytest.approx(stored["loss"], rel=1e-12)
+    assert f"perplexity {math.exp(view.rows[-1]['loss']):,.2f}" in view.headline() or (
+        view.rows[-1]["phase"] == "validation"
+    )
+
+
+def test_the_floor_is_the_exact_entropy_shared_among_a_story_s_tokens(past_run, tiny_project):
+    stories = json.loads((tiny_project / "data" / "metadata.json").read_text())["stories"]
+    expected = stories["entropy_nats_per_story"] / stories["tokens_per_story"]
+    assert open_run(past_run).floor == entropy_per_token(past_run) == pytest.approx(expected)
+    assert entropy_per_token(tiny_project / "configs") is None
+
+
+def test_a_folder_that_is_no_run_is_one_sentence(tmp_path):
+    with pytest.raises(ConfigError, match="is not a run: it holds no config.yaml"):
+        Dashboard(tmp_path)
+
+
+def test_steps_that_a_resumed_run_repeats_are_shown_once(tmp_path):
+    (tmp_path / "logs").mkdir()
+
+    def step(number: int, loss: float) -> dict:
+        return {"event": "metrics", "time": 0, "rank": 0, "phase": "train", "step": number,
+                "loss": loss, "tokens_per_second": 1.0}  # fmt: skip
+
+    start = {"event": "start", "time": 0, "rank": 0, "pid": 1, "total_steps": 4}
+    events = [start | {"step": 0}, step(1, 3.0), step(2, 2.0), step(3, 1.5),
+              start | {"step": 2}, step(3, 1.4)]  # fmt: skip
+    lines = "".join(json.dumps(event) + "\n" for event in events)
+    (tmp_path / "logs" / "rank0.jsonl").write_text(lines)
+    view = RunView(tmp_path)
+    view.update()
+    assert [(row["step"], row["loss"]) for row in view.rows] == [(1, 3.0), (2, 2.0), (3, 1.4)]
+
+
+def test_text_of_the_ranks_is_shown_as_itself():
+    table = rank_table([{"rank": "0", "state": "<script>alert(1)</script>"}])
+    assert "<script>" not in table and "&lt;script&gt;" in table
+
+
+def test_an_error_inside_is_shown_and_not_lost(past_run, monkeypatch):
+    dashboard = Dashboard(past_run)
+
+    def fail() -> bool:
+        raise RuntimeError("the disk is <gone>")
+
+    monkeypatch.setattr(dashboard.view, "update", fail)
+    dashboard._guard(dashboard.look)
+    assert dashboard.message.value == "<b>RuntimeError: the disk is &lt;gone&gt;</b>"
+
+
+# ---- live runs -----------------------------------------------------------------------------------
+
+
+async def seen(condition, seconds: float = 60) -> None:
+    """Let the event loop work until a condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        await asyncio.sleep(0.1)
+
+
+@pytest.mark.horovod
+@needs_horovod
+@pytest.mark.usefixtures("nothing_left")
+class TestLive:
+    def test_stop_ends_the_job_and_the_end_is_said(self):
+        async def watch() -> None:
+            job = launch(CONFIG, 2, overrides=LONG, run_name="watched")
+            dashboard = job.dashboard()
+            await seen(lambda: dashboard.bar.value > 3)
+            assert "left" in dashboard.headline.value and not dashboard.stop.disabled
+            assert dashboard.ranks.value.count("<td>running</td>") == 2
+            assert dashboard.bar.max > 100
+            dashboard.stop.click()
+            assert dashboard.stop.disabled and dashboard.stop.description == "Stopping"
+            await seen(lambda: "stopped by you after step" in dashboard.message.value, 30)
+            assert not job.is_running and dashboard.stop.description == "Ended"
+            await asyncio.wait_for(dashboard._task, 5)
+
+        asyncio.run(watch())
+        assert children() == []
+
+    def test_a_rank_that_dies_is_named(self):
+        async def watch() -> None:
+            job = launch(CONFIG, 2, overrides=LONG, run_name="dies")
+            dashboard = job.dashboard()
+            await seen(lambda: dashboard.bar.value > 0)
+            os.kill(job.processes[1], signal.SIGKILL)
+            await seen(lambda: "rank 1 was killed by SIGKILL" in dashboard.message.value, 20)
+            assert dashboard.bar.bar_style == "danger"
+
+        asyncio.run(watch())
+
+    def test_a_closed_dashboard_stops_watching_and_the_run_goes_on(self):
+        async def watch() -> None:
+            job = launch(CONFIG, 1, overrides=LONG, run_name="unseen")
+            dashboard = job.dashboard()
+            await seen(lambda: dashboard.bar.value > 0)
+            dashboard.close()
+            await asyncio.wait_for(dashboard._task, 5)
+            assert job.is_running
+            await asyncio.to_thread(job.stop)
+
+        asyncio.run(watch())
+
+    def test_a_run_of_a_terminal_is_watched_and_stopped(self, start, tiny_project):
+        command = start(["-m", "horovod_lm.train", "--config", CONFIG, "--run-name", "terminal",
+                         "--set", "training.max_steps=100000",
+                         "--set", "training.num_epochs=100000"], ranks=2)  # fmt: skip
+        folder = tiny_project / "runs" / "terminal"
+        wait_until(lambda: (folder / "logs" / "rank1.jsonl").exists(), 60, "the run")
+
+        async def watch() -> None:
+            dashboard = Dashboard(folder)
+            await seen(lambda: dashboard.bar.value > 0)
+            assert dashboard.is_live
+            dashboard.stop.click()
+            await seen(lambda: "this run has ended" in dashboard.message.value, 30)
+
+        asyncio.run(watch())
+        assert "stopped after step" in command.wait(20).output
