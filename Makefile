@@ -9,7 +9,7 @@ override VENV := $(abspath $(VENV))
 RUN := PATH="$(VENV)/bin:$$PATH" "$(VENV)/bin/python"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup example lab test doctor clean
+.PHONY: help setup example lab notebooks test doctor clean
 
 help:  ## list the commands
 	@echo "make COMMAND, one of:"
@@ -26,6 +26,10 @@ example: setup  ## train a GPT on two Horovod ranks on real text, and let it tal
 
 lab: setup  ## open JupyterLab on the course
 	@$(RUN) -m jupyterlab
+
+notebooks: setup  ## execute every notebook and store its outputs
+	@$(RUN) -m horovod_lm.jupyter.notebooks execute --in-place \
+		$(sort $(wildcard *.ipynb)) $(sort $(wildcard notebooks/*.ipynb))
 
 test: setup  ## run every test
 	@$(RUN) -m ruff check .

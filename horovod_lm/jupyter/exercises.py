@@ -1,0 +1,155 @@
+"""Exercises that check themselves, and their solutions, written once and kept in the notebook.
+
+An exercise is three cells of a notebook, in this order:
+
+1. a cell of code with the tag `exercise`: the stub, whose functions return None until filled in;
+2. a cell of code that calls `check(...)`, which says in a sentence what is wrong, and never raises
+   because of the reader's code;
+3. a cell of markdown with `<details><summary>Solution</summary>` around a block of Python.
+
+`with_solutions` puts each solution in its stub's place, so that a test can run what readers see.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from nbformat import NotebookNode
+
+from horovod_lm.utils.errors import UserError
+
+STUB_TAG = "exercise"
+RIGHT = "right:"
+_SOLUTION = re.compile(
+    r"<details>\s*<summary>Solution</summary>\s*```python\n(.*?)\n```\s*</details>", re.DOTALL
+)
+
+
+class ExerciseError(UserError):
+    """A notebook's exercise lacks its check or its solution."""
+
+
+def check(name: str, answer: Any, reference: Any, examples: Iterable[tuple] | None = None) -> None:
+    """Print whether an answer is right, or the first thing that is not, in one sentence.
+
+    Args:
+        name: what the exercise asks for, as the sentence shall call it.
+        answer: the reader's value, or with `examples` the reader's function.
+        reference: the right value, or a function that gives it.
+        examples: the positional arguments of each call to compare; None compares two values.
+            Each function gets a copy of its own, so that writing into them misleads nobody.
+    """
+    if examples is None:
+        problem = _difference(answer, reference)
+    else:
+        problem = _first_wrong_call(answer, reference, examples)
+    print(f"not yet: {name} {problem}" if problem else f"{RIGHT} {name}")
+
+
+def solutions(notebook: NotebookNode) -> dict[str, str]:
+    """Return the solution of every exercise, by the id of its stub's cell.
+
+    Raises:
+        ExerciseError: a stub is not followed by a check and a solution of its own.
+    """
+    cells, found = notebook.cells, {}
+    for index, cell in enumerate(cells):
+        if STUB_TAG not in cell.metadata.get("tags", []):
+            continue
+        following = cells[index + 1 : index + 3]
+        solution = _SOLUTION.search(following[1].source) if len(following) == 2 else None
+        if solution is None or "check(" not in following[0].source:
+            raise ExerciseError(
+                f"exercise {cell.id}: put a cell with check(...) and then one with its"
+                " <details><summary>Solution</summary> right below the stub"
+            )
+        found[cell.id] = solution[1]
+    return found
+
+
+def with_solutions(notebook: NotebookNode) -> NotebookNode:
+    """Return a copy of a notebook in which each stub is replaced by its solution.
+
+    Raises:
+        ExerciseError: as `solutions`.
+    """
+    answers, solved = solutions(notebook), copy.deepcopy(notebook)
+    for cell in solved.cells:
+        cell.source = answers.get(cell.id, cell.source)
+    return solved
+
+
+def _first_wrong_call(answer: Any, reference: Callable, examples: Iterable[tuple]) -> str:
+    """Say what is wrong with the first example for which two functions differ; "": nothing."""
+    if not callable(answer):
+        return f"must be a function, and is {_kind(answer)}"
+    for arguments in examples:
+        expected = reference(*copy.deepcopy(arguments))
+        call = f"({', '.join(_describe(argument) for argument in arguments)})"
+        try:
+            given = answer(*copy.deepcopy(arguments))
+        except Exception as error:  # whatever a reader's code raises is an answer, not a failure
+            return f"raises {type(error).__name__} for {call}: {error}"
+        problem = _difference(given, expected)
+        if problem:
+            return f"for {call} {problem}"
+    return ""
+
+
+def _difference(given: Any, expected: Any) -> str:
+    """Say how a value differs from the right one, of the same kind of thing; "": it does not."""
+    if given is None and expected is not None:
+        return "is still None"
+    if isinstance(expected, torch.Tensor):
+        return _tensor_difference(given, expected)
+    if isinstance(expected, Mapping):
+        if not isinstance(given, Mapping) or given.keys() != expected.keys():
+            return f"must have the keys {list(expected)}, and is {_describe(given)}"
+        pairs = ((key, given[key], expected[key]) for key in expected)
+    elif isinstance(expected, Sequence) and not isinstance(expected, str):
+        if not isinstance(given, Sequence) or len(given) != len(expected):
+            return f"must have {len(expected)} items, and is {_describe(given)}"
+        pairs = zip(range(len(expected)), given, expected, strict=True)
+    else:
+        return _scalar_difference(given, expected)
+    problems = ((key, _difference(mine, right)) for key, mine, right in pairs)
+    return next((f"at [{key!r}] {problem}" for key, problem in problems if problem), "")
+
+
+def _tensor_difference(given: Any, expected: torch.Tensor) -> str:
+    if not isinstance(given, torch.Tensor):
+        return f"must be a tensor, and is {_kind(given)}"
+    if given.shape != expected.shape:
+        return f"has shape {tuple(given.shape)}, and must have {tuple(expected.shape)}"
+    close = torch.isclose(given.double(), expected.double(), rtol=1e-4, atol=1e-6, equal_nan=True)
+    if close.all():
+        return ""
+    place = tuple((~close).nonzero()[0].tolist())
+    return (
+        f"is {given[place].item():.5g} at {list(place)}, and must be {expected[place].item():.5g}"
+        f" (shape {tuple(expected.shape)}, {int((~close).sum())} of {close.numel()} differ)"
+    )
+
+
+def _scalar_difference(given: Any, expected: Any) -> str:
+    if isinstance(expected, float) and isinstance(given, (int, float, torch.Tensor)):
+        # A loss is as right as a tensor without dimensions as it is as a number.
+        return _tensor_difference(torch.as_tensor(given), torch.tensor(expected))
+    if type(given) is not type(expected) or given != expected:
+        return f"is {_describe(given)}, and must be {_describe(expected)}"
+    return ""
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _kind(value: Any) -> str:
+    return f"of type {type(value).__name__}"

@@ -1,0 +1,22 @@
+"""Every figure of the course, one module for each subject, all to be imported from here."""
+
+from horovod_lm.jupyter.plots.style import RUN_STYLES, Plot
+from horovod_lm.jupyter.plots.training import (
+    PART_STYLES,
+    draw_loss,
+    plot_loss,
+    plot_speed,
+    plot_step_parts,
+    plot_summary,
+)
+
+__all__ = [
+    "PART_STYLES",
+    "RUN_STYLES",
+    "Plot",
+    "draw_loss",
+    "plot_loss",
+    "plot_speed",
+    "plot_step_parts",
+    "plot_summary",
+]
