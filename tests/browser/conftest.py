@@ -205,6 +205,17 @@ class Page:
                     .map(output => output.innerText).join("\\n"))"""
         )
 
+    def button(self, name: str):
+        """A widget's button, by what is written on it."""
+        return self.page.locator("button.jupyter-button").filter(has_text=name)
+
+    def screenshot(self, name: str) -> None:
+        """Take a picture of the first output, into the folder that HOROVOD_LM_SCREENSHOTS names."""
+        folder = os.environ.get("HOROVOD_LM_SCREENSHOTS")
+        if folder:
+            output = self.page.locator(".jp-OutputArea-output").first
+            output.screenshot(path=Path(folder) / f"{name}.png")
+
     def close(self) -> None:
         self.page.close()
         self.lab.end_kernels()

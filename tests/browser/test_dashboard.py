@@ -17,17 +17,17 @@ job.dashboard()
 """
 
 
-def test_a_run_is_watched_and_stopped_by_its_button(lab, open_notebook, project, tmp_path):  # noqa: F811
+def test_a_run_is_watched_and_stopped_by_its_button(lab, open_notebook, project):  # noqa: F811
     page = open_notebook(LAUNCH)
     page.run_all()
     page.wait_for("left", 60)
     assert page.page.locator(".jp-OutputArea-output img").count() == 1
     page.wait_for("running", 10)
-    page.page.screenshot(path=tmp_path / "dashboard.png")
-    page.page.get_by_role("button", name="Stop", exact=True).click()
+    page.screenshot("dashboard")
+    page.button("Stop").click()
     page.wait_for("stopped by you after step", 30)
     wait_until(lambda: ranks_of(lab) == 0, 10, "the end of the ranks")
-    assert page.page.get_by_role("button", name="Ended").is_disabled()
+    assert page.button("Ended").is_disabled()
     assert page.complaints == []
 
 
@@ -43,6 +43,6 @@ def test_an_error_in_a_callback_is_visible(lab, open_notebook, project):  # noqa
     )
     page.run_all()
     page.wait_for("waiting for the first step", 30)
-    page.page.get_by_role("button", name="Stop", exact=True).click()
+    page.button("Stop").click()
     page.wait_for("RuntimeError: out of order", 20)
     wait_until(lambda: ranks_of(lab) == 0, 40, "the end of the ranks")

@@ -51,7 +51,7 @@ def test_a_run_of_the_past_is_shown_and_cannot_be_stopped(past_run):
 def test_the_numbers_are_those_of_the_metrics_file(past_run):
     from horovod_lm.utils.metrics import read_metrics
 
-    view, rows = open_run(past_run), read_metrics(past_run / "metrics.csv")
+    view, rows = open_run(past_run), read_metrics(past_run)
     assert [row["step"] for row in view.rows] == [row["step"] for row in rows]
     for ours, stored in zip(view.rows, rows, strict=True):
         assert ours["loss"] == pytest.approx(stored["loss"], rel=1e-12)
