@@ -90,7 +90,10 @@ class Dashboard(widgets.VBox):
             min=0, max=1, description="progress", layout=widgets.Layout(width="60%")
         )
         self.headline = widgets.HTML("waiting for the first step")
-        self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+        # Hidden until there is something to draw: a browser shows an empty picture as a broken one.
+        self.picture = widgets.Image(
+            format="png", layout=widgets.Layout(max_width="100%", display="none")
+        )
         self.ranks = widgets.HTML()
         self.message = widgets.HTML()
         self.stop = widgets.Button(
@@ -141,6 +144,7 @@ class Dashboard(widgets.VBox):
     def _draw(self) -> None:
         started = time.perf_counter()
         self.picture.value = plot_progress(self.view).png()
+        self.picture.layout.display = ""
         self._drawing_took = time.perf_counter() - started
         self._drawn_at, self._drawn_step = time.monotonic(), self.view.step
 

@@ -21,7 +21,11 @@ def test_a_run_is_watched_and_stopped_by_its_button(lab, open_notebook, project)
     page = open_notebook(LAUNCH)
     page.run_all()
     page.wait_for("left", 60)
-    assert page.page.locator(".jp-OutputArea-output img").count() == 1
+    picture = page.page.locator(".jp-OutputArea-output img")
+    picture.wait_for(state="visible")
+    page.page.wait_for_function(
+        "() => document.querySelector('.jp-OutputArea-output img').naturalWidth > 900"
+    )
     page.wait_for("running", 10)
     page.screenshot("dashboard")
     page.button("Stop").click()
