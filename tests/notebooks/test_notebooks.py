@@ -55,8 +55,10 @@ def test_cells_are_short_and_explained(page):
     words = sum(len(cell.source.split()) for cell in page.cells if cell.cell_type == "markdown")
     assert statistics.median(lines) <= 7 and max(lines) <= 25
     assert words >= 5 * sum(lines)
-    kinds = [cell.cell_type for cell in page.cells]
-    assert ("code", "code") not in zip(kinds, kinds[1:], strict=False), "code that no text explains"
+    for above, below in zip(page.cells, page.cells[1:], strict=False):
+        # The check of an exercise stands right below its stub.
+        stub = "exercise" in above.metadata.get("tags", [])
+        assert stub or "markdown" in (above.cell_type, below.cell_type), f"{below.id}: unexplained"
 
 
 def test_few_outputs_are_excused_from_being_compared(page):
