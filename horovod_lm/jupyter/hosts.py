@@ -173,8 +173,11 @@ class Hosts:
         }
 
     def horovodrun_command(self, config: Config, command: Sequence[str]) -> list[str]:
-        """Return the call that, on host0, starts `command` on every slot of every host."""
-        config = self.configure(config)
+        """Return the call that, on host0, starts `command` on every slot of every host.
+
+        A `config` that names hosts itself is taken as it is.
+        """
+        config = config if config.distributed.hosts else self.configure(config)
         hostfile = write_hostfile(config, self.folder / "hostfile")
         return horovodrun_command(config, command, hostfile)
 

@@ -75,12 +75,12 @@ def why_not_here() -> str | None:
     missing = [tool for tool in PACKAGES if shutil.which(tool, path=SEARCHED) is None]
     if missing:
         packages = " ".join(sorted({PACKAGES[tool] for tool in missing}))
-        return (
-            f"several hosts on one machine need {', '.join(missing)}: apt-get install {packages}"
-        )
+        return f"several hosts on one machine need {', '.join(missing)}: apt-get install {packages}"
     if os.geteuid() != 0:
         return "several hosts on one machine need root, who alone may make network namespaces"
-    tried = run([*UNSHARE, "--mount-proc", "ip", "link", "add", "trial", "type", "bridge"], check=False)
+    tried = run(
+        [*UNSHARE, "--mount-proc", "ip", "link", "add", "trial", "type", "bridge"], check=False
+    )
     if tried.returncode:
         return (
             "several hosts on one machine need namespaces and bridges, which are not allowed here"
