@@ -73,7 +73,7 @@ def explained(hosts: Hosts, config: Config, command: list[str]) -> list[str]:
 
 
 def weights(project: Path, run: str) -> dict[str, torch.Tensor]:
-    return read_checkpoint(project / "runs" / run / "checkpoints" / "final_model.pt")["model_state"]
+    return read_checkpoint(project / "runs" / run / "checkpoints" / "final_model.pt")["model"]
 
 
 @pytest.mark.parametrize(("count", "slots"), [(2, [2, 1]), (3, 1)])
