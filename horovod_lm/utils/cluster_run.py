@@ -28,6 +28,7 @@ from horovod_lm.utils.cluster import (
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.errors import DistributedError
 
+KILLED_BEHIND_SSH = 255  # what ssh says of a command there that a signal ended
 LINES_KEPT = 400
 SECONDS_TO_ANSWER = 4
 DOCTOR = "python -m horovod_lm.doctor --hosts FILE looks at every host"
@@ -142,8 +143,8 @@ def _failed(config: Config, said: Sequence[str]) -> str:
     words = [found[3].strip() for line in said if (found := _OF_A_RANK.match(line))
              and int(found[1]) == rank and found[2] == "stderr" and found[3].strip()]  # fmt: skip
     errors = [text for text in words if text.startswith("error: ")]
-    last = (errors or words or ["it said nothing"])[-1].removeprefix("error: ")
-    return f"rank {rank} on {host} {_how(code)}: {last}"
+    last = "".join(f": {text.removeprefix('error: ')}" for text in (errors or words)[-1:])
+    return f"rank {rank} on {host} {_how(code)}{last}"
 
 
 def _own_words(code: int, said: Sequence[str]) -> str:
@@ -167,6 +168,8 @@ def _ranks(numbers: range) -> str:
 
 
 def _how(code: int) -> str:
+    if code == KILLED_BEHIND_SSH:
+        return "was killed (by somebody, or by the system when memory ran out)"
     number = -code if code < 0 else code - 128  # a local process, or a shell's word for one
     if number in {one.value for one in signal.Signals}:
         return f"was killed by {signal.Signals(number).name}"
