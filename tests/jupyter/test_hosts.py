@@ -203,6 +203,26 @@ def test_a_lost_host_ends_the_job_and_is_named(how, tiny_project):
     assert list((tiny_project / "runs" / run / "checkpoints").glob("checkpoint_*.pt"))
 
 
+def test_a_stopped_job_saves_what_it_has_and_leaves_nothing_on_any_host(tiny_project):
+    endless = [f"training.{name}=1000000" for name in ("max_steps", "num_epochs", "eval_interval")]
+    command = [*train(*endless), "--run-name", "stopped"]
+    with Hosts(2) as hosts:
+        job = hosts.popen(
+            explained(hosts, hosts.configure(config_of(tiny_project)), command),
+            cwd=tiny_project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        said = until("step 10/", job)
+        # As Slurm and Kubernetes do: to the command, not to its group.
+        hosts.run(["pkill", "-TERM", "-f", "^[^ ]*python -m [h]orovod_lm.utils.cluster"])
+        said += job.communicate(timeout=TO_DETECT + TIMEOUT)[0]
+        deadline = time.monotonic() + TO_DETECT
+        while hosts.run(["pgrep", "-f", "[h]orovod_lm.train"], "host1").returncode == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    assert job.returncode != 0
+    assert list((tiny_project / "runs" / "stopped" / "checkpoints").glob("*.pt")), said
+
+
 def until(words: str, job: subprocess.Popen[str]) -> str:
     said = ""
     for line in job.stdout:
