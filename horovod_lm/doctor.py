@@ -2,6 +2,7 @@
 
     python -m horovod_lm.doctor            # a line for each thing looked at
     python -m horovod_lm.doctor --json     # the same, for a program
+    python -m horovod_lm.doctor --hosts configs/cluster.yaml   # can these hosts train together?
 
 Each line is `ok`, `warn` (the course works, but something is slower or missing) or `fail` (the
 course does not work); under a line that is not ok stands how to mend it. The exit code is 0 when
@@ -28,6 +29,7 @@ from horovod_lm.utils.cli import run_cli
 GIB = 2**30
 OK, WARN, FAIL = "ok", "warn", "fail"
 EXIT_SOMETHING_FAILS = 1
+WORKS = "everything that the course needs works."
 
 # Each below what the smallest config needs with two ranks, rounded up.
 LEAST_MEMORY = 2 * GIB
@@ -254,6 +256,16 @@ def examine() -> Iterator[Finding]:
             yield Finding(subject, FAIL, says, "mend what fails above, or run: make setup")
 
 
+def examine_what(hosts: str | None) -> Iterator[Finding]:
+    """This machine, or the hosts of a configuration file."""
+    if hosts is None:
+        return examine()
+    from horovod_lm.doctor_hosts import examine_hosts
+    from horovod_lm.utils.config import load_config
+
+    return examine_hosts(load_config(hosts))
+
+
 def enough(subject: str, free: float, total: float, least: float, cure: str) -> Finding:
     """A finding about bytes: free of total, and whether that is at least `least`."""
     says = f"{free / GIB:.1f} GiB free of {total / GIB:.1f}"
@@ -277,9 +289,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")
+    parser.add_argument("--hosts", metavar="FILE", help="look at the hosts of this configuration")
     arguments = parser.parse_args(argv)
     findings = []
-    for finding in examine():
+    for finding in examine_what(arguments.hosts):
         findings.append(finding)
         if not arguments.json:
             show(finding)
@@ -287,7 +300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps({"works": not fails, "findings": [asdict(f) for f in findings]}, indent=2))
     else:
-        print(f"{fails} thing(s) to mend." if fails else "everything that the course needs works.")
+        works = "these hosts can train together." if arguments.hosts else WORKS
+        print(f"{fails} thing(s) to mend." if fails else works)
     return EXIT_SOMETHING_FAILS if fails else 0
 
 

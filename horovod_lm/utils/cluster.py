@@ -16,6 +16,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 from horovod_lm.utils.cli import add_config_arguments, run_cli
 from horovod_lm.utils.config import Config, HostConfig, load_config
 from horovod_lm.utils.errors import ConfigError
@@ -68,14 +70,60 @@ def horovodrun_command(
     settings = config.distributed
     # Always all slots: with fewer, horovodrun would still start one process per slot.
     ranks = sum(host.slots for host in checked_hosts(config))
-    call = ["horovodrun", "-np", str(ranks), "--hostfile", str(config.resolve(hostfile))]
+    variables = [f"{name}={value}" for name, value in settings.environment.items()]
+    call = ["env", *variables] if variables else []
+    # Else horovodrun believes for an hour that ssh works where it once did.
+    call += ["horovodrun", "-np", str(ranks), "--disable-cache"]
+    call += ["--hostfile", str(config.resolve(hostfile))]
     if settings.interface:
         call += ["--network-interfaces", settings.interface]
     if settings.ssh_port:
         call += ["--ssh-port", str(settings.ssh_port)]
     if settings.ssh_identity_file:
-        call += ["--ssh-identity-file", str(config.resolve(settings.ssh_identity_file))]
-    return [*call, *command]
+        call += ["--ssh-identity-file", _key_and_user(config)]
+    return [*call, *_with_own_environment(settings.hosts, command)]
+
+
+def _key_and_user(config: Config) -> str:
+    # horovodrun has no option for ssh's user and refuses user@host, but puts what it is told of the
+    # key into ssh's command line as it stands (horovod/runner/util/remote.py).
+    key = shlex.quote(str(config.resolve(config.distributed.ssh_identity_file)))
+    user = config.distributed.ssh_user
+    return f"{key} -l {user}" if user else key
+
+
+def _with_own_environment(hosts: Sequence[HostConfig], command: Sequence[str]) -> list[str]:
+    """Return `command`, in a shell that first sets what its host alone has."""
+    cases = [
+        f"{host.name}) export {shlex.join(f'{k}={v}' for k, v in host.environment.items())};;"
+        for host in hosts
+        if host.environment
+    ]
+    if not cases:
+        return list(command)
+    script = f'case $HOROVOD_HOSTNAME in {" ".join(cases)} esac; exec "$@"'
+    return ["sh", "-c", script, "sh", *command]
+
+
+def ssh_command(config: Config, host: str, command: str, seconds: int = 5) -> list[str]:
+    """Return the call of ssh that runs a line of shell on a host, as horovodrun would.
+
+    Args:
+        config: its `distributed` section says how to log in.
+        host: the name of the host.
+        command: a line for the host's shell.
+        seconds: to wait for a connection.
+    """
+    settings = config.distributed
+    call = ["ssh", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no"]
+    call += ["-o", f"ConnectTimeout={seconds}"]
+    if settings.ssh_port:
+        call += ["-p", str(settings.ssh_port)]
+    if settings.ssh_identity_file:
+        call += ["-i", str(config.resolve(settings.ssh_identity_file))]
+    if settings.ssh_user:
+        call += ["-l", settings.ssh_user]
+    return [*call, host, command]
 
 
 def checked_hosts(config: Config) -> list[HostConfig]:
@@ -102,6 +150,36 @@ def unknown_hosts(config: Config) -> list[str]:
     return [host.name for host in checked_hosts(config) if not _has_address(host.name)]
 
 
+def check_names(config: Config) -> None:
+    """Make sure that each host has an address here, and that no two of them are this machine.
+
+    Raises:
+        ConfigError: horovodrun would look for a host that is not there, or start its ranks here.
+    """
+    for name in unknown_hosts(config):
+        raise ConfigError(
+            f"{name} has no address known here: correct it in distributed.hosts, or add a line"
+            f" 'ADDRESS {name}' to /etc/hosts"
+        )
+    here = [host.name for host in checked_hosts(config) if is_this_machine(host.name)]
+    if len(here) > 1:
+        address = socket.gethostbyname(here[-1])
+        raise ConfigError(
+            f"{' and '.join(here)} both mean this machine ({here[-1]} is {address} here):"
+            " correct their addresses in /etc/hosts, or name the machine once with all its slots"
+        )
+
+
+def is_this_machine(name: str) -> bool:
+    """Return whether a host's name means an address of this machine, as horovodrun sees it."""
+    try:
+        address = socket.gethostbyname(name)
+    except (OSError, UnicodeError):
+        return False
+    mine = {one.address for all_of in psutil.net_if_addrs().values() for one in all_of}
+    return address in mine or address.startswith("127.")
+
+
 def _has_address(name: str) -> bool:
     try:
         return bool(socket.getaddrinfo(name, None))
@@ -114,8 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m horovod_lm.utils.cluster",
         description="Write horovodrun's hostfile and print the call that starts a job on several "
-        "hosts. Nothing is started.",
-        epilog='To start it at once: eval "$(python -m horovod_lm.utils.cluster)"',
+        "hosts. Nothing is started without --run.",
     )
     add_config_arguments(parser, default="configs/cluster.yaml")
     parser.add_argument(
@@ -123,6 +200,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=DEFAULT_HOSTFILE,
         metavar="PATH",
         help=f"where to write it (default: {DEFAULT_HOSTFILE} in the project's folder)",
+    )
+    parser.add_argument(
+        "--run", action="store_true", help="start it too, and explain how it ended if not well"
     )
     parser.add_argument(
         "command", nargs="*", metavar="COMMAND", help="after --: what to run instead of training"
@@ -138,11 +218,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for override in arguments.overrides:
         training += ["--set", override]
     hostfile = write_hostfile(config, arguments.hostfile)
+    command = arguments.command or training
+    if arguments.run:
+        from horovod_lm.utils.cluster_run import run
+
+        run(config, command, hostfile)
+        return 0
     for name in unknown_hosts(config):
         print(
             f"warning: {name} has no address known here: check distributed.hosts", file=sys.stderr
         )
-    print(shlex.join(horovodrun_command(config, arguments.command or training, hostfile)))
+    print(shlex.join(horovodrun_command(config, command, hostfile)))
     return 0
 
 

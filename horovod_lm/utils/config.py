@@ -29,6 +29,8 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Environment = dict[VariableName, str]
 
 
 class Section(BaseModel):
@@ -219,6 +221,8 @@ class HostConfig(Section):
     """A name or address that ssh reaches."""
     slots: PositiveInt = 1
     """Ranks that it runs: as many as it has GPUs."""
+    environment: Environment = {}
+    """Environment variables of its ranks alone, on top of distributed.environment."""
 
 
 class DistributedConfig(Section):
@@ -246,8 +250,20 @@ class DistributedConfig(Section):
     """The network interface that the hosts share, for example eth0."""
     ssh_port: PositiveInt | None = None
     """The port of ssh; null: as ssh itself is set up."""
+    ssh_user: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$")] | None = None
+    """The user for ssh, with ssh_identity_file only; null: as ssh itself is set up."""
     ssh_identity_file: str | None = None
     """The private key for ssh; null: as ssh itself is set up."""
+    environment: Environment = {}
+    """Environment variables of every rank on every host."""
+
+    @model_validator(mode="after")
+    def _user_has_a_key(self) -> DistributedConfig:
+        if self.ssh_user and not self.ssh_identity_file:
+            raise ValueError(
+                "ssh_user needs ssh_identity_file: horovodrun takes a user only with a key"
+            )
+        return self
 
 
 class Config(Section):

@@ -62,7 +62,9 @@ def test_horovodrun_reads_the_call_as_it_was_meant(monkeypatch, tmp_path):
 
 def test_what_is_not_set_is_left_to_horovodrun():
     call = cluster.horovodrun_command(with_hosts(TWO), ["true"], "hosts")
-    assert call == ["horovodrun", "-np", "6", "--hostfile", str(ROOT / "hosts"), "true"]
+    assert call == [
+        "horovodrun", "-np", "6", "--disable-cache", "--hostfile", str(ROOT / "hosts"), "true"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -110,9 +112,9 @@ def test_the_command_line_writes_the_hostfile_and_prints_a_call_but_starts_nothi
     assert (done.returncode, done.stderr) == (0, "")
     assert hostfile.read_text() == "localhost slots=2\n"
     assert shlex.split(done.stdout) == [
-        "horovodrun", "-np", "2", "--hostfile", str(hostfile), "--network-interfaces", "eth0",
-        "--ssh-port", "22", "python", "-m", "horovod_lm.train", "--config", "configs/cluster.yaml",
-        "--set", hosts,
+        "horovodrun", "-np", "2", "--disable-cache", "--hostfile", str(hostfile),
+        "--network-interfaces", "eth0", "--ssh-port", "22",
+        "python", "-m", "horovod_lm.train", "--config", "configs/cluster.yaml", "--set", hosts,
     ]  # fmt: skip
     one = cluster.build_parser().parse_args(["--", "python", "mine.py", "--fast"])
     assert one.command == ["python", "mine.py", "--fast"]

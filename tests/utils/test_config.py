@@ -149,7 +149,9 @@ def valid_configs(draw) -> dict:
         "distributed": {
             "threads_per_rank": draw(st.just("auto") | st.integers(1, 64)),
             "hosts": draw(st.lists(st.fixed_dictionaries(
-                {"name": st.just("node-1.example"), "slots": st.integers(1, 8)}), max_size=2)),
+                {"name": st.just("node-1.example"), "slots": st.integers(1, 8),
+                 "environment": st.dictionaries(st.just("NCCL_DEBUG"), st.text("a1 $'"))}),
+                max_size=2)),
         },
         "seed": draw(st.integers(0, 2**40)),
     }  # fmt: skip

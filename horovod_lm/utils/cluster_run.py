@@ -1,0 +1,176 @@
+"""Start a job on several hosts, and say in one sentence why it ended when it did not end well.
+
+horovodrun says `Process name: 1, Exit code: 255` above ten lines of its own traceback, and blames
+the rank that was the first to notice. What its reader needs is the host and what to do there.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from horovod_lm.utils.cluster import (
+    DEFAULT_HOSTFILE,
+    check_names,
+    checked_hosts,
+    horovodrun_command,
+    is_this_machine,
+    ssh_command,
+    write_hostfile,
+)
+from horovod_lm.utils.config import Config
+from horovod_lm.utils.errors import DistributedError
+
+KILLED_BEHIND_SSH = 255  # what ssh says of a command there that a signal ended
+LINES_KEPT = 400
+SECONDS_TO_ANSWER = 4
+DOCTOR = "python -m horovod_lm.doctor --hosts FILE looks at every host"
+_OF_A_RANK = re.compile(r"\[(\d+)\]<(stdout|stderr)>:(.*)")
+_NO_SSH = re.compile(r"ssh not successful for host (\S+):")
+_BLAMED = re.compile(r"Process name: (\d+)")
+_EXIT_CODE = re.compile(r"Exit code: (-?\d+)")
+
+
+def run(config: Config, command: Sequence[str], hostfile: str | Path = DEFAULT_HOSTFILE) -> None:
+    """Print horovodrun's call, start it, and pass on what it says until it ends.
+
+    Args:
+        config: its `distributed` section names the hosts.
+        command: what each rank runs.
+        hostfile: where to write horovodrun's list of hosts.
+
+    Raises:
+        ConfigError: the hosts' names cannot be right.
+        DistributedError: it did not end well; the sentence names the host.
+    """
+    check_names(config)
+    call = horovodrun_command(config, command, write_hostfile(config, hostfile))
+    print(shlex.join(call), flush=True)
+    said: deque[str] = deque(maxlen=LINES_KEPT)
+    with subprocess.Popen(
+        call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            _pass_on(process.stdout, said)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if process.returncode:
+        raise DistributedError(explain(config, process.returncode, list(said)))
+
+
+def _pass_on(lines: Iterable[str], said: deque[str]) -> None:
+    own_traceback = False
+    for line in lines:
+        said.append(line.rstrip("\n"))
+        own_traceback |= line.startswith("Traceback (most recent call last)")
+        if not own_traceback or _OF_A_RANK.match(line):
+            sys.stdout.write(line)
+            sys.stdout.flush()
+
+
+def explain(config: Config, code: int, said: Sequence[str]) -> str:
+    """Return why a job ended, naming the host: from what it said, and who still answers.
+
+    Args:
+        config: the job's.
+        code: horovodrun's exit code.
+        said: the last lines of its output.
+    """
+    return _locked_out(said) or _lost(config) or _failed(config, said) or _own_words(code, said)
+
+
+def silent_hosts(config: Config) -> dict[str, str]:
+    """Return the hosts that do not answer ssh now, each with what ssh says about it."""
+    names = [host.name for host in checked_hosts(config) if not is_this_machine(host.name)]
+    if not names:
+        return {}
+    with ThreadPoolExecutor(len(names)) as pool:
+        answers = pool.map(lambda name: _why_silent(config, name), names)
+    return {name: why for name, why in zip(names, answers, strict=True) if why}
+
+
+def _why_silent(config: Config, name: str) -> str:
+    call = ssh_command(config, name, "true", SECONDS_TO_ANSWER)
+    try:
+        done = subprocess.run(
+            call, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=SECONDS_TO_ANSWER + 1,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"no answer for {SECONDS_TO_ANSWER} s"
+    lines = done.stderr.strip().splitlines()
+    return "" if done.returncode == 0 else (lines[-1] if lines else f"exit code {done.returncode}")
+
+
+def _locked_out(said: Sequence[str]) -> str:
+    for number, line in enumerate(said):
+        if found := _NO_SSH.match(line):
+            told = [text.strip() for text in said[number + 1 :] if text.strip()]
+            told = [text for text in told if not text.startswith(("Warning:", "Traceback"))]
+            return (
+                f"{found[1]} does not let ssh in ({told[0] if told else 'it does not say why'}):"
+                " check distributed.ssh_user, ssh_port and ssh_identity_file, and that the key"
+                f" stands in {found[1]}'s authorized_keys; {DOCTOR}"
+            )
+    return ""
+
+
+def _lost(config: Config) -> str:
+    silent, ranks = silent_hosts(config), ranks_of(config)
+    if not silent:
+        return ""
+    names = [f"{name} ({_ranks(ranks[name])}: {why})" for name, why in silent.items()]
+    return (
+        f"lost {' and '.join(names)}: see to the machine and its network, then go on with --resume"
+    )
+
+
+def _failed(config: Config, said: Sequence[str]) -> str:
+    blamed = [int(found[1]) for line in said if (found := _BLAMED.match(line))]
+    codes = [int(found[1]) for line in said if (found := _EXIT_CODE.match(line))]
+    if not blamed or not codes:
+        return ""
+    rank, code = blamed[-1], codes[-1]
+    host = next(name for name, ranks in ranks_of(config).items() if rank in ranks)
+    words = [found[3].strip() for line in said if (found := _OF_A_RANK.match(line))
+             and int(found[1]) == rank and found[2] == "stderr" and found[3].strip()]  # fmt: skip
+    errors = [text for text in words if text.startswith("error: ")]
+    last = "".join(f": {text.removeprefix('error: ')}" for text in (errors or words)[-1:])
+    return f"rank {rank} on {host} {_how(code)}{last}"
+
+
+def _own_words(code: int, said: Sequence[str]) -> str:
+    words = [line.strip() for line in said if line.strip() and not _OF_A_RANK.match(line)]
+    return f"horovodrun ended with exit code {code}: {words[-1] if words else 'it said nothing'}"
+
+
+def ranks_of(config: Config) -> dict[str, range]:
+    """Return the ranks that each host runs, in horovodrun's order."""
+    ranks, first = {}, 0
+    for host in checked_hosts(config):
+        ranks[host.name] = range(first, first + host.slots)
+        first += host.slots
+    return ranks
+
+
+def _ranks(numbers: range) -> str:
+    if len(numbers) == 1:
+        return f"rank {numbers[0]}"
+    return f"ranks {numbers[0]} to {numbers[-1]}"
+
+
+def _how(code: int) -> str:
+    if code == KILLED_BEHIND_SSH:
+        return "was killed (by somebody, or by the system when memory ran out)"
+    number = -code if code < 0 else code - 128  # a local process, or a shell's word for one
+    if number in {one.value for one in signal.Signals}:
+        return f"was killed by {signal.Signals(number).name}"
+    return f"ended with exit code {code}"
