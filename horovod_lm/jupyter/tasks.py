@@ -1,0 +1,161 @@
+"""One piece of work on several live ranks: waited for, watched, and shown rank by rank."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import cloudpickle
+from ipyparallel.error import EngineError
+
+from horovod_lm.jupyter.magics import readable
+from horovod_lm.jupyter.outcome import Outcome, RankError, RanksStopped
+from horovod_lm.jupyter.processes import Processes
+
+SECONDS_BETWEEN_LOOKS = 0.02
+SECONDS_FROZEN = 2.0  # a rank that somebody froze gets so long to be woken again
+SECONDS_TO_BE_FREED = 7.0  # after a failure, before a rank that still waits is killed
+SECONDS_FOR_OUTPUT = 2.0
+
+
+@dataclass
+class Task:
+    """What one rank was asked: its number, ipyparallel's promise, and its process's name."""
+
+    rank: int
+    result: Any
+    name: str
+
+
+class Tasks:
+    """The same work on several ranks.
+
+    Args:
+        sent: what each rank was asked, by rank.
+        size: how many ranks there are.
+        processes: those of this host's ranks, or None where they are not ours.
+    """
+
+    def __init__(self, sent: dict[int, Task], size: int, processes: Processes | None) -> None:
+        self._sent, self._processes = sent, processes
+        self._outcome = Outcome(size, "the cell")
+        self._size = size
+        self._pending = dict(sent)
+        self._reports: dict[int, Any] = {}
+        self._gone: set[int] = set()
+        self._free_at = float("inf")
+        self._logs = {task.name: len(processes.log(task.name)) for task in sent.values()} if processes else {}  # fmt: skip
+
+    def wait(self, interrupt: Callable[[], None]) -> RankError | RanksStopped | None:
+        """Wait until no rank is busy; return what went wrong, if anything did.
+
+        Args:
+            interrupt: called when the notebook is interrupted; interrupts every rank.
+        """
+        while self._pending:
+            try:
+                self._look()
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            except KeyboardInterrupt:
+                self._outcome.reason = "stopped"
+                self._fail()
+                interrupt()
+        self._look_at_processes()
+        if self._failed:
+            self._outcome.code = 1
+            for task in self._sent.values():
+                self._hear_horovod(task)
+            return self._outcome.error()
+        return None
+
+    def values(self) -> list[Any]:
+        """Return each rank's value, in the order of ranks."""
+        return [cloudpickle.loads(report["value"]) for _, report in sorted(self._reports.items())]
+
+    def show(self) -> None:
+        """Show what every rank has printed, rank by rank."""
+        for rank, task in sorted(self._sent.items()):
+            if rank in self._gone:
+                continue
+            task.result.wait_for_output(SECONDS_FOR_OUTPUT)
+            for line in _streams(task.result).splitlines():
+                if text := readable(line):
+                    print(f"[{rank}] {text}")
+            for output in task.result.outputs:
+                _display(rank, output)
+        sys.stdout.flush()
+
+    @property
+    def _failed(self) -> bool:
+        return self._free_at < float("inf")
+
+    def _fail(self) -> None:
+        self._free_at = min(self._free_at, time.monotonic() + SECONDS_TO_BE_FREED)
+
+    def _look(self) -> None:
+        for rank, task in list(self._pending.items()):
+            if task.result.ready():
+                del self._pending[rank]
+                self._take(rank, task)
+        self._look_at_processes()
+        if time.monotonic() >= self._free_at and self._processes:
+            for task in self._pending.values():
+                self._processes.kill(task.name)
+
+    def _take(self, rank: int, task: Task) -> None:
+        try:
+            report = self._reports[rank] = task.result.get(0)
+        except EngineError:  # the engine has died; its process says how
+            self._gone.add(rank)
+            self._fail()
+            return
+        except Exception as error:
+            report = {"error": {"name": type(error).__name__, "text": str(error), "line": None,
+                                "traceback": []}}  # fmt: skip
+        if "error" in report:
+            self._outcome.add({"event": "mark", "kind": "error", "rank": rank, **report["error"]})
+            self._fail()
+
+    def _look_at_processes(self) -> None:
+        if self._processes is None:
+            return
+        now = time.monotonic()
+        for rank in range(self._size):
+            name = f"rank {rank}"
+            if name in self._processes.codes:
+                if rank not in self._gone or rank in self._pending:
+                    self._outcome.add(
+                        {"event": "rank_ended", "rank": rank, "code": self._processes.codes[name]}
+                    )
+                self._gone.add(rank)
+                self._pending.pop(rank, None)
+                self._fail()
+            elif now - self._processes.frozen.get(name, now) >= SECONDS_FROZEN:
+                self._processes.frozen.pop(name, None)
+                self._outcome.add({"event": "rank_stopped", "rank": rank, "seconds": SECONDS_FROZEN})
+                self._processes.kill(name)
+                self._fail()
+
+    def _hear_horovod(self, task: Task) -> None:
+        """Look for the stall check's words, which Horovod writes past Python's streams."""
+        text = "" if task.rank in self._gone else _streams(task.result)
+        if self._processes:
+            text += self._processes.log(task.name)[self._logs[task.name] :]
+        for line in text.splitlines(keepends=True):
+            self._outcome.add({"event": "line", "rank": task.rank, "text": line})
+
+
+def _streams(result: Any) -> str:
+    return result.stdout + result.stderr
+
+
+def _display(rank: int, output: dict) -> None:
+    """Show a picture or a table that a rank has displayed."""
+    from IPython.display import publish_display_data
+
+    print(f"[{rank}]")
+    publish_display_data(output["data"], output.get("metadata", {}))
