@@ -219,6 +219,7 @@ class HorovodCluster:
         command = [
             sys.executable, "-m", "ipyparallel.controller", f"--profile-dir={self._profile}",
             "--usethreads", "--nodb", "--ping=1000", "--ip=127.0.0.1",
+            "--log-level=ERROR",
         ]  # fmt: skip
         for rank in range(self.n):
             self._start_engine(rank)
@@ -233,6 +234,7 @@ class HorovodCluster:
             sys.executable, "-m", "horovod_lm.jupyter.engine_side", str(self._processes.parent),
             f"--profile-dir={self._profile}", "--IPEngine.wait_for_url_file=60",
             "--IPEngine.enable_nanny=False", "--IPEngine.timeout=30",
+            "--log-level=ERROR",
         ]  # fmt: skip
         env = {**inherited(), "OMP_NUM_THREADS": str(self._threads_quietly()),
                "PYTHONPATH": ":".join(path for path in sys.path if path)}  # fmt: skip
@@ -268,7 +270,11 @@ class HorovodCluster:
 
         def all_came() -> bool:
             for engine in [one for one in self._client.ids if one not in by_pid.values()]:
-                by_pid[self._client[engine].apply_async(engine_side.process_id).get(30)] = engine
+                try:
+                    pid = self._client[engine].apply_async(engine_side.process_id).get(30)
+                except ipyparallel.RemoteError:  # it has died, and ipyparallel has not yet seen it
+                    continue
+                by_pid[pid] = engine
             return all(self._processes.pids.get(_name(rank)) in by_pid for rank in range(self.n))
 
         self._wait(all_came, "an engine")
@@ -280,7 +286,9 @@ class HorovodCluster:
             for name, code in self._processes.codes.items():
                 if what != f"{name}'s end":
                     last = self._processes.log(name).strip().splitlines()[-1:]
-                    raise DistributedError(f"{name} {how(code)} before it was ready: {''.join(last)}")
+                    raise DistributedError(
+                        f"{name} {how(code)} before it was ready: {''.join(last)}"
+                    )
             if time.monotonic() > deadline:
                 raise DistributedError(
                     f"{what} did not come within {SECONDS_TO_START:g} s: call cluster.stop() and"
@@ -318,7 +326,9 @@ class HorovodCluster:
     def _host_names(self) -> list[str]:
         if self._own:
             return ["localhost"] * self.n
-        return [self._client[one].apply_async(engine_side.hostname).get(30) for one in self._engines]
+        return [
+            self._client[one].apply_async(engine_side.hostname).get(30) for one in self._engines
+        ]
 
     def _settings(self, plan: list) -> dict[str, str]:
         """Return Horovod's variables for a new generation of ranks, with a rendezvous of its own."""

@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import cloudpickle
-from ipyparallel.error import EngineError
+from ipyparallel.error import RemoteError
 
 from horovod_lm.jupyter.magics import readable
-from horovod_lm.jupyter.outcome import Outcome, RankError, RanksStopped
+from horovod_lm.jupyter.outcome import MISSING, Outcome, RankError, RanksStopped
 from horovod_lm.jupyter.processes import Processes
 
 SECONDS_BETWEEN_LOOKS = 0.02
 SECONDS_FROZEN = 2.0  # a rank that somebody froze gets so long to be woken again
 SECONDS_TO_BE_FREED = 7.0  # after a failure, before a rank that still waits is killed
 SECONDS_FOR_OUTPUT = 2.0
+UNKNOWN = 1  # the exit code of a process on another host
+# Horovod: how its stall check begins its lines; the error at the cell's end says it better.
+_STALLED = ("Horovod: One or more tensors", "Missing ranks:", "One or more rank")
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Tasks:
         self._pending = dict(sent)
         self._reports: dict[int, Any] = {}
         self._gone: set[int] = set()
+        self._ended: set[int] = set()
         self._free_at = float("inf")
         self._logs = {task.name: len(processes.log(task.name)) for task in sent.values()} if processes else {}  # fmt: skip
 
@@ -83,7 +87,8 @@ class Tasks:
                 continue
             task.result.wait_for_output(SECONDS_FOR_OUTPUT)
             for line in _streams(task.result).splitlines():
-                if text := readable(line):
+                text = readable(line)
+                if text and not (self._failed and _is_of_a_stall(text)):
                     print(f"[{rank}] {text}")
             for output in task.result.outputs:
                 _display(rank, output)
@@ -109,12 +114,14 @@ class Tasks:
     def _take(self, rank: int, task: Task) -> None:
         try:
             report = self._reports[rank] = task.result.get(0)
-        except EngineError:  # the engine has died; its process says how
-            self._gone.add(rank)
-            self._fail()
-            return
-        except Exception as error:
-            report = {"error": {"name": type(error).__name__, "text": str(error), "line": None,
+        except RemoteError as error:
+            if error.ename == "EngineError":  # it has died; on this host its process says how
+                self._gone.add(rank)
+                if self._processes is None:
+                    self._outcome.add({"event": "rank_ended", "rank": rank, "code": UNKNOWN})
+                self._fail()
+                return
+            report = {"error": {"name": error.ename, "text": error.evalue, "line": None,
                                 "traceback": []}}  # fmt: skip
         if "error" in report:
             self._outcome.add({"event": "mark", "kind": "error", "rank": rank, **report["error"]})
@@ -127,16 +134,18 @@ class Tasks:
         for rank in range(self._size):
             name = f"rank {rank}"
             if name in self._processes.codes:
-                if rank not in self._gone or rank in self._pending:
-                    self._outcome.add(
-                        {"event": "rank_ended", "rank": rank, "code": self._processes.codes[name]}
-                    )
+                if rank not in self._ended:
+                    self._ended.add(rank)
+                    code = self._processes.codes[name]
+                    self._outcome.add({"event": "rank_ended", "rank": rank, "code": code})
                 self._gone.add(rank)
                 self._pending.pop(rank, None)
                 self._fail()
             elif now - self._processes.frozen.get(name, now) >= SECONDS_FROZEN:
                 self._processes.frozen.pop(name, None)
-                self._outcome.add({"event": "rank_stopped", "rank": rank, "seconds": SECONDS_FROZEN})
+                self._outcome.add(
+                    {"event": "rank_stopped", "rank": rank, "seconds": SECONDS_FROZEN}
+                )
                 self._processes.kill(name)
                 self._fail()
 
@@ -147,6 +156,10 @@ class Tasks:
             text += self._processes.log(task.name)[self._logs[task.name] :]
         for line in text.splitlines(keepends=True):
             self._outcome.add({"event": "line", "rank": task.rank, "text": line})
+
+
+def _is_of_a_stall(line: str) -> bool:
+    return line.startswith(_STALLED) or MISSING.match(line) is not None
 
 
 def _streams(result: Any) -> str:
