@@ -45,6 +45,7 @@ class Processes:
     def start(self, name: str, command: list[str], env: dict[str, str]) -> None:
         """Start a process; its output goes to `log(name)`."""
         self.codes.pop(name, None)
+        self.pids.pop(name, None)
         self._tell({"start": name, "command": command, "env": env, "log": str(self._log(name))})
 
     def kill(self, name: str) -> None:

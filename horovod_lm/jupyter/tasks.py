@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import cloudpickle
 from ipyparallel.error import RemoteError
 
+from horovod_lm.jupyter.engines import name_of
 from horovod_lm.jupyter.magics import readable
 from horovod_lm.jupyter.outcome import MISSING, Outcome, RankError, RanksStopped
 from horovod_lm.jupyter.processes import Processes
@@ -25,25 +24,16 @@ UNKNOWN = 1  # the exit code of a process on another host
 _STALLED = ("Horovod: One or more tensors", "Missing ranks:", "One or more rank")
 
 
-@dataclass
-class Task:
-    """What one rank was asked: its number, ipyparallel's promise, and its process's name."""
-
-    rank: int
-    result: Any
-    name: str
-
-
 class Tasks:
     """The same work on several ranks.
 
     Args:
-        sent: what each rank was asked, by rank.
+        sent: ipyparallel's promise of each rank's answer, by rank.
         size: how many ranks there are.
         processes: those of this host's ranks, or None where they are not ours.
     """
 
-    def __init__(self, sent: dict[int, Task], size: int, processes: Processes | None) -> None:
+    def __init__(self, sent: dict[int, Any], size: int, processes: Processes | None) -> None:
         self._sent, self._processes = sent, processes
         self._outcome = Outcome(size, "the cell")
         self._size = size
@@ -52,7 +42,7 @@ class Tasks:
         self._gone: set[int] = set()
         self._ended: set[int] = set()
         self._free_at = float("inf")
-        self._logs = {task.name: len(processes.log(task.name)) for task in sent.values()} if processes else {}  # fmt: skip
+        self._logs = {rank: len(self._log(rank)) for rank in sent}
 
     def wait(self, interrupt: Callable[[], None]) -> RankError | RanksStopped | None:
         """Wait until no rank is busy; return what went wrong, if anything did.
@@ -71,8 +61,8 @@ class Tasks:
         self._look_at_processes()
         if self._failed:
             self._outcome.code = 1
-            for task in self._sent.values():
-                self._hear_horovod(task)
+            for rank, result in self._sent.items():
+                self._hear_horovod(rank, result)
             return self._outcome.error()
         return None
 
@@ -82,15 +72,15 @@ class Tasks:
 
     def show(self) -> None:
         """Show what every rank has printed, rank by rank."""
-        for rank, task in sorted(self._sent.items()):
+        for rank, result in sorted(self._sent.items()):
             if rank in self._gone:
                 continue
-            task.result.wait_for_output(SECONDS_FOR_OUTPUT)
-            for line in _streams(task.result).splitlines():
+            result.wait_for_output(SECONDS_FOR_OUTPUT)
+            for line in _streams(result).splitlines():
                 text = readable(line)
                 if text and not (self._failed and _is_of_a_stall(text)):
                     print(f"[{rank}] {text}")
-            for output in task.result.outputs:
+            for output in result.outputs:
                 _display(rank, output)
         sys.stdout.flush()
 
@@ -102,18 +92,18 @@ class Tasks:
         self._free_at = min(self._free_at, time.monotonic() + SECONDS_TO_BE_FREED)
 
     def _look(self) -> None:
-        for rank, task in list(self._pending.items()):
-            if task.result.ready():
+        for rank, result in list(self._pending.items()):
+            if result.ready():
                 del self._pending[rank]
-                self._take(rank, task)
+                self._take(rank, result)
         self._look_at_processes()
         if time.monotonic() >= self._free_at and self._processes:
-            for task in self._pending.values():
-                self._processes.kill(task.name)
+            for rank in self._pending:
+                self._processes.kill(name_of(rank))
 
-    def _take(self, rank: int, task: Task) -> None:
+    def _take(self, rank: int, result: Any) -> None:
         try:
-            report = self._reports[rank] = task.result.get(0)
+            report = self._reports[rank] = result.get(0)
         except RemoteError as error:
             if error.ename == "EngineError":  # it has died; on this host its process says how
                 self._gone.add(rank)
@@ -132,7 +122,7 @@ class Tasks:
             return
         now = time.monotonic()
         for rank in range(self._size):
-            name = f"rank {rank}"
+            name = name_of(rank)
             if name in self._processes.codes:
                 if rank not in self._ended:
                     self._ended.add(rank)
@@ -149,13 +139,15 @@ class Tasks:
                 self._processes.kill(name)
                 self._fail()
 
-    def _hear_horovod(self, task: Task) -> None:
+    def _hear_horovod(self, rank: int, result: Any) -> None:
         """Look for the stall check's words, which Horovod writes past Python's streams."""
-        text = "" if task.rank in self._gone else _streams(task.result)
-        if self._processes:
-            text += self._processes.log(task.name)[self._logs[task.name] :]
+        text = "" if rank in self._gone else _streams(result)
+        text += self._log(rank)[self._logs[rank] :]
         for line in text.splitlines(keepends=True):
-            self._outcome.add({"event": "line", "rank": task.rank, "text": line})
+            self._outcome.add({"event": "line", "rank": rank, "text": line})
+
+    def _log(self, rank: int) -> str:
+        return self._processes.log(name_of(rank)) if self._processes else ""
 
 
 def _is_of_a_stall(line: str) -> bool:

@@ -42,14 +42,14 @@ def fails(cluster: HorovodCluster, source: str, error: type = RankError) -> Base
 
 def works_again(cluster: HorovodCluster, keep: list[int]) -> None:
     """The ranks work, and those that lived on still hold what they held."""
-    pids = dict(cluster._processes.pids)
+    pids = dict(cluster._engines.processes.pids)
     cluster.restart_ranks()
     assert cluster.run(SUM) == [3, 3, 3]
     assert cluster.run("globals().get('before')") == [
         rank if rank in keep else None for rank in range(3)
     ]
     for rank in keep:
-        assert cluster._processes.pids[f"rank {rank}"] == pids[f"rank {rank}"]
+        assert cluster._engines.processes.pids[f"rank {rank}"] == pids[f"rank {rank}"]
 
 
 @pytest.mark.parametrize("others", ["hvd.barrier()", "time.sleep(1); hvd.barrier()", "pass"])
@@ -86,7 +86,7 @@ def test_a_frozen_rank(cluster, rank):
 
 
 def test_a_rank_frozen_for_a_moment_only_is_waited_for(cluster):
-    pid = cluster._processes.pids["rank 1"]
+    pid = cluster._engines.processes.pids["rank 1"]
     os.kill(pid, signal.SIGSTOP)
     threading.Timer(1, os.kill, (pid, signal.SIGCONT)).start()
     assert cluster.run(SUM) == [3, 3, 3]
@@ -109,10 +109,10 @@ def test_an_interrupt_of_all(cluster, source):
 
 
 def test_an_engine_that_is_missing_before_the_cell_runs(cluster):
-    pid = cluster._processes.pids["rank 2"]
+    pid = cluster._engines.processes.pids["rank 2"]
     cluster.run("before = hvd.rank()")
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: "rank 2" in cluster._processes.codes, 5, "the news of its end")
+    wait_until(lambda: "rank 2" in cluster._engines.processes.codes, 5, "the news of its end")
     started = time.monotonic()
     with pytest.raises(RankError, match="^rank 2 was killed by SIGKILL"):
         cluster.run(SUM)
