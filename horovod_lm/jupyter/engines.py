@@ -46,7 +46,8 @@ class Engines:
             self._start(rank)
         profile = f"--profile-dir={self.processes.folder}"
         command = [
-            sys.executable, "-m", "ipyparallel.controller", profile, "--usethreads", "--nodb", "--ping=1000", "--ip=127.0.0.1", "--log-level=ERROR",
+            sys.executable, "-m", "ipyparallel.controller", profile, "--usethreads", "--nodb",
+            "--ping=1000", "--ip=127.0.0.1", "--log-level=ERROR",
         ]  # fmt: skip
         self.processes.start("controller", command, inherited())
 
