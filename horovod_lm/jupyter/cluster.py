@@ -173,8 +173,9 @@ class HorovodCluster:
     def _perform(self, call: partial, only: Sequence[int] | None) -> list[Any]:
         chosen = list(range(self.n)) if only is None else list(only)
         self._check(chosen)
-        sent = {rank: self._engines.send(rank, call) for rank in chosen}
-        tasks = Tasks(sent, self.n, self._engines.processes)
+        missing = self._engines.missing()
+        sent = {} if missing else {rank: self._engines.send(rank, call) for rank in chosen}
+        tasks = Tasks(sent, self.n, self._engines.processes, missing)
         error = tasks.wait(self.interrupt)
         tasks.show()
         if error is not None:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from horovod_lm.jupyter import rank_cell
@@ -46,6 +47,7 @@ def start_rank(env: dict[str, str], threads: int) -> dict[str, Any]:
     import horovod.torch as hvd
     import torch
 
+    _free_when_interrupted()
     hvd.shutdown()
     for name in [name for name in os.environ if name.startswith("HOROVOD_")]:
         del os.environ[name]
@@ -139,6 +141,7 @@ def user_namespace() -> dict[str, Any]:
     return _shell().user_ns
 
 
+@cache
 def _free_when_interrupted() -> None:
     """End Horovod under a rank that an interrupt does not reach, because it waits for another."""
     reading, writing = os.pipe()
@@ -177,7 +180,6 @@ def main(arguments: list[str]) -> None:
 
     application = IPEngine.instance()
     application.initialize(arguments[1:])
-    _free_when_interrupted()
     application.start()
 
 

@@ -77,6 +77,10 @@ class Engines:
         """Return the host of each engine."""
         return ["localhost"] * self.size
 
+    def missing(self) -> list[int]:
+        """Return the ranks whose engines have died."""
+        return [rank for rank in range(self.size) if name_of(rank) in self.processes.codes]
+
     def interrupt(self) -> None:
         """Interrupt every engine."""
         for rank in range(self.size):
@@ -181,13 +185,18 @@ class ClientsEngines:
                 ) from None
         return names
 
+    def missing(self) -> list[int]:
+        """Return the ranks whose engines have left their controller."""
+        there = set(self._client.ids)
+        return [rank for rank, engine in enumerate(self.ids) if engine not in there]
+
     def interrupt(self) -> None:
         """Interrupt every engine."""
         self._client.send_signal(signal.SIGINT, targets=self.ids, block=False)
 
     def close(self) -> None:
         """End Horovod on the engines, and leave them to whom they belong."""
-        for rank in range(self.size):
+        for rank in set(range(len(self.ids))) - set(self.missing()):
             self.send(rank, partial(engine_side.end_rank))
 
 

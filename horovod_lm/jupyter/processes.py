@@ -102,6 +102,14 @@ class Processes:
                 self.pids.pop(name, None)
                 self.frozen.pop(name, None)
                 self.codes[name] = event["code"]
-        for name in list(self.pids):  # nobody is left to say how they end
+        for name, pid in list(self.pids.items()):  # the guardian itself was killed
+            self._end_quietly(pid)
             self.pids.pop(name)
             self.codes[name] = 128 + signal.SIGKILL
+
+    @staticmethod
+    def _end_quietly(pid: int) -> None:
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cloudpickle
@@ -19,7 +19,6 @@ SECONDS_BETWEEN_LOOKS = 0.02
 SECONDS_FROZEN = 2.0  # a rank that somebody froze gets so long to be woken again
 SECONDS_TO_BE_FREED = 7.0  # after a failure, before a rank that still waits is killed
 SECONDS_FOR_OUTPUT = 2.0
-UNKNOWN = 1  # the exit code of a process on another host
 # Horovod: how its stall check begins its lines; the error at the cell's end says it better.
 _STALLED = ("Horovod: One or more tensors", "Missing ranks:", "One or more rank")
 
@@ -31,9 +30,16 @@ class Tasks:
         sent: ipyparallel's promise of each rank's answer, by rank.
         size: how many ranks there are.
         processes: those of this host's ranks, or None where they are not ours.
+        missing: ranks whose engines were gone before anything was sent.
     """
 
-    def __init__(self, sent: dict[int, Any], size: int, processes: Processes | None) -> None:
+    def __init__(
+        self,
+        sent: dict[int, Any],
+        size: int,
+        processes: Processes | None,
+        missing: Sequence[int] = (),
+    ) -> None:
         self._sent, self._processes = sent, processes
         self._outcome = Outcome(size, "the cell")
         self._size = size
@@ -43,6 +49,8 @@ class Tasks:
         self._ended: set[int] = set()
         self._free_at = float("inf")
         self._logs = {rank: len(self._log(rank)) for rank in sent}
+        for rank in missing:
+            self._lose(rank)
 
     def wait(self, interrupt: Callable[[], None]) -> RankError | RanksStopped | None:
         """Wait until no rank is busy; return what went wrong, if anything did.
@@ -97,22 +105,34 @@ class Tasks:
                 del self._pending[rank]
                 self._take(rank, result)
         self._look_at_processes()
-        if time.monotonic() >= self._free_at and self._processes:
-            for rank in self._pending:
+        if time.monotonic() >= self._free_at:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """End ranks that could not be freed; those that are not ours are waited for no longer."""
+        for rank in list(self._pending):
+            if self._processes:
                 self._processes.kill(name_of(rank))
+            else:
+                del self._pending[rank]
+                self._lose(rank)
+
+    def _lose(self, rank: int) -> None:
+        """Note an engine that does not answer; on this host its process says how it ended."""
+        self._gone.add(rank)
+        self._fail()
+        if self._processes is None:
+            silent = _described("LostRankError", "its engine does not answer any more")
+            self._outcome.add({"event": "mark", "kind": "error", "rank": rank, **silent})
 
     def _take(self, rank: int, result: Any) -> None:
         try:
             report = self._reports[rank] = result.get(0)
         except RemoteError as error:
-            if error.ename == "EngineError":  # it has died; on this host its process says how
-                self._gone.add(rank)
-                if self._processes is None:
-                    self._outcome.add({"event": "rank_ended", "rank": rank, "code": UNKNOWN})
-                self._fail()
+            if error.ename == "EngineError":
+                self._lose(rank)
                 return
-            report = {"error": {"name": error.ename, "text": error.evalue, "line": None,
-                                "traceback": []}}  # fmt: skip
+            report = {"error": _described(error.ename, error.evalue)}
         if "error" in report:
             self._outcome.add({"event": "mark", "kind": "error", "rank": rank, **report["error"]})
             self._fail()
@@ -148,6 +168,10 @@ class Tasks:
 
     def _log(self, rank: int) -> str:
         return self._processes.log(name_of(rank)) if self._processes else ""
+
+
+def _described(name: str, text: str) -> dict:
+    return {"name": name, "text": text, "line": None, "traceback": []}
 
 
 def _is_of_a_stall(line: str) -> bool:

@@ -14,6 +14,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from nbclient import NotebookClient
 
 from horovod_lm.jupyter.cluster import HorovodCluster
+from horovod_lm.jupyter.outcome import RankError
 from horovod_lm.utils.errors import ConfigError, DistributedError
 from tests.jupyter.conftest import children, needs_horovod, wait_until
 
@@ -169,6 +170,15 @@ def test_a_killed_kernel_takes_its_ranks_along(kernel):
     os.kill(kernel.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_killed_guardian_takes_its_ranks_along_and_the_next_cell_says_so():
+    with HorovodCluster(n=1) as alone:
+        os.kill(alone._engines.processes.parent, signal.SIGKILL)
+        wait_until(lambda: bool(alone._engines.missing()), 10, "the news of its end")
+        with pytest.raises(RankError, match="^rank 0 was killed by SIGKILL"):
+            alone.run("1")
 
 
 # ---- nothing is left -----------------------------------------------------------------------------

@@ -143,3 +143,31 @@ def test_a_function_that_fails(cluster):
         cluster.run(divide, 0)
     cluster.restart_ranks()
     assert cluster.run(divide, 2) == [0.5] * 3
+
+
+# ---- engines that somebody else has started ------------------------------------------------------
+
+
+@pytest.fixture
+def engines(cluster):
+    """Two engines as a client of several hosts has them: nobody here watches their processes."""
+    with HorovodCluster(n=2) as other:
+        yield other._engines
+
+
+def test_the_engines_of_a_client_become_ranks(engines):
+    with HorovodCluster(client=engines._client) as guest:
+        assert guest.run("(hvd.rank(), hvd.size(), hvd.cross_size())") == [(0, 2, 1), (1, 2, 1)]
+        with pytest.raises(RankError, match="^rank 1: ZeroDivisionError: division by zero"):
+            guest.run_cell("if hvd.rank() == 1: 1 / 0\nhvd.barrier()")
+        guest.restart_ranks()
+        assert guest.run(SUM) == [2, 2]
+        started = time.monotonic()
+        with pytest.raises(RankError, match="^rank 1: LostRankError: its engine does not answer"):
+            guest.run_cell("import os\nif hvd.rank() == 1: os.kill(os.getpid(), 9)\nhvd.barrier()")
+        assert time.monotonic() - started < SECONDS_TO_DETECT
+        with pytest.raises(
+            DistributedError,
+            match="1 of 2 engines are there: start the missing|engine 1 does not answer: end it",
+        ):
+            guest.restart_ranks()
