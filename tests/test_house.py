@@ -21,7 +21,9 @@ FLOORS = (
      "conversation", "generate"),
     ("jupyter",),
 )  # fmt: skip
-DOORS_TO_HOROVOD = {"utils/distributed.py", "jupyter/cluster.py"}
+DOORS_TO_HOROVOD = {
+    "utils/distributed.py", "jupyter/engine_side.py", "jupyter/rendezvous.py"
+}  # fmt: skip
 LONGEST_FUNCTION = 60  # lines, docstring included: one screen
 # Command lines are tables of options, and lists of settings are lists.
 MAY_BE_LONGER = {"_parser", "parse", "main", "build_parser"}

@@ -150,8 +150,8 @@ class _Output:
     def add(self, event: dict) -> None:
         if event["event"] != "line":
             return
-        rank, text = event["rank"], _LOGGED.sub("Horovod: ", event["text"])
-        if _SAID_BETTER in text:
+        rank, text = event["rank"], readable(event["text"])
+        if not text:
             return
         if rank == 0:
             self._show(rank, text)
@@ -171,6 +171,12 @@ class _Output:
         sys.stdout.write(f"[{rank}] {text}")
         if rank == 0:
             sys.stdout.flush()
+
+
+def readable(line: str) -> str:
+    """Return a rank's line as it is shown: Horovod's own log as "Horovod: ...", or not at all."""
+    text = _LOGGED.sub("Horovod: ", line)
+    return "" if _SAID_BETTER in text else text
 
 
 def checked(cell: str) -> str:

@@ -11,7 +11,7 @@ from horovod_lm.utils.errors import DistributedError
 
 LAST_LINES = 12  # of a failed command's output, in the error
 _LOST = "HorovodInternalError"  # Horovod: raised on the ranks that survive another one
-_MISSING = re.compile(r"^(\d+)!?: \[(.+)\]")
+MISSING = re.compile(r"^(\d+)!?: \[(.+)\]")
 _STALL_ENDS = re.compile(r"is stalled for longer than (\d+) seconds\. Will shutdown")
 # What horovodrun says about an end that the ranks' own words explain better.
 _NOISE = re.compile(r"^(Terminating remaining workers|Process name: |Exit code: )")
@@ -193,7 +193,7 @@ class Outcome:
         return f"; {ranks(others)} {'was' if len(others) == 1 else 'were'} ended with it"
 
     def _look_for_a_stall(self, text: str) -> None:
-        missing = _MISSING.match(text.strip())
+        missing = MISSING.match(text.strip())
         if missing:
             name = missing[2].split(", ")[0]
             self._missing[int(missing[1])] = name.partition(".")[2] or name

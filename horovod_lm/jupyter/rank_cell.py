@@ -127,7 +127,13 @@ def _pushed(packed: str) -> dict:
     return cloudpickle.loads(base64.b64decode(packed))
 
 
-def _report_value(value) -> None:
+def packed_value(value) -> bytes:
+    """Return a value as bytes that the notebook unpacks.
+
+    Raises:
+        TypeError: it cannot be pickled.
+        ValueError: it is too large.
+    """
     import cloudpickle
 
     try:
@@ -142,7 +148,11 @@ def _report_value(value) -> None:
             f"the last value has {len(packed) / 2**20:.0f} MiB, and at most"
             f" {LARGEST_RESULT / 2**20:.0f} can be sent to the notebook: save it to a file"
         )
-    report("value", packed=base64.b64encode(packed).decode())
+    return packed
+
+
+def _report_value(value) -> None:
+    report("value", packed=base64.b64encode(packed_value(value)).decode())
 
 
 def _say_where_it_is_at(moment: float) -> None:

@@ -1,0 +1,271 @@
+"""Live Horovod ranks that a notebook pokes at, one collective at a time.
+
+    from horovod_lm.jupyter.cluster import HorovodCluster
+
+    cluster = HorovodCluster(n=2).start()
+
+    %%px
+    hvd.allreduce(torch.ones(1) * hvd.rank(), name="first")
+
+Each rank is an ipyparallel engine: what a cell defines there is there for the next one. When a rank
+fails, no other waits for it; `cluster.restart_ranks()` starts them again, with what they hold.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import cloudpickle
+import ipyparallel
+
+from horovod_lm.jupyter import engine_side
+from horovod_lm.jupyter.call import share_the_cores
+from horovod_lm.jupyter.engines import ClientsEngines, Engines
+from horovod_lm.jupyter.outcome import RankError, RanksStopped, ranks
+from horovod_lm.jupyter.tasks import Tasks
+from horovod_lm.utils.cores import available_cores
+from horovod_lm.utils.errors import ConfigError, DistributedError
+
+AGAIN = "cluster.restart_ranks() starts the ranks again"
+NOT_RUNNING = "the cluster is not running: cluster.start() starts it"
+NOTE = "note: the ranks share this machine's cores evenly; HorovodCluster(threads=N) gives each N"
+
+
+class HorovodCluster:
+    """N live ranks over Gloo. Use it in a `with`, or call `start` and `stop`.
+
+    Args:
+        n: how many ranks.
+        threads: CPU threads of each; None: a fair share of the cores.
+        stall: seconds after which ranks that wait for one another are freed; 0: never.
+        client: an `ipyparallel.Client` whose engines, on any hosts, become the ranks. They are not
+            ended with this cluster, and `n` is how many there are.
+        interface: the network interface that the hosts share, for example "eth0".
+        address: this host's address as the engines reach it; needed where they are on others.
+
+    Raises:
+        ConfigError: a number makes no sense.
+    """
+
+    _said = False
+    current: HorovodCluster | None = None  # the one that `%%px` means
+
+    def __init__(
+        self, n: int = 2, *, threads: int | None = None, stall: int = 6,
+        client: ipyparallel.Client | None = None, interface: str = "", address: str = "127.0.0.1",
+    ) -> None:  # fmt: skip
+        if n < 1:
+            raise ConfigError(f"HorovodCluster(n={n}): there must be at least one rank")
+        if client is not None and not client.ids:
+            raise ConfigError("HorovodCluster(client=...): no engine has come to this client")
+        self.n = n if client is None else len(client.ids)
+        self.threads, self.stall = threads, stall
+        self._client, self._interface, self._address = client, interface, address
+        self._engines: Engines | ClientsEngines | None = None
+        self._rendezvous: Any = None
+        self._broken = ""
+
+    # ---- from start to stop ---------------------------------------------------------------------
+
+    def start(self) -> HorovodCluster:
+        """Start engines and ranks, give the notebook its `%%px`, and return this cluster.
+
+        Raises:
+            DistributedError: Horovod is not installed, or an engine or a rank did not come.
+        """
+        if self._engines is not None:
+            return self
+        _rendezvous()
+        try:
+            if self._client is None:
+                threads = self.threads or max(1, available_cores() // self.n)
+                self._engines = Engines(self.n, threads)
+            else:
+                self._engines = ClientsEngines(self._client)
+            self.restart_ranks()
+        except BaseException:
+            self.stop()
+            raise
+        self._register_magic()
+        return self
+
+    def stop(self) -> None:
+        """End the ranks, and every process that this cluster has started. May be called twice."""
+        if self._engines is not None:
+            self._engines.close()
+            self._engines = None
+        if self._rendezvous is not None:
+            self._rendezvous.close()
+            self._rendezvous = None
+        if HorovodCluster.current is self:
+            HorovodCluster.current = None
+
+    def __enter__(self) -> HorovodCluster:
+        return self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def restart_ranks(self) -> None:
+        """Start the ranks again on their engines; engines that died are replaced.
+
+        Raises:
+            DistributedError: an engine or a rank did not come.
+        """
+        if self._engines is None:
+            raise DistributedError(NOT_RUNNING)
+        self._engines.revive()
+        self._start_ranks()
+        self._broken = ""
+
+    # ---- work -----------------------------------------------------------------------------------
+
+    def run(
+        self, work: str | Callable[..., Any], *args: Any, only: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:  # fmt: skip
+        """Run code, or call a function, on every rank; show what they print, rank by rank.
+
+        Args:
+            work: Python as in a cell, or a function for `args` and `kwargs`.
+            only: ranks that run it, where not all do.
+
+        Returns:
+            Each rank's last or returned value, in the order of ranks.
+
+        Raises:
+            RankError: a rank failed; the text names it, and the ranks have to be started again.
+            RanksStopped: the notebook was interrupted.
+        """
+        if isinstance(work, str):
+            task = partial(engine_side.run_cell, work, True)
+        else:
+            task = partial(engine_side.run_function, cloudpickle.dumps((work, args, kwargs)))
+        return self._perform(task, only)
+
+    apply = run
+
+    def run_cell(self, source: str, only: Sequence[int] | None = None) -> None:
+        """Run a cell as `%%px` does: its last value is shown, not returned."""
+        self._perform(partial(engine_side.run_cell, source, False), only)
+
+    def rank(self, number: int) -> Rank:
+        """Return a handle of one rank.
+
+        Raises:
+            ConfigError: there is no such rank.
+        """
+        self._check(only=[number])
+        return Rank(self, number)
+
+    def interrupt(self) -> None:
+        """Interrupt all ranks: one alone would leave the others waiting."""
+        self._engines.interrupt()
+
+    def __repr__(self) -> str:
+        state = "not running" if self._engines is None else self._broken or "ready"
+        return f"<HorovodCluster of {ranks(list(range(self.n)))}: {state}>"
+
+    def _perform(self, call: partial, only: Sequence[int] | None) -> list[Any]:
+        chosen = list(range(self.n)) if only is None else list(only)
+        self._check(chosen)
+        missing = self._engines.missing()
+        sent = {} if missing else {rank: self._engines.send(rank, call) for rank in chosen}
+        tasks = Tasks(sent, self.n, self._engines.processes, missing)
+        error = tasks.wait(self.interrupt)
+        tasks.show()
+        if error is not None:
+            self._broken = str(error)
+            text = f"{error}; {AGAIN}"
+            if isinstance(error, RanksStopped):
+                raise RanksStopped(text)
+            raise RankError(text, error.rank, error.code, error.trace)
+        return tasks.values()
+
+    def _check(self, only: Sequence[int]) -> None:
+        if self._engines is None:
+            raise DistributedError(NOT_RUNNING)
+        wrong = [rank for rank in only if not 0 <= rank < self.n]
+        if wrong:
+            raise ConfigError(f"there is no rank {wrong[0]}: the ranks are 0 to {self.n - 1}")
+        if self._broken:
+            raise DistributedError(f"the ranks have ended ({self._broken}); {AGAIN}")
+
+    # ---- ranks ----------------------------------------------------------------------------------
+
+    def _start_ranks(self) -> None:
+        names = self._engines.host_names()
+        if self.threads is None and self.n > 1:
+            self._say_once()
+        threads = share_the_cores(max(Counter(names).values()), self.threads)
+        if self._rendezvous is not None:
+            self._rendezvous.close()
+        self._rendezvous = _rendezvous()(names, self._address, self.stall, self._interface)
+        self._engines.ids = [self._engines.ids[place] for place in self._rendezvous.order]
+        sent = {
+            rank: self._engines.send(rank, partial(engine_side.start_rank, settings, threads))
+            for rank, settings in enumerate(self._rendezvous.settings)
+        }
+        error = Tasks(sent, self.n, self._engines.processes).wait(self.interrupt)
+        if error is not None:
+            self._broken = str(error)
+            raise DistributedError(f"the ranks did not start: {error}; {AGAIN}")
+
+    def _say_once(self) -> None:
+        if not HorovodCluster._said:
+            HorovodCluster._said = True
+            print(NOTE, file=sys.stderr)
+
+    def _register_magic(self) -> None:
+        HorovodCluster.current = self
+        from IPython import get_ipython
+
+        if get_ipython() is not None:
+            from horovod_lm.jupyter.px import register
+
+            register(get_ipython())
+
+
+class Rank:
+    """One rank of a cluster."""
+
+    def __init__(self, cluster: HorovodCluster, number: int) -> None:
+        self.cluster, self.number = cluster, number
+
+    def run(self, work: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run code, or call a function, on this rank alone, and return its value."""
+        return self.cluster.run(work, *args, only=[self.number], **kwargs)[0]
+
+    def push(self, **values: Any) -> None:
+        """Give the rank values under these names."""
+        self.run(_update, values)
+
+    def pull(self, name: str) -> Any:
+        """Return the value of a name, or of any expression."""
+        return self.run(name)
+
+    def __repr__(self) -> str:
+        return f"<rank {self.number} of {self.cluster.n}>"
+
+
+def _update(values: dict[str, Any]) -> None:
+    engine_side.user_namespace().update(values)
+
+
+def _rendezvous() -> type:
+    """Return the class, which needs Horovod.
+
+    Raises:
+        DistributedError: Horovod is not installed.
+    """
+    try:
+        from horovod_lm.jupyter.rendezvous import Rendezvous
+    except ModuleNotFoundError:
+        raise DistributedError(
+            "Horovod is not installed: run python -m horovod_lm.install_horovod"
+        ) from None
+    return Rendezvous

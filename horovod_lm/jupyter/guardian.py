@@ -1,0 +1,118 @@
+"""Starts the processes of a live cluster, says what becomes of them, and outlives none of them.
+
+A process of its own, because a kernel can be killed: then its end of the pipe closes, and every
+process that was started here is killed, a frozen one too. It imports next to nothing.
+
+    its standard input     {"start": "rank 0", "command": [...], "env": {...}, "log": PATH}
+                           {"kill": "rank 0"}; the end of the file ends all of it
+    its standard output    {"event": "started", "name": "rank 0", "pid": 7}
+                           {"event": "frozen", "name": "rank 0"}, {"event": "woken", ...}
+                           {"event": "ended", "name": "rank 0", "code": 137}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+SECONDS_BETWEEN_LOOKS = 0.1
+SECONDS_TO_END = 2.0  # that processes have to end by themselves before they are killed
+
+
+class Guardian:
+    """The processes of one cluster, by name.
+
+    Args:
+        folder: what the processes keep on disk; removed with them.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self._parent = os.getppid()
+        self._processes: dict[str, subprocess.Popen] = {}
+        self._rest = b""
+
+    def run(self) -> None:
+        """Do what is asked for until nobody is left to ask, then end everything."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(0, selectors.EVENT_READ)
+            while os.getppid() == self._parent:
+                if selector.select(SECONDS_BETWEEN_LOOKS) and not self._hear():
+                    break
+                self._look()
+        self._end()
+
+    def _hear(self) -> bool:
+        chunk = os.read(0, 65536)
+        *whole, self._rest = (self._rest + chunk).split(b"\n")
+        for line in whole:
+            asked = json.loads(line)
+            if "start" in asked:
+                self._start(asked["start"], asked["command"], asked["env"], asked["log"])
+            elif asked["kill"] in self._processes:
+                _signal(self._processes[asked["kill"]], signal.SIGKILL)
+        return bool(chunk)
+
+    def _start(self, name: str, command: list[str], env: dict[str, str], log: str) -> None:
+        with open(log, "ab") as output:
+            process = subprocess.Popen(
+                command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                start_new_session=True,
+            )  # fmt: skip
+        self._processes[name] = process
+        self._emit("started", name, pid=process.pid)
+
+    def _look(self) -> None:
+        """Hear of processes that ended, that somebody froze, and that woke up again."""
+        for name, process in list(self._processes.items()):
+            wanted = os.WNOHANG | os.WUNTRACED | os.WCONTINUED
+            pid, status = os.waitpid(process.pid, wanted)
+            if not pid:
+                continue
+            if os.WIFSTOPPED(status):
+                self._emit("frozen", name)
+            elif os.WIFCONTINUED(status):
+                self._emit("woken", name)
+            else:
+                code = os.waitstatus_to_exitcode(status)
+                process.returncode = code
+                del self._processes[name]
+                _signal(process, signal.SIGKILL)  # what it had started itself
+                self._emit("ended", name, code=code if code >= 0 else 128 - code)
+
+    def _end(self) -> None:
+        for process in self._processes.values():
+            _signal(process, signal.SIGTERM)
+        deadline = time.monotonic() + SECONDS_TO_END
+        while self._processes and time.monotonic() < deadline:
+            self._look()
+            time.sleep(0.02)
+        for process in self._processes.values():
+            _signal(process, signal.SIGKILL)
+            process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _emit(self, event: str, name: str, **values) -> None:
+        try:
+            print(json.dumps({"event": event, "name": name, **values}), flush=True)
+        except OSError:  # the kernel is gone, and the end of standard input says so, too
+            pass
+
+
+def _signal(process: subprocess.Popen, number: int) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+if __name__ == "__main__":
+    # A kernel's interrupt is meant for the kernel: it decides what becomes of its ranks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Guardian(sys.argv[1]).run()

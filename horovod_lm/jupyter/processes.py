@@ -1,0 +1,115 @@
+"""The processes of a live cluster as the kernel holds them, through their guardian."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+SECONDS_TO_END = 8.0
+
+
+class Processes:
+    """Named processes that end with this one, however it ends.
+
+    Attributes:
+        folder: what they keep on disk.
+        pids: process ids by name, of those that live.
+        codes: exit codes by name, as a shell gives them, of those that ended.
+        frozen: the time since when a process is stopped, by name.
+    """
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="horovod-cluster-"))
+        self.pids: dict[str, int] = {}
+        self.codes: dict[str, int] = {}
+        self.frozen: dict[str, float] = {}
+        self._guardian = subprocess.Popen(
+            [sys.executable, "-m", "horovod_lm.jupyter.guardian", str(self.folder)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        self._thread = threading.Thread(target=self._hear, daemon=True, name="guardian")
+        self._thread.start()
+
+    @property
+    def parent(self) -> int:
+        """The process id of their parent."""
+        return self._guardian.pid
+
+    def start(self, name: str, command: list[str], env: dict[str, str]) -> None:
+        """Start a process; its output goes to `log(name)`."""
+        self.codes.pop(name, None)
+        self.pids.pop(name, None)
+        self._tell({"start": name, "command": command, "env": env, "log": str(self._log(name))})
+
+    def kill(self, name: str) -> None:
+        """Kill a process and what it has started."""
+        self._tell({"kill": name})
+
+    def interrupt(self, name: str) -> None:
+        """Do to a process what Ctrl-C does."""
+        try:
+            os.kill(self.pids[name], signal.SIGINT)
+        except (KeyError, ProcessLookupError):  # it has just ended
+            pass
+
+    def log(self, name: str) -> str:
+        """Return what a process wrote past its own streams."""
+        path = self._log(name)
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    def close(self) -> None:
+        """End every process, and return when all are gone."""
+        try:
+            self._guardian.stdin.close()
+        except OSError:
+            pass
+        try:
+            self._guardian.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            self._guardian.kill()
+            self._guardian.wait()
+        self._thread.join()
+        self._guardian.stdout.close()
+
+    def _log(self, name: str) -> Path:
+        return self.folder / f"{name.replace(' ', '-')}.log"
+
+    def _tell(self, asked: dict) -> None:
+        try:
+            self._guardian.stdin.write(json.dumps(asked).encode() + b"\n")
+            self._guardian.stdin.flush()
+        except (OSError, ValueError):  # the guardian was killed, and they end with it
+            pass
+
+    def _hear(self) -> None:
+        for line in self._guardian.stdout:
+            event = json.loads(line)
+            name = event["name"]
+            if event["event"] == "started":
+                self.pids[name] = event["pid"]
+            elif event["event"] == "frozen":
+                self.frozen[name] = time.monotonic()
+            elif event["event"] == "woken":
+                self.frozen.pop(name, None)
+            else:
+                self.pids.pop(name, None)
+                self.frozen.pop(name, None)
+                self.codes[name] = event["code"]
+        for name, pid in list(self.pids.items()):  # the guardian itself was killed
+            self._end_quietly(pid)
+            self.pids.pop(name)
+            self.codes[name] = 128 + signal.SIGKILL
+
+    @staticmethod
+    def _end_quietly(pid: int) -> None:
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass

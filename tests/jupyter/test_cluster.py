@@ -1,0 +1,213 @@
+"""Live ranks that work: what they show and return, how a notebook drives them, what they leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import nbformat
+import psutil
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from nbclient import NotebookClient
+
+from horovod_lm.jupyter.cluster import HorovodCluster
+from horovod_lm.jupyter.outcome import RankError
+from horovod_lm.utils.errors import ConfigError, DistributedError
+from tests.jupyter.conftest import children, needs_horovod, wait_until
+
+pytestmark = [pytest.mark.horovod, needs_horovod]
+
+
+@pytest.fixture(scope="module")
+def shell():
+    yield InteractiveShell.instance()
+    InteractiveShell.clear_instance()
+
+
+@pytest.fixture(scope="module")
+def cluster(shell):
+    before = {child.pid for child in children()}
+    with HorovodCluster(n=2) as running:
+        yield running
+    wait_until(
+        lambda: {child.pid for child in children()} <= before, 10, "the end of every process"
+    )
+
+
+@pytest.fixture
+def px(shell, cluster, capsys):
+    """Run a `%%px` cell; return what it showed."""
+
+    def run(line: str, body: str) -> str:
+        capsys.readouterr()
+        shell.run_cell(f"%%px {line}\n{body}").raise_error()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_ranks_are_ready_and_hold_their_place(cluster):
+    assert cluster.run("(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())") == [
+        (0, 2, 0, 2), (1, 2, 1, 2)
+    ]  # fmt: skip
+    assert repr(cluster) == "<HorovodCluster of ranks 0 and 1: ready>"
+
+
+def test_a_cell_shows_every_rank_in_order_and_always_alike(px):
+    body = (
+        "import sys, time\ntime.sleep(0.2 * (1 - hvd.rank()))\nfor line in range(2):\n"
+        "    print(hvd.rank(), line)\nprint('warned', file=sys.stderr)\n"
+        "hvd.allreduce(torch.ones(1) * hvd.rank(), name='mean')"
+    )
+    expected = "".join(
+        f"[{rank}] {rank} 0\n[{rank}] {rank} 1\n[{rank}] warned\n[{rank}] tensor([0.5000])\n"
+        for rank in range(2)
+    )
+    assert [px("", body) for _ in range(5)] == [expected] * 5
+
+
+def test_what_a_cell_defines_is_there_for_the_next_one(px, cluster):
+    px("", "kept = hvd.rank() * 10\ndef double(x):\n    return 2 * x")
+    assert px("", "double(kept)") == "[0] 0\n[1] 20\n"
+    assert px("--rank 1", "double(kept)") == "[1] 20\n"
+    assert px("", "double(kept);") == ""
+
+
+def test_values_come_back_by_rank(px, shell, cluster):
+    assert px("--out sizes", "print('on the way')\nhvd.rank() + 5") == (
+        "[0] on the way\n[1] on the way\n"
+    )
+    assert shell.user_ns["sizes"] == [5, 6]
+    assert cluster.apply(lambda add, to: to + add, 1, to=2) == [3, 3]
+
+
+def test_one_rank_is_given_values_and_asked_for_them(cluster):
+    one = cluster.rank(1)
+    one.push(secret=[1, 2])
+    assert one.pull("secret + [3]") == [1, 2, 3]
+    assert one.run("len(secret)") == 2
+    assert cluster.rank(0).run("'secret' in globals()") is False
+    with pytest.raises(ConfigError, match="there is no rank 2: the ranks are 0 to 1"):
+        cluster.rank(2)
+
+
+def test_cores_are_shared_and_oversubscription_is_warned_about(cluster, capsys):
+    from horovod_lm.utils.cores import available_cores
+
+    share = max(1, available_cores() // 2)
+    assert cluster.run("torch.get_num_threads()") == [share, share]
+    cluster.threads = available_cores()
+    cluster.restart_ranks()
+    assert cluster.run("torch.get_num_threads()") == [available_cores()] * 2
+    assert f"2 ranks with {available_cores()} threads each" in capsys.readouterr().err
+    cluster.threads = None
+    cluster.restart_ranks()
+
+
+def test_nothing_listens_beyond_the_loopback(cluster):
+    family = [psutil.Process(), *children()]
+    listening = [
+        connection.laddr
+        for process in family
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening and {address.ip for address in listening} == {"127.0.0.1"}
+
+
+def test_mistakes_are_said_before_anything_is_sent(px, cluster):
+    with pytest.raises(DistributedError, match="the cell is not Python"):
+        px("", "a b")
+    with pytest.raises(ConfigError, match="%%px: unrecognized arguments: --what"):
+        px("--what", "1")
+    with pytest.raises(ConfigError, match="at least one rank"):
+        HorovodCluster(n=0)
+    with pytest.raises(DistributedError, match=r"not running: cluster.start\(\) starts it"):
+        HorovodCluster(n=1).run("1")
+
+
+# ---- a notebook ----------------------------------------------------------------------------------
+
+CELLS = [
+    "from horovod_lm.jupyter.cluster import HorovodCluster\ncluster = HorovodCluster(n=2).start()",
+    "%%px\nprint('rank', hvd.rank())\nhvd.allreduce(torch.ones(2) * hvd.rank(), name='mean')",
+    "%%px\nprint('rank', hvd.rank())\nhvd.allreduce(torch.ones(2) * hvd.rank(), name='mean')",
+    "%%px\nif hvd.rank() == 1:\n    raise KeyError('lost')\nhvd.barrier()",
+    "cluster.restart_ranks()",
+    "%px hvd.size()",
+    "cluster.stop()",
+]
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_notebook_drives_its_ranks_and_shows_the_same_each_time(tmp_path):
+    page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
+    page.cells[3].metadata["tags"] = ["raises-exception"]
+    NotebookClient(
+        page, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    _, first, second, failed, _, size, _ = [cell.outputs for cell in page.cells]
+    text = "".join(f"[{rank}] rank {rank}\n[{rank}] tensor([0.5000, 0.5000])\n" for rank in (0, 1))
+    assert [output.text for output in first] == [text]
+    assert first == second
+    [error] = failed
+    assert error.ename == "RankError" and error.evalue.startswith(
+        "rank 1: KeyError: 'lost' (line 3"
+    )
+    assert "\n".join(error.traceback).count("Traceback") == 1
+    assert [output.text for output in size] == ["[0] 2\n[1] 2\n"]
+
+
+def test_a_killed_kernel_takes_its_ranks_along(kernel):
+    kernel.run(CELLS[0])
+    family = psutil.Process(kernel.pid).children(recursive=True)
+    engines = [process for process in family if "engine_side" in " ".join(process.cmdline())]
+    assert len(engines) == 2
+    engines[0].suspend()
+    os.kill(kernel.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_killed_guardian_takes_its_ranks_along_and_the_next_cell_says_so():
+    with HorovodCluster(n=1) as alone:
+        os.kill(alone._engines.processes.parent, signal.SIGKILL)
+        wait_until(lambda: bool(alone._engines.missing()), 10, "the news of its end")
+        with pytest.raises(RankError, match="^rank 0 was killed by SIGKILL"):
+            alone.run("1")
+
+
+# ---- nothing is left -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_twenty_starts_and_stops_leave_nothing(nothing_left, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with HorovodCluster(n=1):
+        pass  # what is made once and kept: ZeroMQ's context, and imports
+    before = held()
+    for _ in range(20):
+        with HorovodCluster(n=1) as cluster:
+            assert cluster.run("hvd.size()") == [1]
+    assert held() == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def held() -> tuple[int, int, int]:
+    """Threads, listening ports, and open files of this process, when they have settled."""
+    deadline = time.monotonic() + 3
+    me, last = psutil.Process(), None
+    while time.monotonic() < deadline:
+        ports = [c for c in me.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        now = (threading.active_count(), len(ports), me.num_fds())
+        if now == last:
+            break
+        last = now
+        time.sleep(0.5)
+    return now

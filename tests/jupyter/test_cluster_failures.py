@@ -1,0 +1,173 @@
+"""Live ranks that fail: who is named, how soon, and that the same engines work again afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from horovod_lm.jupyter.cluster import HorovodCluster
+from horovod_lm.jupyter.outcome import RankError, RanksStopped
+from horovod_lm.utils.errors import DistributedError
+from tests.jupyter.conftest import children, needs_horovod, wait_until
+
+pytestmark = [pytest.mark.horovod, needs_horovod, pytest.mark.slow]
+
+SECONDS_TO_DETECT = 10
+SUM = "int(hvd.allreduce(torch.ones(1), name='sum', op=hvd.Sum))"
+HOW = "; cluster.restart_ranks() starts the ranks again"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with HorovodCluster(n=3) as running:
+        yield running
+    wait_until(lambda: children() == [], 10, "the end of every process")
+
+
+def fails(cluster: HorovodCluster, source: str, error: type = RankError) -> BaseException:
+    """Run a cell that fails; the time to hear of it is part of every test."""
+    cluster.run("before = hvd.rank()")
+    started = time.monotonic()
+    with pytest.raises(error) as caught:
+        cluster.run_cell(source)
+    assert time.monotonic() - started < SECONDS_TO_DETECT
+    with pytest.raises(DistributedError, match=r"the ranks have ended \(.*\); cluster.restart"):
+        cluster.run("1")  # at once, instead of a wait
+    return caught.value
+
+
+def works_again(cluster: HorovodCluster, keep: list[int]) -> None:
+    """The ranks work, and those that lived on still hold what they held."""
+    pids = dict(cluster._engines.processes.pids)
+    cluster.restart_ranks()
+    assert cluster.run(SUM) == [3, 3, 3]
+    assert cluster.run("globals().get('before')") == [
+        rank if rank in keep else None for rank in range(3)
+    ]
+    for rank in keep:
+        assert cluster._engines.processes.pids[f"rank {rank}"] == pids[f"rank {rank}"]
+
+
+@pytest.mark.parametrize("others", ["hvd.barrier()", "time.sleep(1); hvd.barrier()", "pass"])
+def test_an_exception_shows_its_own_traceback_once(cluster, others):
+    source = f"import time\nif hvd.rank() == 1:\n    1 / 0\n{others}"
+    error = fails(cluster, source)
+    assert str(error) == (
+        "rank 1: ZeroDivisionError: division by zero (line 4 of the cell);"
+        f" ranks 0 and 2 were ended with it{HOW}"
+    )
+    shown = "\n".join(error._render_traceback_())
+    assert shown.count("Traceback") == 1 and "    1 / 0\n" in shown
+    works_again(cluster, keep=[0, 1, 2])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank(cluster, rank):
+    source = f"import os\nif hvd.rank() == {rank}:\n    os.kill(os.getpid(), 9)\nhvd.barrier()"
+    error = fails(cluster, source)
+    assert error.rank == rank and error.code == 137
+    assert str(error).startswith(f"rank {rank} was killed by SIGKILL, exit code 137 (")
+    assert str(error).endswith(f" were ended with it{HOW}")
+    works_again(cluster, keep=[one for one in range(3) if one != rank])
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_frozen_rank(cluster, rank):
+    source = f"import os, signal\nif hvd.rank() == {rank}:\n    os.kill(os.getpid(), signal.SIGSTOP)\nhvd.barrier()"  # noqa: E501
+    error = fails(cluster, source)
+    assert str(error).startswith(
+        f"rank {rank} was stopped (SIGSTOP), not woken for 2 s, and killed; ranks "
+    )
+    works_again(cluster, keep=[one for one in range(3) if one != rank])
+
+
+def test_a_rank_frozen_for_a_moment_only_is_waited_for(cluster):
+    pid = cluster._engines.processes.pids["rank 1"]
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(1, os.kill, (pid, signal.SIGCONT)).start()
+    assert cluster.run(SUM) == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import time; time.sleep(100)",
+        "import time\nif hvd.rank() == 0: time.sleep(100)\nhvd.barrier()",
+        # Nobody is in Python then: each waits in Horovod for what the others do not do.
+        "hvd.allreduce(torch.ones(1), name=f'of rank {hvd.rank()}')",
+    ],
+)
+def test_an_interrupt_of_all(cluster, source):
+    threading.Timer(1, signal.raise_signal, (signal.SIGINT,)).start()
+    error = fails(cluster, source, RanksStopped)
+    assert str(error) == f"stopped by you: every rank of the cell was ended{HOW}"
+    works_again(cluster, keep=[0, 1, 2])
+
+
+def test_an_engine_that_is_missing_before_the_cell_runs(cluster):
+    pid = cluster._engines.processes.pids["rank 2"]
+    cluster.run("before = hvd.rank()")
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: "rank 2" in cluster._engines.processes.codes, 5, "the news of its end")
+    started = time.monotonic()
+    with pytest.raises(RankError, match="^rank 2 was killed by SIGKILL"):
+        cluster.run(SUM)
+    assert time.monotonic() - started < SECONDS_TO_DETECT
+    works_again(cluster, keep=[0, 1])
+
+
+def test_a_collective_that_one_rank_does_not_join(cluster):
+    error = fails(cluster, "if hvd.rank() != 1: hvd.allreduce(torch.ones(1), name='lonely')")
+    assert str(error) == (
+        "rank 1 did not come to 'lonely', where ranks 0 and 2 waited for 6 s: every rank must make"
+        f" the same collective calls in the same order{HOW}"
+    )
+    works_again(cluster, keep=[0, 1, 2])
+
+
+def test_an_exit_in_a_cell_is_an_error_of_its_rank_and_keeps_the_engine(cluster):
+    error = fails(cluster, "import sys\nif hvd.rank() == 2: sys.exit(3)\nhvd.barrier()")
+    assert str(error).startswith("rank 2: SystemExit: 3 (line 3 of the cell)")
+    works_again(cluster, keep=[0, 1, 2])
+
+
+def test_a_function_that_fails(cluster):
+    def divide(by: int) -> float:
+        return 1 / by
+
+    with pytest.raises(RankError, match="^every rank: ZeroDivisionError: division by zero;"):
+        cluster.run(divide, 0)
+    cluster.restart_ranks()
+    assert cluster.run(divide, 2) == [0.5] * 3
+
+
+# ---- engines that somebody else has started ------------------------------------------------------
+
+
+@pytest.fixture
+def engines(cluster):
+    """Two engines as a client of several hosts has them: nobody here watches their processes."""
+    with HorovodCluster(n=2) as other:
+        yield other._engines
+
+
+def test_the_engines_of_a_client_become_ranks(engines):
+    with HorovodCluster(client=engines._client) as guest:
+        assert guest.run("(hvd.rank(), hvd.size(), hvd.cross_size())") == [(0, 2, 1), (1, 2, 1)]
+        with pytest.raises(RankError, match="^rank 1: ZeroDivisionError: division by zero"):
+            guest.run_cell("if hvd.rank() == 1: 1 / 0\nhvd.barrier()")
+        guest.restart_ranks()
+        assert guest.run(SUM) == [2, 2]
+        started = time.monotonic()
+        with pytest.raises(RankError, match="^rank 1: LostRankError: its engine does not answer"):
+            guest.run_cell("import os\nif hvd.rank() == 1: os.kill(os.getpid(), 9)\nhvd.barrier()")
+        assert time.monotonic() - started < SECONDS_TO_DETECT
+        with pytest.raises(
+            DistributedError,
+            match="1 of 2 engines are there: start the missing|engine 1 does not answer: end it",
+        ):
+            guest.restart_ranks()
