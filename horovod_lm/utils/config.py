@@ -130,6 +130,10 @@ class TrainingConfig(Section):
     """Optimizer steps between checkpoints; null: at the end of each epoch."""
     keep_last_checkpoints: PositiveInt = 3
     """Numbered checkpoints kept; best and final are always kept."""
+    commit_interval: PositiveInt = 10
+    """Elastic: optimizer steps between commits, where training goes back to when a rank is lost."""
+    elastic_timeout_seconds: PositiveInt = 60
+    """Elastic: save and end when too few ranks are left for so long."""
     compile: bool = False
     """Run the model through torch.compile: minutes at the start, faster steps."""
 

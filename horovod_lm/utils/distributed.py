@@ -87,13 +87,27 @@ def setup_horovod(
     elif require_distributed or started_by_launcher():
         _export_settings(settings)  # Horovod: it reads its settings when it starts
         _horovod().init()
-    _share_the_cores(settings)
-    use_cuda = torch.cuda.is_available()
-    if use_cuda:
-        torch.cuda.set_device(
-            get_local_rank() % torch.cuda.device_count()
-        )  # Horovod: one GPU per local rank
+    use_cuda = take_share_of_host(settings, get_local_rank(), get_local_size())
     return get_world_size(), get_rank(), get_local_rank(), use_cuda
+
+
+def take_share_of_host(settings: DistributedConfig, local_rank: int, local_size: int) -> bool:
+    """Give this rank its share of its host's cores, and its GPU. Return whether it has a GPU."""
+    # Horovod: more threads than cores only wait for each other.
+    if settings.threads_per_rank != "auto":
+        torch.set_num_threads(settings.threads_per_rank)
+    elif "OMP_NUM_THREADS" not in os.environ and (local_size > 1 or elastic_launcher()):
+        torch.set_num_threads(max(1, available_cores() // local_size))
+    if not torch.cuda.is_available():
+        return False
+    # Horovod: one GPU per local rank
+    torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    return True
+
+
+def elastic_launcher() -> bool:
+    """Return whether `horovodrun` started this process as one that may lose and gain ranks."""
+    return os.environ.get("HOROVOD_ELASTIC") == "1"
 
 
 def shutdown() -> None:
@@ -289,14 +303,6 @@ def _export_settings(settings: DistributedConfig) -> None:
         os.environ.setdefault(name, str(value))
     if settings.interface:
         os.environ.setdefault("HOROVOD_GLOO_IFACE", settings.interface)
-
-
-def _share_the_cores(settings: DistributedConfig) -> None:
-    """Share a host's cores evenly among its ranks: more threads only wait for each other."""
-    if settings.threads_per_rank != "auto":
-        torch.set_num_threads(settings.threads_per_rank)
-    elif get_local_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, available_cores() // get_local_size()))
 
 
 @cache
