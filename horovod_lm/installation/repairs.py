@@ -137,6 +137,64 @@ REPAIRS = (
         upstream="none found",
     ),
     Repair(
+        name="settings outlive a second init",
+        file="horovod/common/parameter_manager.cc",
+        says="  } else {\n    Eigen::VectorXd v = TunableParameter::BestValue();",
+        must_say="  } else if (fixed_values_.find(variable) == fixed_values_.end()) {\n"
+        "    Eigen::VectorXd v = TunableParameter::BestValue();",
+        why="with cycle time and fusion threshold set, their defaults are written into a vector that"
+        " no longer holds them: every second `hvd.init()` of a process, and so every elastic reset,"
+        " ends in a segmentation fault; with one of them set, the other one changes in silence",
+        upstream="horovod#2835 (open)",
+    ),
+    Repair(
+        name="a failing init raises: its beginning",
+        file="horovod/common/operations.cc",
+        says="#if HAVE_GLOO\n#if HAVE_MPI\n  if (global_mpi_context.IsEnabled()) {\n"
+        "    // Initialize gloo",
+        must_say="#if HAVE_GLOO\n  try {\n#if HAVE_MPI\n  if (global_mpi_context.IsEnabled()) {\n"
+        "    // Initialize gloo",
+        why="an error while the ranks meet ends the process by SIGABRT: a rank that dies while"
+        " elastic training recovers takes all the others with it",
+        upstream="horovod#3264 (closed, not mended)",
+    ),
+    Repair(
+        name="a failing init raises: its end",
+        file="horovod/common/operations.cc",
+        says="    state.process_set_table.Initialize(global_gloo_context);\n  }\n"
+        "#endif // HAVE_GLOO\n\n  assert(",
+        must_say="    state.process_set_table.Initialize(global_gloo_context);\n  }\n"
+        "  } catch (const std::exception& ex) {\n"
+        '    LOG(ERROR) << "Horovod could not be initialized: " << ex.what();\n'
+        "    state.process_set_table.Get(0).Finalize(SHUT_DOWN_ERROR);\n"
+        "    global_gloo_context.Finalize();\n"
+        "    state.initialization_failed = true;\n"
+        "    return;\n"
+        "  }\n"
+        "#endif // HAVE_GLOO\n\n  assert(",
+        why="the other half of the repair above",
+        upstream="horovod#3264 (closed, not mended)",
+    ),
+    Repair(
+        name="init can be tried again",
+        file="horovod/common/operations.cc",
+        says="    horovod_global.initialization_done = false;\n    horovod_global.background_thread =",
+        must_say="    horovod_global.initialization_done = false;\n"
+        "    horovod_global.initialization_failed = false;\n"
+        "    horovod_global.background_thread =",
+        why="once an init has failed, each later one is taken for failed before it has begun",
+        upstream="none found",
+    ),
+    Repair(
+        name="a rank that was removed can tell",
+        file="horovod/common/gloo/gloo_context.cc",
+        says="      throw std::runtime_error(out.str());",
+        must_say='      SetEnv(HOROVOD_RANK, "-1");\n      throw std::runtime_error(out.str());',
+        why="a rank whose host left an elastic job only sees that init failed, as when another rank"
+        " died: it would ask for a place again and again, and be counted among those that have one",
+        upstream="none found",
+    ),
+    Repair(
         name="std::logic_error is declared",
         file="horovod/common/common.h",
         says="#include <memory>\n#include <string>\n",
