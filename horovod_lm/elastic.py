@@ -14,6 +14,7 @@ no state yet, and AdamW's decay then shrinks every parameter.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import socket
@@ -45,8 +46,10 @@ from horovod_lm.utils.errors import DistributedError
 from horovod_lm.utils.interrupts import StopRequest
 from horovod_lm.utils.progress import ProgressLine
 from horovod_lm.utils.run_folder import RunFolder
+from horovod_lm.utils.watchdog import Watchdog
 
 LOST, CHANGED, JOINED = "a rank was lost", "ranks left or joined", "this rank joined"
+REMOVED = "-1"  # the rank of a process whose host has left the job
 
 
 def run_elastic_training(
@@ -70,7 +73,8 @@ def run_elastic_training(
             "--elastic needs horovodrun with --min-np and --host-discovery-script:"
             " python -m horovod_lm.utils.discovery prints the call"
         )
-    with StopRequest() as stop:
+    limit = float(os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"])  # when the other ranks miss this one
+    with StopRequest() as stop, Watchdog(limit, f"rank {hvd.rank()}"):
         state = ElasticState(config, run_name, resume_checkpoint, stop)
         return run_fn(train_in_this_world, state.wait_for_next_world)(state)
 
@@ -166,10 +170,22 @@ class ElasticState(State):
             raise HostsUpdatedInterrupt(skip_sync=False) from None
 
     def wait_for_next_world(self) -> None:
-        """Leave this world; return in the next one, or end if there is none within the time."""
-        hvd.shutdown()
+        """Leave this world; return in the next one, or end if there is none within the time.
+
+        Raises:
+            SystemExit: this rank's host is no longer listed.
+        """
         with self.patience(self.config.training.elastic_timeout_seconds):
-            hvd.init()  # asks horovodrun for a rank, and waits until every other rank has asked
+            while True:
+                hvd.shutdown()
+                try:
+                    hvd.init()  # asks horovodrun for a rank, and waits until all others have asked
+                    return
+                except ValueError:  # a rank was lost while the ranks were meeting: ask once more
+                    if rank_in_environment() == REMOVED:
+                        host = os.environ["HOROVOD_HOSTNAME"]
+                        print(f"{host} is no longer listed: its rank leaves, the others go on")
+                        raise SystemExit(0) from None
 
     @contextmanager
     def patience(self, seconds: float) -> Iterator[None]:
@@ -177,8 +193,10 @@ class ElasticState(State):
         timer = threading.Timer(seconds, self.give_up)
         timer.daemon = True
         timer.start()
-        yield
-        timer.cancel()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def give_up(self) -> None:
         """Save the newest commit, say so, and end: the main thread waits inside Horovod."""
@@ -221,6 +239,13 @@ def broadcast_content(content: Any, root_rank: int) -> Any:
         return tensor
 
     return map_tensors(plan, transfer)
+
+
+def rank_in_environment() -> str:
+    """Return what Horovod wrote to the environment; Python's `os.environ` is an older copy of it."""
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_char_p
+    return getenv(b"HOROVOD_RANK").decode()
 
 
 def find_place_on_machine() -> tuple[int, int]:
