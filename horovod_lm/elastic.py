@@ -20,6 +20,7 @@ import platform
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -119,15 +120,18 @@ class ElasticState(State):
         self.content: dict[str, Any] | None = None  # the newest commit
         self.trainer: Trainer | None = None
         self.steps_taken = self.steps_lost = self.ranks_before = 0
-        self.why = JOINED
+        self.why, self.left_at = JOINED, time.monotonic()
 
     def begin(self, trainer: Trainer) -> None:
         """Take on the trainer of a new world, and commit where it starts."""
         self.trainer = trainer
         if self.ranks_before:
-            trainer.report.new_world(trainer.position, self.steps_lost, self.ranks_before, self.why)
+            seconds = time.monotonic() - self.left_at
+            trainer.report.new_world(
+                trainer.position, self.steps_lost, self.ranks_before, self.why, seconds
+            )
         self.save()
-        self.ranks_before, self.why = trainer.world_size, CHANGED
+        self.ranks_before = trainer.world_size
 
     def save(self) -> None:
         """Copy all that training needs to go on: no rank can change a commit after it is made."""
@@ -136,7 +140,7 @@ class ElasticState(State):
 
     def restore(self) -> None:
         """Leave the world in which a rank was lost; what it did since the commit is counted."""
-        self.why = LOST
+        self.why, self.left_at = LOST, time.monotonic()
         if self.trainer is not None:
             self.steps_taken = self.trainer.position.global_step
 
@@ -165,6 +169,7 @@ class ElasticState(State):
         try:
             super().check_host_updates()
         except HostsUpdatedInterrupt:
+            self.why, self.left_at = CHANGED, time.monotonic()
             # Horovod lets ranks skip `sync` when hosts only left. A rank that joins at the same
             # time does not skip it, and both wait for ever (horovod#3494).
             raise HostsUpdatedInterrupt(skip_sync=False) from None
@@ -242,7 +247,7 @@ def broadcast_content(content: Any, root_rank: int) -> Any:
 
 
 def rank_in_environment() -> str:
-    """Return what Horovod wrote to the environment; Python's `os.environ` is an older copy of it."""
+    """Return what Horovod wrote to the environment: `os.environ` is an older copy of it."""
     getenv = ctypes.CDLL(None).getenv
     getenv.restype = ctypes.c_char_p
     return getenv(b"HOROVOD_RANK").decode()

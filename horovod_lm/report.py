@@ -114,7 +114,9 @@ class RunReport:
         if at:
             self.progress.say(f"going on at step {at} of {total}")
 
-    def new_world(self, position: Position, lost: int, ranks_before: int, why: str) -> None:
+    def new_world(
+        self, position: Position, lost: int, ranks_before: int, why: str, seconds: float
+    ) -> None:
         """Say that an elastic run goes on with other ranks, and from where."""
         self.recorder.event(
             "new_world",
@@ -123,6 +125,7 @@ class RunReport:
             ranks=self.world_size,
             steps_lost=lost,
             why=why,
+            seconds=round(seconds, 3),  # since this rank learnt of it
         )
         replayed = f"; {lost} step{'s are' if lost > 1 else ' is'} taken again" if lost else ""
         self.progress.say(
