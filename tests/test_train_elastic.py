@@ -46,7 +46,7 @@ def assert_ended_well(run: ElasticRun) -> str:
 
 
 def assert_nothing_was_lost(run: ElasticRun, tiny_project: Path) -> None:
-    """Look at every step that counts: all ranks equal, every sample once, replayed steps counted."""
+    """Look at every step that counts: all ranks equal, every sample once, replays counted."""
     history = run.history()
     assert sorted(history) == [*range(1, STEPS + 1)]
     samples: dict[int, Counter] = {}
@@ -183,7 +183,7 @@ def test_elastic_and_nothing_happens_equals_static(elastic, tiny_project, train)
     run = elastic("calm", 2, hurry=True)
     finished = run.command.wait(120)
     assert finished.code == 0, finished.output[-4000:]
-    overrides = [part for part in run.command.process.args]
+    overrides = list(run.command.process.args)
     first = overrides.index("--config")
     arguments = [part.replace("calm", "calm-static") for part in overrides[first:]]
     train(*arguments, ranks=2)

@@ -142,9 +142,9 @@ REPAIRS = (
         says="  } else {\n    Eigen::VectorXd v = TunableParameter::BestValue();",
         must_say="  } else if (fixed_values_.find(variable) == fixed_values_.end()) {\n"
         "    Eigen::VectorXd v = TunableParameter::BestValue();",
-        why="with cycle time and fusion threshold set, their defaults are written into a vector that"
-        " no longer holds them: every second `hvd.init()` of a process, and so every elastic reset,"
-        " ends in a segmentation fault; with one of them set, the other one changes in silence",
+        why="with cycle time and fusion threshold set, their defaults are written into a vector"
+        " that no longer holds them: every second `hvd.init()` of a process, and so every elastic"
+        " reset, ends in a segmentation fault; with one of them set, the other changes in silence",
         upstream="horovod#2835 (open)",
     ),
     Repair(
@@ -178,7 +178,8 @@ REPAIRS = (
     Repair(
         name="init can be tried again",
         file="horovod/common/operations.cc",
-        says="    horovod_global.initialization_done = false;\n    horovod_global.background_thread =",
+        says="    horovod_global.initialization_done = false;\n"
+        "    horovod_global.background_thread =",
         must_say="    horovod_global.initialization_done = false;\n"
         "    horovod_global.initialization_failed = false;\n"
         "    horovod_global.background_thread =",
