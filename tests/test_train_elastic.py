@@ -161,11 +161,14 @@ def test_three_ranks_become_two(elastic, tiny_project, train):
     assert_equal_to_a_static_resume(run, world["step"], 2, train)
 
 
+TOO_FEW = {"training.elastic_timeout_seconds": 5}
+
+
 def test_too_few_ranks_end_with_a_checkpoint_and_one_sentence(elastic, train):
-    run = elastic("too-few", 2, min_np=2, settings={"training.elastic_timeout_seconds": 5})
+    run = elastic("too-few", 2, settings=TOO_FEW, min_np=2, timeout_seconds=12)
     run.wait_for_step(12)
     run.signal(1, FAULTS["killed"])
-    finished = run.command.wait(40)
+    finished = run.command.wait(25)
     assert finished.code != 0
     assert run.command.left_behind() == []
     said = re.search(

@@ -196,6 +196,17 @@ REPAIRS = (
         upstream="none found",
     ),
     Repair(
+        name="a rank may end while horovodrun waits for hosts",
+        file="horovod/runner/elastic/registration.py",
+        says="        self._action_event.wait()\n",
+        must_say="        self._action_event.wait()\n"
+        "        if self._driver.finished():\n"
+        "            return self._rendezvous_id\n",
+        why="fewer ranks than --min-np are left, none joins in time, horovodrun gives up, and then"
+        " waits for ever at a barrier for ranks that are gone",
+        upstream="horovod#3494 (open)",
+    ),
+    Repair(
         name="std::logic_error is declared",
         file="horovod/common/common.h",
         says="#include <memory>\n#include <string>\n",

@@ -71,7 +71,7 @@ def elastic_command(
     min_np: int = 1,
     max_np: int | None = None,
     np: int | None = None,
-    timeout_seconds: int = 600,
+    timeout_seconds: int = 75,
     interface: str | None = None,
 ) -> list[str]:
     """Return horovodrun's call that starts `command` on ranks that may come and go.
@@ -85,6 +85,7 @@ def elastic_command(
         np: ranks at the start; None: as many as the file has slots now.
         timeout_seconds: how long horovodrun waits for enough slots before it ends all ranks: longer
             than the ranks' own `training.elastic_timeout_seconds`, after which they save and end.
+            The job has ended when this time is over.
         interface: network interface for all traffic; None: the loopback's, if every host is a name
             of this machine as `loopback_name` gives it, else horovodrun's choice.
     """

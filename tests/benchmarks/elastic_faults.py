@@ -48,7 +48,7 @@ EVENTS: dict[str, tuple[int, dict, Event]] = {
     "a host joins": (1, {}, lambda run: run.add_host()),
     "a host leaves": (2, {}, lambda run: run.remove_host(1)),
     "killed: rank 1 of 2, min_np 2": (
-        2, {"min_np": 2, "settings": TOO_FEW}, fault("killed", 1)
+        2, {"min_np": 2, "timeout_seconds": 12, "settings": TOO_FEW}, fault("killed", 1)
     ),
 }  # fmt: skip
 
