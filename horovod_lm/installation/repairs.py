@@ -5,8 +5,9 @@ and the repairs below fit that source only: each names the text it expects to fi
 that says anything else is refused rather than half repaired. That is why the pin stands here,
 beside the repairs, and not among the dependencies in pyproject.toml.
 
-Three of the repairs restore behaviour that fails in silence (a hang that nobody reports, a network
-interface that is ignored, a background thread that burns a core); `tests/horovod` shows each of
+Some of the repairs restore behaviour that fails in silence (a hang that nobody reports, a network
+interface that is ignored, a background thread that burns a core) or that elastic training needs (a
+process that starts Horovod a second time); `tests/horovod` and `tests/test_train_elastic.py` show
 them working on real processes.
 """
 
