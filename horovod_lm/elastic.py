@@ -14,7 +14,6 @@ no state yet, and AdamW's decay then shrinks every parameter.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import socket
@@ -50,7 +49,6 @@ from horovod_lm.utils.run_folder import RunFolder
 from horovod_lm.utils.watchdog import Watchdog
 
 LOST, CHANGED, JOINED = "a rank was lost", "ranks left or joined", "this rank joined"
-REMOVED = "-1"  # the rank of a process whose host has left the job
 
 
 def run_elastic_training(
@@ -181,16 +179,8 @@ class ElasticState(State):
             SystemExit: this rank's host is no longer listed.
         """
         with self.patience(self.config.training.elastic_timeout_seconds):
-            while True:
-                hvd.shutdown()
-                try:
-                    hvd.init()  # asks horovodrun for a rank, and waits until all others have asked
-                    return
-                except ValueError:  # a rank was lost while the ranks were meeting: ask once more
-                    if rank_in_environment() == REMOVED:
-                        host = os.environ["HOROVOD_HOSTNAME"]
-                        print(f"{host} is no longer listed: its rank leaves, the others go on")
-                        raise SystemExit(0) from None
+            hvd.shutdown()
+            distributed.join_world()
 
     @contextmanager
     def patience(self, seconds: float) -> Iterator[None]:
@@ -244,13 +234,6 @@ def broadcast_content(content: Any, root_rank: int) -> Any:
         return tensor
 
     return map_tensors(plan, transfer)
-
-
-def rank_in_environment() -> str:
-    """Return what Horovod wrote to the environment: `os.environ` is an older copy of it."""
-    getenv = ctypes.CDLL(None).getenv
-    getenv.restype = ctypes.c_char_p
-    return getenv(b"HOROVOD_RANK").decode()
 
 
 def find_place_on_machine() -> tuple[int, int]:

@@ -17,7 +17,7 @@ from typing import Any
 from horovod_lm.utils.discovery import elastic_command, loopback_name, write_hosts
 from tests.conftest import ROOT, Command, Finished
 
-GLOO_TIMEOUT = 6  # seconds
+GLOO_TIMEOUT = 8  # seconds
 STEPS, COMMIT_INTERVAL = 120, 5
 SETTINGS = {
     "training.max_steps": STEPS,
