@@ -194,3 +194,12 @@ def test_elastic_and_nothing_happens_equals_static(elastic, tiny_project, train)
     train(*arguments, ranks=2)
     assert_same_end(run.folder, run.folder.with_name("calm-static"))
     assert read_metrics(run.folder, "train")[-1]["steps_replayed"] == 0
+
+
+def test_a_rank_that_comes_after_the_others_gave_up_waiting_still_joins(elastic):
+    # A process takes longer than this to start: the first meeting fails on both sides.
+    run = elastic("late", 1, settings={"distributed.gloo_timeout_seconds": 2})
+    run.wait_for_step(3)
+    run.add_host()
+    assert run.wait_for_world(1)["ranks"] == 2
+    assert_ended_well(run)
