@@ -11,7 +11,7 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -72,23 +72,58 @@ def save_checkpoint(
     Raises:
         CheckpointError: the folder cannot be written, or the disk is full.
     """
-    content = {
+    content = checkpoint_content(
+        model,
+        optimizer,
+        scheduler,
+        scaler,
+        config=config,
+        tokenizer=tokenizer,
+        epoch=int(epoch),
+        step=int(step),
+        global_step=int(global_step),
+        loss=float(loss),
+        best_loss=None if best_loss is None else float(best_loss),
+        samples_seen=int(samples_seen),
+        **extra,
+    )
+    return write_checkpoint(content, Path(checkpoint_dir) / filename)
+
+
+def checkpoint_content(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any | None = None,
+    scaler: Any | None = None,
+    *,
+    config: Mapping[str, Any] | None = None,
+    tokenizer: str | None = None,
+    **position: Any,
+) -> dict[str, Any]:
+    """Return what a checkpoint holds; its tensors are the model's own, not copies.
+
+    Args:
+        model: as for `save_checkpoint`, and so are the others.
+        **position: how far the run has come, as plain values.
+    """
+    return {
         "format": FORMAT,
         "model": uncompiled(model).state_dict(),
         "optimizer": None if optimizer is None else optimizer.state_dict(),
         "scheduler": None if scheduler is None else _plain(scheduler.state_dict()),
         "scaler": None if scaler is None else _plain(scaler.state_dict()),
-        "epoch": int(epoch),
-        "step": int(step),
-        "global_step": int(global_step),
-        "loss": float(loss),
-        "best_loss": None if best_loss is None else float(best_loss),
-        "samples_seen": int(samples_seen),
         "config": None if config is None else _plain(dict(config)),
         "tokenizer": tokenizer,
-        **_plain(extra),
+        **_plain(position),
     }
-    path = Path(checkpoint_dir) / filename
+
+
+def write_checkpoint(content: Mapping[str, Any], path: Path) -> Path:
+    """Write what `checkpoint_content` returned, whole or not at all. Return the path.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or the disk is full.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +140,22 @@ def save_checkpoint(
         with suppress(OSError):  # it is not there when all went well
             temporary.unlink()
     return path
+
+
+def copy_to_memory(content: Any) -> Any:
+    """Return a copy of a checkpoint's content, tensors on the CPU, that training cannot change."""
+    return map_tensors(content, lambda tensor: tensor.detach().to("cpu", copy=True))
+
+
+def map_tensors(content: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """Return nested plain values with `change` applied to each tensor, always in the same order."""
+    if isinstance(content, torch.Tensor):
+        return change(content)
+    if isinstance(content, Mapping):
+        return {key: map_tensors(value, change) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(map_tensors(value, change) for value in content)
+    return content
 
 
 def load_checkpoint(

@@ -34,6 +34,9 @@ class TrainingResult:
     checkpoint: Path | None  # the last one written
     nats_per_story: float | None = None  # source stories: on whole stories that were held out
     entropy_per_story: float | None = None  # the best that any model can reach
+    world_size: int = 1  # ranks at the end
+    world_changes: int = 0  # times that ranks left or joined an elastic run
+    steps_replayed: int = 0  # steps that an elastic run lost with a rank, and took again
 
 
 @dataclass
@@ -48,6 +51,8 @@ class Position:
     loss: float = float("nan")
     first_loss: float = float("nan")
     best_loss: float = float("inf")
+    world_changes: int = 0  # times that ranks left or joined an elastic run
+    steps_replayed: int = 0  # steps that an elastic run lost with a rank, and took again
 
 
 class RunReport:
@@ -108,6 +113,25 @@ class RunReport:
         )
         if at:
             self.progress.say(f"going on at step {at} of {total}")
+
+    def new_world(
+        self, position: Position, lost: int, ranks_before: int, why: str, seconds: float
+    ) -> None:
+        """Say that an elastic run goes on with other ranks, and from where."""
+        self.recorder.event(
+            "new_world",
+            step=position.global_step,
+            ranks_before=ranks_before,
+            ranks=self.world_size,
+            steps_lost=lost,
+            why=why,
+            seconds=round(seconds, 3),  # since this rank learnt of it
+        )
+        replayed = f"; {lost} step{'s are' if lost > 1 else ' is'} taken again" if lost else ""
+        self.progress.say(
+            f"{why}: {ranks_before} -> {self.world_size} ranks, going on after step"
+            f" {position.global_step}{replayed}"
+        )
 
     def step(
         self,
@@ -173,6 +197,8 @@ class RunReport:
             phase,
             epoch=position.epoch,
             step=position.global_step,
+            world_size=self.world_size,
+            steps_replayed=position.steps_replayed,
             tokens=position.tokens,
             loss=loss,
             perplexity=perplexity(loss),

@@ -8,10 +8,10 @@ Every line that exists only because training is distributed carries the tag `# H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,12 +20,14 @@ from horovod_lm.checkpoint import (
     BEST,
     FINAL,
     check_same_model,
+    checkpoint_content,
     checkpoint_name,
     load_checkpoint,
     read_checkpoint,
     remove_old_checkpoints,
     restore,
     save_checkpoint,
+    write_checkpoint,
 )
 from horovod_lm.data import get_dataloaders, load_tokenizer, prepare_data
 from horovod_lm.evaluate import Evaluation, evaluate, score_texts
@@ -97,8 +99,26 @@ def run_distributed_training(
             trainer.report.close()
 
 
+class Commits(Protocol):
+    """What elastic training asks of the loop; see `horovod_lm.elastic`."""
+
+    def commit(self) -> None:
+        """Keep where training stands: the point to go back to when a rank is lost."""
+
+
 class Trainer:
-    """One rank's share of a training run."""
+    """One rank's share of a training run.
+
+    Args:
+        config: see `configs/`.
+        rank: this process's number among `world_size`.
+        world_size: number of ranks.
+        local_rank: this process's number on its host.
+        stop: tells whether the user wants the run to end.
+        resume: where to go on: a checkpoint's file, which rank 0 reads, or its content, which every
+            rank holds.
+        commits: who keeps the commits of elastic training.
+    """
 
     def __init__(
         self,
@@ -107,15 +127,17 @@ class Trainer:
         world_size: int,
         local_rank: int,
         stop: StopRequest,
-        resume_checkpoint: str | Path | None = None,
+        resume: str | Path | Mapping[str, Any] | None = None,
+        commits: Commits | None = None,
     ) -> None:
         self.config, self.training, self.stop = config, config.training, stop
+        self.commits = commits
         self.rank, self.world_size = rank, world_size
         use_cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
         self.amp_dtype = choose_amp_dtype(config.training, self.device)
         self._build()
-        self._load(resume_checkpoint)
+        self._load(resume)
 
     def _build(self) -> None:
         """Build data, model and optimizer, the same on every rank but for the shard of the data."""
@@ -140,18 +162,14 @@ class Trainer:
         self.scaler = build_scaler(self.device, self.amp_dtype)
         self.forward = torch.compile(self.model) if config.training.compile else self.model
 
-    def _load(self, resume_checkpoint: str | Path | None) -> None:
+    def _load(self, resume: str | Path | Mapping[str, Any] | None) -> None:
         """Load where the run stood, give every rank the same, and set the schedule to it."""
         self.position = Position()
-        if resume_checkpoint is not None:
+        if isinstance(resume, Mapping):
+            self._restore(resume, "the last commit")
+        elif resume is not None:
             # Horovod: only rank 0's disk need hold the checkpoint; the others get it over the wire.
-            checkpoint = on_rank_0(lambda: read_checkpoint(resume_checkpoint), "checkpoint")
-            check_same_model(checkpoint, self.config, resume_checkpoint)
-            scaler = self.scaler if self.scaler.is_enabled() else None
-            restore(checkpoint, self.model, self.optimizer, scaler=scaler, name=resume_checkpoint)
-            known = {key: checkpoint.get(key) for key in asdict(self.position)}
-            self.position = Position(**{key: at for key, at in known.items() if at is not None})
-            self._begin_next_epoch_if_done()
+            self._restore(on_rank_0(lambda: read_checkpoint(resume), "checkpoint"), resume)
         # Horovod: parameters last, so that every rank starts from the same bits.
         distributed.broadcast_parameters(self.model)
         self.total_steps = self._count_total_steps()
@@ -162,6 +180,14 @@ class Trainer:
             self.world_size,
             self.position.global_step,
         )
+
+    def _restore(self, checkpoint: Mapping[str, Any], name: str | Path) -> None:
+        check_same_model(checkpoint, self.config, name)
+        scaler = self.scaler if self.scaler.is_enabled() else None
+        restore(checkpoint, self.model, self.optimizer, scaler=scaler, name=name)
+        known = {key: checkpoint.get(key) for key in asdict(self.position)}
+        self.position = Position(**{key: at for key, at in known.items() if at is not None})
+        self._begin_next_epoch_if_done()
 
     def open_report(self, run: RunFolder, progress: ProgressLine, resuming: bool) -> None:
         """Open the run's folder: a new one, or that of the run that goes on."""
@@ -191,6 +217,7 @@ class Trainer:
             if self.train_step(batches):
                 return True
             self._evaluate_and_save_when_due()
+            self._commit_when_due()
         self._begin_next_epoch_if_done()
         return False
 
@@ -316,18 +343,29 @@ class Trainer:
         """Write a checkpoint; rank 0 alone does, because all ranks hold the same."""
         if self.rank != 0:
             return
-        self.saved = save_checkpoint(
+        folder = self.run_folder.checkpoint_dir
+        self.saved = write_checkpoint(self.content(), folder / filename)
+        remove_old_checkpoints(folder, self.training.keep_last_checkpoints)
+
+    def content(self) -> dict[str, Any]:
+        """Return what a checkpoint holds: all that is needed to go on, and to generate."""
+        return checkpoint_content(
             self.model,
             self.optimizer,
-            checkpoint_dir=self.run_folder.checkpoint_dir,
-            filename=filename,
-            scheduler=self.scheduler,
-            scaler=self.scaler,
+            self.scheduler,
+            self.scaler,
             config=self.config.to_dict(),
             tokenizer=self.tokenizer.to_json(),
             **asdict(self.position),
         )
-        remove_old_checkpoints(self.run_folder.checkpoint_dir, self.training.keep_last_checkpoints)
+
+    def _commit_when_due(self) -> None:
+        """Keep where training stands, so that ranks may come and go: see `horovod_lm.elastic`."""
+        due = is_due(
+            self.position.global_step, self.training.commit_interval, self._samples_left() <= 0
+        )
+        if self.commits is not None and due:
+            self.commits.commit()
 
     def _save_here(self, why: str) -> None:
         """Save where training stands, and say how to go on."""
@@ -387,6 +425,9 @@ class Trainer:
             tokens_per_second=self.report.tokens_per_second,
             seconds=self.report.seconds,
             checkpoint=self.saved,
+            world_size=self.world_size,
+            world_changes=self.position.world_changes,
+            steps_replayed=self.position.steps_replayed,
             **stories,
         )
         return distributed.broadcast_object(result, name="result")  # Horovod: the same everywhere

@@ -11,7 +11,12 @@ from horovod_lm.report import TrainingResult, shown
 from horovod_lm.train import run_distributed_training
 from horovod_lm.utils.cli import EXIT_INTERRUPTED, add_config_arguments
 from horovod_lm.utils.config import Config, load_config
-from horovod_lm.utils.distributed import setup_horovod, shutdown, started_by_launcher
+from horovod_lm.utils.distributed import (
+    is_main_process,
+    setup_horovod,
+    shutdown,
+    started_by_launcher,
+)
 from horovod_lm.utils.errors import CheckpointError
 from horovod_lm.utils.progress import format_seconds
 from horovod_lm.utils.run_folder import RunFolder, default_run_name, newest_run
@@ -31,9 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     arguments = parse(argv)
     config, run_name, checkpoint = what_to_train(arguments)
-    world_size, rank, local_rank, _ = setup_horovod(False, config.distributed)
-    result = run_distributed_training(config, rank, world_size, local_rank, checkpoint, run_name)
-    if rank == 0 and not result.stopped:
+    world_size, rank, local_rank, _ = setup_horovod(arguments.elastic, config.distributed)
+    if arguments.elastic:
+        from horovod_lm.elastic import run_elastic_training  # Horovod: it needs Horovod to be there
+
+        result = run_elastic_training(config, run_name, checkpoint)
+    else:
+        result = run_distributed_training(
+            config, rank, world_size, local_rank, checkpoint, run_name
+        )
+    if is_main_process() and not result.stopped:
         print(summary(result))
     shutdown()
     # Horovod: horovodrun takes any other code for a failure and adds a traceback of its own.
@@ -54,6 +66,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--resume",
         metavar="auto|PATH",
         help="go on: auto takes the run of --run-name or the newest; PATH, a run or checkpoint",
+    )
+    parser.add_argument(
+        "--elastic",
+        action="store_true",
+        help="go on when ranks die, leave or join; horovodrun needs --host-discovery-script",
     )
     return parser.parse_args(argv)
 

@@ -5,8 +5,9 @@ and the repairs below fit that source only: each names the text it expects to fi
 that says anything else is refused rather than half repaired. That is why the pin stands here,
 beside the repairs, and not among the dependencies in pyproject.toml.
 
-Three of the repairs restore behaviour that fails in silence (a hang that nobody reports, a network
-interface that is ignored, a background thread that burns a core); `tests/horovod` shows each of
+Some of the repairs restore behaviour that fails in silence (a hang that nobody reports, a network
+interface that is ignored, a background thread that burns a core) or that elastic training needs (a
+process that starts Horovod a second time); `tests/horovod` and `tests/test_train_elastic.py` show
 them working on real processes.
 """
 
@@ -135,6 +136,76 @@ REPAIRS = (
         must_say="        self.cache_capacity = None\n",
         why="the same comma; read as zero, it turns the response cache off",
         upstream="none found",
+    ),
+    Repair(
+        name="settings outlive a second init",
+        file="horovod/common/parameter_manager.cc",
+        says="  } else {\n    Eigen::VectorXd v = TunableParameter::BestValue();",
+        must_say="  } else if (fixed_values_.find(variable) == fixed_values_.end()) {\n"
+        "    Eigen::VectorXd v = TunableParameter::BestValue();",
+        why="with cycle time and fusion threshold set, their defaults are written into a vector"
+        " that no longer holds them: every second `hvd.init()` of a process, and so every elastic"
+        " reset, ends in a segmentation fault; with one of them set, the other changes in silence",
+        upstream="horovod#2835 (open)",
+    ),
+    Repair(
+        name="a failing init raises: its beginning",
+        file="horovod/common/operations.cc",
+        says="#if HAVE_GLOO\n#if HAVE_MPI\n  if (global_mpi_context.IsEnabled()) {\n"
+        "    // Initialize gloo",
+        must_say="#if HAVE_GLOO\n  try {\n#if HAVE_MPI\n  if (global_mpi_context.IsEnabled()) {\n"
+        "    // Initialize gloo",
+        why="an error while the ranks meet ends the process by SIGABRT: a rank that dies while"
+        " elastic training recovers takes all the others with it",
+        upstream="horovod#3264 (closed, not mended)",
+    ),
+    Repair(
+        name="a failing init raises: its end",
+        file="horovod/common/operations.cc",
+        says="    state.process_set_table.Initialize(global_gloo_context);\n  }\n"
+        "#endif // HAVE_GLOO\n\n  assert(",
+        must_say="    state.process_set_table.Initialize(global_gloo_context);\n  }\n"
+        "  } catch (const std::exception& ex) {\n"
+        '    LOG(ERROR) << "Horovod could not be initialized: " << ex.what();\n'
+        "    state.process_set_table.Get(0).Finalize(SHUT_DOWN_ERROR);\n"
+        "    global_gloo_context.Finalize();\n"
+        "    state.initialization_failed = true;\n"
+        "    return;\n"
+        "  }\n"
+        "#endif // HAVE_GLOO\n\n  assert(",
+        why="the other half of the repair above",
+        upstream="horovod#3264 (closed, not mended)",
+    ),
+    Repair(
+        name="init can be tried again",
+        file="horovod/common/operations.cc",
+        says="    horovod_global.initialization_done = false;\n"
+        "    horovod_global.background_thread =",
+        must_say="    horovod_global.initialization_done = false;\n"
+        "    horovod_global.initialization_failed = false;\n"
+        "    horovod_global.background_thread =",
+        why="once an init has failed, each later one is taken for failed before it has begun",
+        upstream="none found",
+    ),
+    Repair(
+        name="a rank that was removed can tell",
+        file="horovod/common/gloo/gloo_context.cc",
+        says="      throw std::runtime_error(out.str());",
+        must_say='      SetEnv(HOROVOD_RANK, "-1");\n      throw std::runtime_error(out.str());',
+        why="a rank whose host left an elastic job only sees that init failed, as when another rank"
+        " died: it would ask for a place again and again, and be counted among those that have one",
+        upstream="none found",
+    ),
+    Repair(
+        name="a rank may end while horovodrun waits for hosts",
+        file="horovod/runner/elastic/registration.py",
+        says="        self._action_event.wait()\n",
+        must_say="        self._action_event.wait()\n"
+        "        if self._driver.finished():\n"
+        "            return self._rendezvous_id\n",
+        why="fewer ranks than --min-np are left, none joins in time, horovodrun gives up, and then"
+        " waits for ever at a barrier for ranks that are gone",
+        upstream="horovod#3494 (open)",
     ),
     Repair(
         name="std::logic_error is declared",

@@ -130,6 +130,14 @@ class TrainingConfig(Section):
     """Optimizer steps between checkpoints; null: at the end of each epoch."""
     keep_last_checkpoints: PositiveInt = 3
     """Numbered checkpoints kept; best and final are always kept."""
+    commit_interval: PositiveInt = 10
+    """Elastic: optimizer steps between commits, where training goes back to when a rank is lost.
+
+    Least time is lost near sqrt(2 x seconds of a commit x seconds between failures) (Young, 1974).
+    Hosts that join or leave are noticed at a commit, too.
+    """
+    elastic_timeout_seconds: PositiveInt = 60
+    """Elastic: save and end when too few ranks are left for so long."""
     compile: bool = False
     """Run the model through torch.compile: minutes at the start, faster steps."""
 

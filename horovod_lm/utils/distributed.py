@@ -6,6 +6,7 @@ reduction returns what it was given, a broadcast does nothing, the rank is 0 of 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
@@ -24,6 +25,7 @@ from horovod_lm.utils.errors import DistributedError
 MIB = 1024 * 1024
 _SECONDS_BETWEEN_QUESTIONS = 0.1
 _HOW_TO_INSTALL = "run python -m horovod_lm.install_horovod"
+_REMOVED = "-1"  # the rank of a process whose host has left the job
 # What launchers tell their processes; the first is horovodrun's, the others are MPI's.
 _LAUNCHER_VARIABLES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
@@ -86,14 +88,55 @@ def setup_horovod(
         _say_once("Horovod is not installed: training alone, in one process")
     elif require_distributed or started_by_launcher():
         _export_settings(settings)  # Horovod: it reads its settings when it starts
-        _horovod().init()
-    _share_the_cores(settings)
-    use_cuda = torch.cuda.is_available()
-    if use_cuda:
-        torch.cuda.set_device(
-            get_local_rank() % torch.cuda.device_count()
-        )  # Horovod: one GPU per local rank
+        join_world()
+    use_cuda = take_share_of_host(settings, get_local_rank(), get_local_size())
     return get_world_size(), get_rank(), get_local_rank(), use_cuda
+
+
+def join_world() -> None:
+    """Initialise Horovod: return when all ranks have met.
+
+    Elastic ranks meet again whenever the ranks change, and ask once more when one of them was lost
+    on the way, or was so long in coming that the others had given up.
+
+    Raises:
+        DistributedError: not every rank came within the Gloo timeout.
+        SystemExit: horovodrun has taken this elastic rank's host off the job.
+    """
+    while not is_distributed():
+        try:
+            _horovod().init()  # elastic: asks horovodrun for a rank, too
+        except ValueError:
+            if not elastic_launcher():
+                seconds = os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"]
+                raise DistributedError(
+                    f"not every rank was there within {seconds} s: the first rank whose output ends"
+                    " in an error says why (distributed.gloo_timeout_seconds sets the time)"
+                ) from None
+            if _rank_in_environment() == _REMOVED:
+                host = os.environ["HOROVOD_HOSTNAME"]
+                print(f"{host} is no longer listed: its rank leaves, the others go on", flush=True)
+                raise SystemExit(0) from None
+            _horovod().shutdown()
+
+
+def take_share_of_host(settings: DistributedConfig, local_rank: int, local_size: int) -> bool:
+    """Give this rank its share of its host's cores, and its GPU. Return whether it has a GPU."""
+    # Horovod: more threads than cores only wait for each other.
+    if settings.threads_per_rank != "auto":
+        torch.set_num_threads(settings.threads_per_rank)
+    elif "OMP_NUM_THREADS" not in os.environ and (local_size > 1 or elastic_launcher()):
+        torch.set_num_threads(max(1, available_cores() // local_size))
+    if not torch.cuda.is_available():
+        return False
+    # Horovod: one GPU per local rank
+    torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    return True
+
+
+def elastic_launcher() -> bool:
+    """Return whether `horovodrun` started this process as one that may lose and gain ranks."""
+    return os.environ.get("HOROVOD_ELASTIC") == "1"
 
 
 def shutdown() -> None:
@@ -272,6 +315,13 @@ def _run_and_keep_error(work: Callable[[], Any], problem: list[Exception]) -> No
         problem.append(error)
 
 
+def _rank_in_environment() -> str:
+    """Return what Horovod wrote to the environment: `os.environ` is an older copy of it."""
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_char_p
+    return getenv(b"HOROVOD_RANK").decode()
+
+
 def _launched_size() -> str:
     return next((os.environ[name] for name in _LAUNCHER_VARIABLES if name in os.environ), "1")
 
@@ -289,14 +339,6 @@ def _export_settings(settings: DistributedConfig) -> None:
         os.environ.setdefault(name, str(value))
     if settings.interface:
         os.environ.setdefault("HOROVOD_GLOO_IFACE", settings.interface)
-
-
-def _share_the_cores(settings: DistributedConfig) -> None:
-    """Share a host's cores evenly among its ranks: more threads only wait for each other."""
-    if settings.threads_per_rank != "auto":
-        torch.set_num_threads(settings.threads_per_rank)
-    elif get_local_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, available_cores() // get_local_size()))
 
 
 @cache

@@ -27,6 +27,8 @@ COLUMNS = (
     "seconds_backward",
     "seconds_allreduce",
     "seconds_update",
+    "world_size",  # ranks that took the step
+    "steps_replayed",  # so far, because an elastic run lost a rank
 )
 PARTS_OF_A_STEP = tuple(name for name in COLUMNS if name.startswith("seconds_"))
 

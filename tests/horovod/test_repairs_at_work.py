@@ -206,3 +206,50 @@ def test_a_rank_in_the_place_of_its_shell_can_save_when_it_is_stopped(tmp_path):
     )
     subprocess.run([sys.executable, "launcher.py"], cwd=tmp_path, check=True, timeout=60)
     assert (tmp_path / "saved").exists()
+
+
+SECOND_INIT = """
+import horovod.torch as hvd
+import torch
+
+for world in range(3):
+    hvd.init()
+    hvd.allreduce(torch.ones(1), name="here")
+    hvd.shutdown()
+print("THREE WORLDS", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "times", ["--cycle-time-ms 5", "--cycle-time-ms 5 --fusion-threshold-mb 8"]
+)
+def test_a_process_can_start_horovod_again(run_ranks, times):
+    # "settings outlive a second init": without it a segmentation fault.
+    done = run_ranks(SECOND_INIT, *times.split())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("THREE WORLDS") == 2
+
+
+ONE_RANK_STAYS_AWAY_FROM_INIT = """
+import os
+import time
+import horovod.torch as hvd
+
+os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = "3"
+if os.environ["HOROVOD_RANK"] == "1":
+    time.sleep(12)
+else:
+    for attempt in range(2):
+        try:
+            hvd.init()
+        except ValueError:
+            print("INIT FAILED", flush=True)
+        hvd.shutdown()
+"""
+
+
+def test_a_failing_init_raises_and_can_be_tried_again(run_ranks):
+    # "a failing init raises", "init can be tried again": without them the process aborts.
+    done = run_ranks(ONE_RANK_STAYS_AWAY_FROM_INIT)
+    assert done.stdout.count("INIT FAILED") == 2, done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr

@@ -159,13 +159,12 @@ def test_an_error_of_work_done_alone_is_raised_as_it_is():
 )
 def test_a_hosts_cores_are_shared(monkeypatch, threads, local_size, omp, cores, wanted):
     chosen = []
-    monkeypatch.setattr(distributed, "get_local_size", lambda: local_size)
     monkeypatch.setattr(distributed, "available_cores", lambda: cores)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if omp:
         monkeypatch.setenv("OMP_NUM_THREADS", omp)
-    distributed._share_the_cores(DistributedConfig(threads_per_rank=threads))
+    distributed.take_share_of_host(DistributedConfig(threads_per_rank=threads), 0, local_size)
     assert chosen == ([] if wanted is None else [wanted])
 
 

@@ -47,7 +47,7 @@ def test_the_table_has_the_designs_columns(tmp_path, open_recorder):
     assert tuple(header) == COLUMNS == (
         "phase", "epoch", "step", "tokens", "learning_rate", "loss", "perplexity", "accuracy",
         "tokens_per_second", "gradient_norm", "seconds_data", "seconds_forward",
-        "seconds_backward", "seconds_allreduce", "seconds_update",
+        "seconds_backward", "seconds_allreduce", "seconds_update", "world_size", "steps_replayed",
     )  # fmt: skip
     assert dict(zip(header, row, strict=True)) == dict.fromkeys(COLUMNS, "") | {
         "phase": "train", "step": "1", "loss": "2.5", "seconds_data": "0.25"}  # fmt: skip

@@ -1,0 +1,140 @@
+"""Elastic jobs: the file of hosts, and horovodrun's call that follows it while it changes.
+
+    python -m horovod_lm.utils.discovery runs/hosts --workers 2      # writes it, prints the call
+
+The file is plain text, `name:slots` a line. horovodrun runs a discovery script once a second to
+learn which hosts there are; ours prints that file. A line more lets a worker join, a line less
+lets one leave.
+
+horovodrun gives up a *host*, not a process: after one failure on a host it starts nothing there
+again, and on one machine the first death would end the job. So on one machine each worker gets a
+name of its own for it (`localhost`, `127.0.0.1`, `127.0.0.01`, ...), and horovodrun takes them for
+as many hosts. To let a worker join after one has died, add a name that was not used before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+LOOPBACK = "127.0.0.1"
+
+
+def loopback_name(number: int) -> str:
+    """Return a name of this machine that differs from those for other numbers, counted from 0."""
+    # The last byte of an address may have leading zeros: all these mean 127.0.0.1.
+    return f"127.0.0.{'1':0>{number}}" if number else "localhost"
+
+
+def write_hosts(path: str | Path, hosts: Sequence[str]) -> Path:
+    """Write the file of hosts, whole or not at all: horovodrun reads it at any time.
+
+    Args:
+        path: the file; its folder is made.
+        hosts: `name:slots` each.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text("".join(f"{host}\n" for host in hosts), encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def read_hosts(path: str | Path) -> dict[str, int]:
+    """Return the slots of each host in a file of hosts; comments (`#`) and blank lines are fine."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    entries = [entry for line in lines if (entry := "".join(line.partition("#")[0].split()))]
+    return {name: int(slots or 1) for name, _, slots in (each.partition(":") for each in entries)}
+
+
+def write_discovery_script(hosts_file: str | Path) -> Path:
+    """Write, beside the file of hosts, the script with which horovodrun reads it."""
+    hosts_file = Path(hosts_file).resolve()
+    script = hosts_file.with_name(f"{hosts_file.name}.discovery.sh")
+    # horovodrun fails on comments and blank lines. A shell starts at once; Python would not.
+    clean = f"sed -e 's/#.*//' -e 's/[[:space:]]//g' -e '/^$/d' {shlex.quote(str(hosts_file))}"
+    script.write_text(f"#!/bin/sh\nexec {clean}\n", encoding="utf-8")
+    script.chmod(0o755)
+    return script
+
+
+def elastic_command(
+    command: Sequence[str],
+    hosts_file: str | Path,
+    min_np: int = 1,
+    max_np: int | None = None,
+    np: int | None = None,
+    timeout_seconds: int = 75,
+    interface: str | None = None,
+) -> list[str]:
+    """Return horovodrun's call that starts `command` on ranks that may come and go.
+
+    Args:
+        command: what each rank runs, for example `["python", "-m", "horovod_lm.train",
+            "--elastic", "--config", "configs/tiny.yaml"]`.
+        hosts_file: see `write_hosts`; horovodrun follows its changes.
+        min_np: with fewer ranks training saves and ends.
+        max_np: more ranks are never started; None: as many as the file has slots.
+        np: ranks at the start; None: as many as the file has slots now.
+        timeout_seconds: how long horovodrun waits for enough slots before it ends all ranks: longer
+            than the ranks' own `training.elastic_timeout_seconds`, after which they save and end.
+            The job has ended when this time is over.
+        interface: network interface for all traffic; None: the loopback's, if every host is a name
+            of this machine as `loopback_name` gives it, else horovodrun's choice.
+    """
+    hosts = read_hosts(hosts_file)
+    if interface is None and all(is_loopback(host) for host in hosts):
+        interface = loopback_interface()  # horovodrun looks for others, and then for two hosts
+    call = ["horovodrun", "-np", str(np or sum(hosts.values())), "--min-np", str(min_np)]
+    if max_np is not None:
+        call += ["--max-np", str(max_np)]
+    call += ["--host-discovery-script", str(write_discovery_script(hosts_file))]
+    call += ["--elastic-timeout", str(timeout_seconds)]
+    if interface is not None:
+        call += ["--network-interfaces", interface]
+    return [*call, *command]
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host is one of `loopback_name`'s."""
+    return host == "localhost" or host.startswith("127.0.0.")
+
+
+def loopback_interface() -> str:
+    """Return the name of the loopback interface: `lo` on Linux, `lo0` on macOS."""
+    return next(
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(address.address == LOOPBACK for address in addresses)
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write a file of hosts for workers on this machine; print the call that follows it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m horovod_lm.utils.discovery",
+        description="Write a file of hosts, and print the call of an elastic job that follows it.",
+    )
+    parser.add_argument("hosts_file", help="name:slots a line; kept if it is there")
+    parser.add_argument("--workers", type=int, default=2, help="on this machine (default: 2)")
+    parser.add_argument("--min-np", type=int, default=1, help="with fewer, save and end")
+    parser.add_argument("--max-np", type=int, help="never start more")
+    arguments = parser.parse_args(argv)
+    if not Path(arguments.hosts_file).exists():
+        names = [f"{loopback_name(number)}:1" for number in range(arguments.workers)]
+        write_hosts(arguments.hosts_file, names)
+    training = ["python", "-m", "horovod_lm.train", "--elastic", "--config", "configs/tiny.yaml"]
+    call = elastic_command(training, arguments.hosts_file, arguments.min_np, arguments.max_np)
+    print(shlex.join(call))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

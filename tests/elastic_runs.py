@@ -1,0 +1,137 @@
+"""Elastic runs on real processes, for tests and for the table of faults.
+
+What happened is read from what the ranks wrote: see `ranks_elastic.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from horovod_lm.utils.discovery import elastic_command, loopback_name, write_hosts
+from tests.conftest import ROOT, Command, Finished
+
+GLOO_TIMEOUT = 8  # seconds
+STEPS, COMMIT_INTERVAL = 120, 5
+SETTINGS = {
+    "training.max_steps": STEPS,
+    "training.num_epochs": 20,
+    "training.commit_interval": COMMIT_INTERVAL,
+    "training.checkpoint_interval": COMMIT_INTERVAL,
+    "training.keep_last_checkpoints": 1000,
+    "training.eval_interval": 40,
+    "distributed.gloo_timeout_seconds": GLOO_TIMEOUT,
+    "distributed.reduction_groups": 1,
+}
+FAULTS = {"killed": signal.SIGKILL, "exception": signal.SIGUSR1, "stopped": signal.SIGSTOP}
+
+
+class ElasticRun:
+    """`horovodrun` with a file of hosts, each a name of this machine with one rank.
+
+    Args:
+        project: holds `configs/tiny.yaml`.
+        name: the run's.
+        workers: ranks at the start.
+        settings: override `SETTINGS`.
+        hurry: do not leave the time in which other ranks could join.
+        **options: of `elastic_command`.
+    """
+
+    def __init__(
+        self,
+        project: Path,
+        name: str,
+        workers: int,
+        settings: dict[str, Any] | None = None,
+        hurry: bool = False,
+        **options: Any,
+    ) -> None:
+        self.folder = project / "runs" / name
+        self.hosts = [f"{loopback_name(number)}:1" for number in range(workers)]
+        self._hosts_ever = workers
+        self._hosts_file = write_hosts(project / f"{name}.hosts", self.hosts)
+        rank = [sys.executable, str(ROOT / "tests" / "ranks_elastic.py"), "--elastic"]
+        if hurry:
+            rank = [sys.executable, "-m", "horovod_lm.train", "--elastic"]
+        rank += ["--config", "configs/tiny.yaml", "--run-name", name]
+        for key, value in {**SETTINGS, **(settings or {})}.items():
+            rank += ["--set", f"{key}={value}"]
+        call = elastic_command(rank, self._hosts_file, **options)
+        call[0] = str(Path(sys.executable).with_name(call[0]))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.command = Command(call, project, environment)
+
+    # ---- what is done to it ---------------------------------------------------------------------
+
+    def signal(self, rank: int, number: signal.Signals) -> float:
+        """Send a signal to a rank; return when, as `time.time()`."""
+        self.command.family()
+        os.kill(self.process_id(rank), number)
+        return time.time()
+
+    def add_host(self) -> float:
+        """Let a worker join; return when. A host that has lost a rank is not used again."""
+        self.hosts.append(f"{loopback_name(self._hosts_ever)}:1")
+        self._hosts_ever += 1
+        write_hosts(self._hosts_file, self.hosts)
+        return time.time()
+
+    def remove_host(self, number: int) -> float:
+        """Let the worker of a line of the file of hosts leave; return when."""
+        del self.hosts[number]
+        write_hosts(self._hosts_file, self.hosts)
+        return time.time()
+
+    # ---- what is seen of it ---------------------------------------------------------------------
+
+    def wait_for_step(self, step: int, timeout: float = 60) -> None:
+        self.command.wait_until(lambda: self.last_step() >= step, timeout)
+
+    def wait_for_world(self, number: int, timeout: float = 60) -> dict[str, Any]:
+        """Wait until the ranks have changed for the `number`th time; return rank 0's event."""
+        self.command.wait_until(lambda: len(self.worlds()) >= number, timeout)
+        return self.worlds()[number - 1]
+
+    def finish(self, timeout: float = 90) -> Finished:
+        """Let the run go to its end at full speed."""
+        (self.folder / "hurry").touch()
+        return self.command.wait(timeout)
+
+    def last_step(self) -> int:
+        return max((line["step"] for line in self.witnesses()), default=0)
+
+    def worlds(self) -> list[dict[str, Any]]:
+        """What rank 0 wrote whenever the ranks had changed."""
+        return [line for line in self._lines("logs/rank0.jsonl") if line["event"] == "new_world"]
+
+    def process_id(self, rank: int) -> int:
+        """Return the process that has this rank now."""
+        lines = self._lines(f"logs/rank{rank}.jsonl")
+        return [line["pid"] for line in lines if line["event"] == "start"][-1]
+
+    def witnesses(self) -> list[dict[str, Any]]:
+        """What every rank wrote after every step that it took."""
+        names = [path.name for path in self.folder.glob("witness-*.jsonl")]
+        return [line for name in names for line in self._lines(name)]
+
+    def history(self) -> dict[int, list[dict[str, Any]]]:
+        """Return, for each step, what the ranks wrote that took it last."""
+        by_step = defaultdict(list)
+        for line in self.witnesses():
+            by_step[line["step"]].append(line)
+        return {
+            step: [line for line in lines if line["world"] == max(each["world"] for each in lines)]
+            for step, lines in by_step.items()
+        }
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / name
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]

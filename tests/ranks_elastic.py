@@ -1,0 +1,71 @@
+"""Run by horovodrun: train elastically, and write down what each step saw and what it left.
+
+SIGUSR1 raises an exception in this rank. Steps are slow until the test makes the file `hurry` in
+the run's folder, so that there is time for ranks to join.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+
+from horovod_lm import elastic
+from horovod_lm.data.loaders import TokenBlockDataset
+from horovod_lm.train import Trainer
+from horovod_lm.train_command import main
+
+SECONDS_PER_STEP = 0.2
+seen: list[tuple[int, int]] = []  # (which dataset, which sample)
+take_sample = TokenBlockDataset.__getitem__
+
+
+def take_and_note(dataset, index):
+    seen.append((id(dataset), int(index)))
+    return take_sample(dataset, index)
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("this rank was told to fail")
+
+
+def fingerprint(trainer: Trainer) -> str:
+    """Return a hash of every bit of parameters, moments, step counts and rates."""
+    content, digest = trainer.content(), hashlib.sha256()
+    for part in ("model", "optimizer", "scheduler", "scaler"):
+        elastic.map_tensors(
+            content[part], lambda tensor: digest.update(tensor.detach().numpy().tobytes())
+        )
+    digest.update(str(trainer.scheduler.state_dict()["_last_lr"]).encode())
+    return digest.hexdigest()
+
+
+class WitnessedTrainer(Trainer):
+    """A trainer whose every step leaves a line in `witness-PID.jsonl`."""
+
+    def train_step(self, batches):
+        folder, epoch = self.run_folder.run_dir, self.position.epoch
+        if not (folder / "hurry").exists():
+            time.sleep(SECONDS_PER_STEP)
+        seen.clear()
+        stopped = super().train_step(batches)
+        line = {
+            "world": self.position.world_changes,
+            "rank": self.rank,
+            "ranks": self.world_size,
+            "epoch": epoch,
+            "step": self.position.global_step,
+            "samples": [index for owner, index in seen if owner == id(self.train_loader.dataset)],
+            "fingerprint": fingerprint(self),
+        }
+        with open(folder / f"witness-{os.getpid()}.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        return stopped
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGUSR1, fail)
+    TokenBlockDataset.__getitem__ = take_and_note
+    elastic.Trainer = WitnessedTrainer
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,60 @@
+"""The file of hosts, as horovodrun sees it."""
+
+from __future__ import annotations
+
+import shlex
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from horovod_lm.utils.discovery import (
+    elastic_command,
+    loopback_name,
+    main,
+    read_hosts,
+    write_discovery_script,
+    write_hosts,
+)
+
+
+def test_names_of_this_machine_differ_and_mean_the_same_address():
+    names = [loopback_name(number) for number in range(5)]
+    assert names[:2] == ["localhost", "127.0.0.1"] and len(set(names)) == 5
+    assert {socket.gethostbyname(name) for name in names} == {"127.0.0.1"}
+
+
+def test_the_script_prints_what_the_file_says_now_without_comments_and_blank_lines(tmp_path):
+    hosts_file = write_hosts(tmp_path / "a folder" / "it's hosts", ["one:1"])
+    script = write_discovery_script(hosts_file)
+    assert subprocess.check_output([script], text=True) == "one:1\n"
+    hosts_file.write_text("# mine\n\none:1  # the first\n  two:3\n")
+    assert subprocess.check_output([script], text=True) == "one:1\ntwo:3\n"
+    assert read_hosts(hosts_file) == {"one": 1, "two": 3}
+
+
+@pytest.mark.parametrize(
+    ("hosts", "np", "on_loopback"),
+    [(["localhost:1", "127.0.0.1:1"], "2", True), (["localhost:1", "gpu7:4"], "5", False)],
+)
+def test_the_call_fits_the_hosts(tmp_path, hosts, np, on_loopback):
+    hosts_file = write_hosts(tmp_path / "hosts", hosts)
+    call = elastic_command(["python", "train.py"], hosts_file, min_np=2, max_np=8)
+    assert call[0] == "horovodrun" and call[-2:] == ["python", "train.py"]
+    options = dict(zip(call[1:-2:2], call[2:-2:2], strict=True))
+    assert (options["-np"], options["--min-np"], options["--max-np"]) == (np, "2", "8")
+    assert ("--network-interfaces" in options) == on_loopback
+
+
+def test_the_printed_call_is_one_that_horovodrun_takes(tmp_path, capsys):
+    hosts_file = tmp_path / "hosts"
+    assert main([str(hosts_file), "--workers", "3"]) == 0
+    call = shlex.split(capsys.readouterr().out)
+    assert read_hosts(hosts_file) == {"localhost": 1, "127.0.0.1": 1, "127.0.0.01": 1}
+    launch = pytest.importorskip("horovod.runner.launch")
+    parse = f"import sys; from {launch.__name__} import parse_args; print(parse_args().num_proc)"
+    run = subprocess.run(
+        [sys.executable, "-c", parse, *call[1:]], capture_output=True, text=True, timeout=60
+    )
+    assert run.stdout.strip() == "3", run.stderr
