@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,6 +34,7 @@ SECONDS_TO_ANSWER = 4
 DOCTOR = "python -m horovod_lm.doctor --hosts FILE looks at every host"
 _OF_A_RANK = re.compile(r"\[(\d+)\]<(stdout|stderr)>:(.*)")
 _NO_SSH = re.compile(r"ssh not successful for host (\S+):")
+_FIRST_SIGN = re.compile(r"lost another rank|another rank is gone|exit with status code")
 _BLAMED = re.compile(r"Process name: (\d+)")
 _EXIT_CODE = re.compile(r"Exit code: (-?\d+)")
 
@@ -54,19 +55,28 @@ def run(config: Config, command: Sequence[str], hostfile: str | Path = DEFAULT_H
     call = horovodrun_command(config, command, write_hostfile(config, hostfile))
     print(shlex.join(call), flush=True)
     said: deque[str] = deque(maxlen=LINES_KEPT)
-    with subprocess.Popen(
-        call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
+    with (
+        ThreadPoolExecutor(1) as pool,
+        subprocess.Popen(
+            call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process,
+    ):
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        asked = None
         try:
-            _pass_on(process.stdout, said)
+            for line in _pass_on(process.stdout, said):
+                # The surviving ranks and horovodrun take seconds to end: time to ask meanwhile.
+                if asked is None and _FIRST_SIGN.search(line):
+                    asked = pool.submit(silent_hosts, config)
         finally:
             signal.signal(signal.SIGTERM, before)
-    if process.returncode:
-        raise DistributedError(explain(config, process.returncode, list(said)))
+        code = process.wait()
+        if code:
+            silent = asked.result() if asked else silent_hosts(config)
+            raise DistributedError(explain(config, code, list(said), silent))
 
 
-def _pass_on(lines: Iterable[str], said: deque[str]) -> None:
+def _pass_on(lines: Iterable[str], said: deque[str]) -> Iterator[str]:
     own_traceback = False
     for line in lines:
         said.append(line.rstrip("\n"))
@@ -74,17 +84,24 @@ def _pass_on(lines: Iterable[str], said: deque[str]) -> None:
         if not own_traceback or _OF_A_RANK.match(line):
             sys.stdout.write(line)
             sys.stdout.flush()
+        yield line
 
 
-def explain(config: Config, code: int, said: Sequence[str]) -> str:
+def explain(config: Config, code: int, said: Sequence[str], silent: dict[str, str]) -> str:
     """Return why a job ended, naming the host: from what it said, and who still answers.
 
     Args:
         config: the job's.
         code: horovodrun's exit code.
         said: the last lines of its output.
+        silent: the hosts that do not answer, as `silent_hosts` returns them.
     """
-    return _locked_out(said) or _lost(config) or _failed(config, said) or _own_words(code, said)
+    return (
+        _locked_out(said)
+        or _lost(config, silent)
+        or _failed(config, said)
+        or _own_words(code, said)
+    )
 
 
 def silent_hosts(config: Config) -> dict[str, str]:
@@ -123,10 +140,10 @@ def _locked_out(said: Sequence[str]) -> str:
     return ""
 
 
-def _lost(config: Config) -> str:
-    silent, ranks = silent_hosts(config), ranks_of(config)
+def _lost(config: Config, silent: dict[str, str]) -> str:
     if not silent:
         return ""
+    ranks = ranks_of(config)
     names = [f"{name} ({_ranks(ranks[name])}: {why})" for name, why in silent.items()]
     return (
         f"lost {' and '.join(names)}: see to the machine and its network, then go on with --resume"
