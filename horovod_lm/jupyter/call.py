@@ -39,10 +39,11 @@ class Call:
     Attributes:
         size: how many ranks.
         hosts: slots by host, in order; None: this one alone.
-        options: horovodrun's options besides hosts.
+        launcher: horovodrun and its options.
         command: what each rank runs.
         env: environment variables of every rank, on top of the kernel's.
         what: the name of it in sentences.
+        elastic: whether ranks may come and go.
         cell: the packed cell, where one is run.
         timeout: seconds; 0: without end.
         patience: seconds that ranks have to end by themselves.
@@ -51,10 +52,11 @@ class Call:
 
     size: int
     hosts: dict[str, int] | None
-    options: list[str]
+    launcher: list[str]
     command: list[str]
     env: dict[str, str]
     what: str = "the cell"
+    elastic: bool = False
     cell: bytes = b""
     timeout: float = 0.0
     patience: float = 2.0
@@ -103,8 +105,7 @@ class Call:
     @property
     def arguments(self) -> list[str]:
         """The whole call, horovodrun first."""
-        where = [] if self.hosts is None else ["-H", _joined(self.hosts)]
-        return ["horovodrun", "-np", str(self.size), *where, *self.options, *self.command]
+        return [*self.launcher, *self.command]
 
     @contextmanager
     def ready(self) -> Iterator[Job]:
@@ -117,11 +118,13 @@ class Call:
         with tempfile.TemporaryDirectory(prefix="horovodrun-") as folder:
             if self.cell:
                 env[rank_cell.VARIABLE] = self._place(Path(folder, "cell"))
+            find_horovodrun()
             if self.timeout:
                 env[rank_cell.DEADLINE] = str(time.time() + self.timeout)
             yield Job(
-                [find_horovodrun(), *self.arguments[1:]], self.size, env, self.cwd, os.getpid(),
-                self.patience, self.is_command, self.timeout, self.log_dir,
+                self.arguments, self.size, env, self.cwd, os.getpid(), self.patience,
+                gentle=self.is_command, elastic=self.elastic, timeout=self.timeout,
+                log_dir=self.log_dir,
             )  # fmt: skip
 
     def describe(self) -> str:
@@ -240,10 +243,11 @@ def _common(arguments: argparse.Namespace) -> dict:
         raise ConfigError(f"-np {size} and the hosts' {slots} slots differ: make them equal")
     here = max(hosts.values()) if hosts else size
     threads = share_the_cores(here, arguments.threads)
+    where = ["-H", _joined(hosts)] if hosts else []
     return {
         "size": size,
         "hosts": hosts,
-        "options": _options(arguments),
+        "launcher": ["horovodrun", "-np", str(size), *where, *_options(arguments)],
         "env": {**_stall(arguments.stall), "OMP_NUM_THREADS": str(threads), **_env(arguments.env)},
         "timeout": arguments.timeout,
     }

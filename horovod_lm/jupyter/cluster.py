@@ -164,6 +164,8 @@ class HorovodCluster:
 
     def interrupt(self) -> None:
         """Interrupt all ranks: one alone would leave the others waiting."""
+        if self._engines is None:
+            raise DistributedError(NOT_RUNNING)
         self._engines.interrupt()
 
     def __repr__(self) -> str:

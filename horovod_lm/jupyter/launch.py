@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Generator, Iterable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,9 @@ from horovod_lm.jupyter.call import COMMANDS_PATIENCE, Call, share_the_cores
 from horovod_lm.jupyter.outcome import Outcome, RankError
 from horovod_lm.jupyter.ranks import Ranks
 from horovod_lm.jupyter.run_reader import RunReader
+from horovod_lm.utils.cluster import check_names, horovodrun_command, write_hostfile
 from horovod_lm.utils.config import Config, load_config, save_config
+from horovod_lm.utils.discovery import elastic_command, loopback_name, read_hosts, write_hosts
 from horovod_lm.utils.errors import ConfigError
 from horovod_lm.utils.progress import format_seconds
 from horovod_lm.utils.run_folder import RunFolder, default_run_name
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from horovod_lm.jupyter.dashboard import Dashboard
 
 SECONDS_BETWEEN_LOOKS = 0.2
+HOSTS_FILE = "hosts"  # in the folder of an elastic run: the places for its workers
 SECONDS_TO_END = COMMANDS_PATIENCE + 12  # to save, to be killed if need be, and to be counted
 
 
@@ -41,6 +45,7 @@ def launch(
     overrides: Iterable[str] | Mapping[str, Any] | None = None,
     run_name: str | None = None,
     resume: bool = False,
+    elastic: bool = False,
     threads: int | None = None,
     env: Mapping[str, str] | None = None,
 ) -> TrainingJob:
@@ -52,6 +57,8 @@ def launch(
         overrides: changes on top of `config`, as `load_config` takes them.
         run_name: the run's folder under `runs/`; default: a name that no run has.
         resume: go on with the run of that name, from its newest checkpoint.
+        elastic: go on when ranks die, and let others join: `job.add_worker()`. On this host, which
+            gets a name for each of them.
         threads: CPU threads of each rank; default: the host's cores shared evenly.
         env: environment variables of every rank.
 
@@ -69,7 +76,8 @@ def launch(
     if not resume:
         run.set_aside_earlier_run()
         save_config(config, run.run_dir / "config.yaml")
-    return TrainingJob(run, _call(config, run, np, resume, threads, env or {}))
+    call = _elastic_call if elastic else _call
+    return TrainingJob(run, call(config, run, np, resume, threads, env or {}))
 
 
 class TrainingJob:
@@ -84,8 +92,10 @@ class TrainingJob:
         self.run, self.size = run, call.size
         self._reader = RunReader(run.log_dir)
         self._reader.skip_what_is_there()
-        self._outcome = Outcome(call.size, f"run {run.name}")
+        self._outcome = Outcome(call.size, f"run {run.name}", elastic=call.elastic)
         self._started, self._seconds = time.monotonic(), math.nan
+        # horovodrun never comes back to a place where a rank has failed.
+        self._names_ever = {loopback_name(number) for number in range(call.size)}
         run.log_dir.mkdir(parents=True, exist_ok=True)
         # A command's job needs nothing of the folder that `ready` takes away again.
         with call.ready() as job:
@@ -156,6 +166,43 @@ class TrainingJob:
 
         return Dashboard(self)
 
+    # ---- workers that come and go ---------------------------------------------------------------
+
+    def add_worker(self) -> str:
+        """Offer an elastic job one more worker on this host; return the name of its place.
+
+        Raises:
+            ConfigError: the job is not elastic.
+        """
+        hosts = self._hosts()
+        name = loopback_name(next(n for n in count() if loopback_name(n) not in self._names_ever))
+        self._names_ever.add(name)
+        write_hosts(self._hosts_file, [*hosts, f"{name}:1"])
+        return name
+
+    def remove_worker(self, name: str | None = None) -> str:
+        """Take a worker's place away, by default the last one's; return its name.
+
+        Raises:
+            ConfigError: the job is not elastic, or has no such place.
+        """
+        hosts = self._hosts()
+        names = [host.partition(":")[0] for host in hosts]
+        name = names[-1] if name is None else name
+        if name not in names:
+            raise ConfigError(f"there is no place {name!r}: there are {', '.join(names)}")
+        write_hosts(self._hosts_file, [host for host in hosts if host != f"{name}:1"])
+        return name
+
+    @property
+    def _hosts_file(self) -> Path:
+        return self.run.run_dir / HOSTS_FILE
+
+    def _hosts(self) -> list[str]:
+        if not self._outcome.elastic:
+            raise ConfigError(f"run {self.run.name} is not elastic: launch(..., elastic=True)")
+        return [f"{name}:{slots}" for name, slots in read_hosts(self._hosts_file).items()]
+
     # ---- ending ---------------------------------------------------------------------------------
 
     def ask_to_stop(self) -> None:
@@ -208,6 +255,42 @@ class TrainingJob:
         return self.run.log_dir / f"console-rank{rank or 0}.log"
 
 
+def _training(run: RunFolder, resume: bool) -> list[str]:
+    """Return the command of each rank of a run whose configuration stands in its folder."""
+    new = ["--config", str(run.run_dir / "config.yaml"), "--run-name", run.name]
+    what = ["--resume", str(run.run_dir)] if resume else new
+    return [sys.executable, "-m", "horovod_lm.train", *what]
+
+
+def _elastic_call(
+    config: Config,
+    run: RunFolder,
+    np: int | None,
+    resume: bool,
+    threads: int | None,
+    env: Mapping[str, str],
+) -> Call:
+    """Return the call of horovodrun for a run whose ranks may come and go, on this host."""
+    size = 2 if np is None else np
+    if size < 1:
+        raise ConfigError(f"np={size}: there must be at least one rank")
+    places = [f"{loopback_name(number)}:1" for number in range(size)]
+    hosts_file = write_hosts(run.run_dir / HOSTS_FILE, places)
+    return Call(
+        size=size,
+        hosts=None,
+        launcher=elastic_command([*_training(run, resume), "--elastic"], hosts_file),
+        command=[],
+        # The ranks share the cores anew whenever their number changes, unless told otherwise.
+        env={**({"OMP_NUM_THREADS": str(threads)} if threads else {}), **env},
+        what=f"run {run.name}",
+        elastic=True,
+        patience=COMMANDS_PATIENCE,
+        log_dir=str(run.log_dir),
+        cwd=str(config.project_root),
+    )
+
+
 def _call(
     config: Config,
     run: RunFolder,
@@ -222,33 +305,23 @@ def _call(
     size = np if np is not None else slots or 2
     if size < 1 or (slots is not None and slots != size):
         raise ConfigError(f"np={size} does not fit the hosts' {slots or 'slots'}: leave np out")
-    settings = str(run.run_dir / "config.yaml")
-    new = ["--config", settings, "--run-name", run.name]
-    what = ["--resume", str(run.run_dir)] if resume else new
+    command = _training(run, resume)
+    launcher = ["horovodrun", "-np", str(size)]
+    if hosts:  # then the whole call follows from the configuration
+        check_names(config)
+        hostfile = write_hostfile(config, run.run_dir / "hostfile")
+        launcher, command = horovodrun_command(config, command, hostfile), []
     given = config.distributed.threads_per_rank
     threads = threads or (None if given == "auto" else given)
     share = share_the_cores(max(hosts.values()) if hosts else size, threads)
     return Call(
         size=size,
         hosts=hosts,
-        options=_options(config),
-        command=[sys.executable, "-m", "horovod_lm.train", *what],
+        launcher=launcher,
+        command=command,
         env={"OMP_NUM_THREADS": str(share), **env},
         what=f"run {run.name}",
         patience=COMMANDS_PATIENCE,
         log_dir=str(run.log_dir),
         cwd=str(config.project_root),
     )
-
-
-def _options(config: Config) -> list[str]:
-    """Return horovodrun's options for the configuration's hosts."""
-    settings = config.distributed
-    words: list[str] = []
-    if settings.interface and settings.hosts:
-        words += ["--network-interfaces", settings.interface]
-    if settings.ssh_port:
-        words += ["--ssh-port", str(settings.ssh_port)]
-    if settings.ssh_identity_file:
-        words += ["--ssh-identity-file", str(config.resolve(settings.ssh_identity_file))]
-    return words

@@ -51,6 +51,9 @@ class Outcome:
     Attributes:
         size: how many ranks there are.
         what: what they run, for sentences: "the cell", or a command's name.
+        timeout: seconds that it was given; 0: no limit.
+        elastic: whether ranks may fail while the job goes on; then only its end counts.
+        launcher: horovodrun's process id.
         processes: process ids of the ranks on this host, by rank.
         printed: each rank's output, by rank.
         values: each rank's last value, packed.
@@ -62,6 +65,7 @@ class Outcome:
     size: int
     what: str = "the cell"
     timeout: float = 0.0
+    elastic: bool = False
     launcher: int | None = None
     processes: dict[int, int] = field(default_factory=dict)
     printed: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -105,7 +109,7 @@ class Outcome:
             return RanksStopped(f"stopped by you: every rank of {self.what} was ended")
         if self.reason == "timeout":
             return RankError(self._too_long())
-        if self.code == 0 and not self._errors and not self._codes:
+        if self.code == 0 and (self.elastic or not (self._errors or self._codes)):
             return None
         return (
             self._own_error()

@@ -54,6 +54,7 @@ class Job:
         cwd: its working directory.
         parent: the kernel's process id.
         patience: seconds that ranks have to end by themselves when they are asked to.
+        elastic: whether ranks may end while the job goes on.
         gentle: whether ranks are asked themselves, and may save; else horovodrun ends them.
         timeout: seconds after which all of it is ended; 0: never.
         log_dir: where each rank's output is kept, as `console-rank0.log`; empty: nowhere.
@@ -66,6 +67,7 @@ class Job:
     parent: int
     patience: float = 2.0
     gentle: bool = False
+    elastic: bool = False
     timeout: float = 0.0
     log_dir: str = ""
 
@@ -232,7 +234,9 @@ class Supervisor:
                 rank = int(process.environ()["HOROVOD_RANK"])
             except (KeyError, ValueError, psutil.Error):
                 continue
-            if rank not in self._ranks:
+            known = self._ranks.get(rank)
+            # In an elastic job another process may have taken a dead one's place.
+            if known is None or not known.is_running():
                 self._ranks[rank] = process
                 self.emit("rank", rank=rank, pid=process.pid)
 
@@ -255,6 +259,8 @@ class Supervisor:
 
     def _fail(self) -> None:
         """A rank has failed: others may say why in a moment, then all of it is ended."""
+        if self.job.elastic:  # horovodrun and the ranks themselves decide how to go on
+            return
         self._settle_at = min(self._settle_at, time.monotonic() + SECONDS_TO_AGREE)
 
     def _end(self, reason: str) -> None:
@@ -264,7 +270,7 @@ class Supervisor:
         self.reason = reason
         self._kill_at = time.monotonic() + self.job.patience
         # Ranks on other hosts can only be reached through horovodrun.
-        all_here = len(self._ranks) == self.job.size
+        all_here = len(self._ranks) == self.job.size or self.job.elastic
         asked = self._ranks.values() if self.job.gentle and all_here else [self.horovodrun]
         for process in asked:
             _end_quietly(process.terminate)

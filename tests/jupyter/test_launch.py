@@ -201,3 +201,35 @@ def test_what_cannot_be_launched_is_one_sentence(options, sentence):
     with pytest.raises(ConfigError, match=sentence):
         launch(CONFIG, **options)
     assert children() == []
+
+
+def test_an_elastic_job_loses_a_rank_gains_another_and_ends_well():
+    settings = {"training.max_steps": 2500, "training.num_epochs": 1000,
+                "training.commit_interval": 5, "training.eval_interval": 1000,
+                "distributed.gloo_timeout_seconds": 8}  # fmt: skip
+    job = launch(CONFIG, 2, overrides=settings, run_name="elastic", elastic=True)
+    wait_until(lambda: job.status.startswith("running: step ") or not job.is_running, 90, "a step")
+    wait_until(lambda: len(job.processes) == 2, 30, "both ranks")
+    os.kill(job.processes[1], signal.SIGKILL)
+    before = job._reader.step
+    wait_until(lambda: job.status and job._reader.step > before + 20, 60, "steps of one rank")
+    assert job.is_running and job.add_worker() == "127.0.0.01"
+    job.wait(200)
+    assert job.status.startswith("done after step 2500 of 2500")
+    worlds = {event["rank"] for event in read_events(job)}
+    assert worlds == {0, 1}
+    with pytest.raises(ConfigError, match="there is no place 'mars': there are localhost, 127"):
+        job.remove_worker("mars")
+
+
+def read_events(job: TrainingJob) -> list[dict]:
+    """Everything that the job's ranks have written."""
+    from horovod_lm.jupyter.run_reader import RunReader
+
+    return RunReader(job.run.log_dir).update()
+
+
+def test_only_an_elastic_job_takes_workers(running):
+    job = running(np=1, run_name="fixed")
+    with pytest.raises(ConfigError, match="run fixed is not elastic"):
+        job.add_worker()
