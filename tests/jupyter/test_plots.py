@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from matplotlib.colors import to_rgb
 
 from horovod_lm.jupyter import plots
@@ -172,3 +173,12 @@ def test_nothing_below_the_notebooks_imports_matplotlib():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
     )
     assert shown.stdout.strip() == "False", shown.stderr
+
+
+def test_attention_writes_each_weight_where_it_belongs():
+    weights = torch.tensor([[1.0, 0.0], [0.25, 0.75]])
+    [axes] = plots.plot_attention(weights, ["the", "cat"], "Who looks at whom").axes
+    written = {text.get_position(): text.get_text() for text in axes.texts}
+    assert written == {(0, 0): "1.00", (1, 0): "0.00", (0, 1): "0.25", (1, 1): "0.75"}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["the", "cat"]
+    assert "query" in axes.get_ylabel() and "key" in axes.get_xlabel()

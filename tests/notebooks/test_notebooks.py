@@ -75,6 +75,12 @@ def test_pictures_come_from_the_page_and_have_a_text(page):
                 assert output.data["text/plain"].startswith("figure: ")
 
 
+def test_the_readme_maps_every_page():
+    rows = (ROOT / "README.md").read_text(encoding="utf-8")
+    mapped = set(re.findall(r"^\| \[[\w.]+\]\(([\w./]+\.ipynb)\) \|.*\d min \|$", rows, re.M))
+    assert mapped == {path.relative_to(ROOT).as_posix() for path in PAGES}
+
+
 def test_the_files_that_the_example_names_exist():
     text = "\n".join(cell.source for cell in read_notebook(EXAMPLE).cells)
     named = set(re.findall(r"(?:configs|horovod_lm)/[\w/.]+\.(?:yaml|py)", text))

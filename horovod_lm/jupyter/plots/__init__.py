@@ -1,5 +1,6 @@
 """Every figure of the course, one module for each subject, all to be imported from here."""
 
+from horovod_lm.jupyter.plots.attention import plot_attention
 from horovod_lm.jupyter.plots.style import RUN_STYLES, Plot
 from horovod_lm.jupyter.plots.training import (
     PART_STYLES,
@@ -15,6 +16,7 @@ __all__ = [
     "RUN_STYLES",
     "Plot",
     "draw_loss",
+    "plot_attention",
     "plot_loss",
     "plot_speed",
     "plot_step_parts",
