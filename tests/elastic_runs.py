@@ -41,6 +41,7 @@ class ElasticRun:
         workers: ranks at the start.
         settings: override `SETTINGS`.
         hurry: do not leave the time in which other ranks could join.
+        late: seconds that each rank takes before it asks for the others.
         **options: of `elastic_command`.
     """
 
@@ -51,6 +52,7 @@ class ElasticRun:
         workers: int,
         settings: dict[str, Any] | None = None,
         hurry: bool = False,
+        late: float = 0,
         **options: Any,
     ) -> None:
         self.folder = project / "runs" / name
@@ -66,6 +68,7 @@ class ElasticRun:
         call = elastic_command(rank, self._hosts_file, **options)
         call[0] = str(Path(sys.executable).with_name(call[0]))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment["SECONDS_BEFORE_HOROVOD"] = str(late)
         self.command = Command(call, project, environment)
 
     # ---- what is done to it ---------------------------------------------------------------------

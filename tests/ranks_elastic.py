@@ -68,4 +68,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGUSR1, fail)
     TokenBlockDataset.__getitem__ = take_and_note
     elastic.Trainer = WitnessedTrainer
+    time.sleep(float(os.environ.get("SECONDS_BEFORE_HOROVOD", 0)))
     sys.exit(main(sys.argv[1:]))

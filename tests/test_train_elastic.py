@@ -197,8 +197,8 @@ def test_elastic_and_nothing_happens_equals_static(elastic, tiny_project, train)
 
 
 def test_a_rank_that_comes_after_the_others_gave_up_waiting_still_joins(elastic):
-    # A process takes longer than this to start: the first meeting fails on both sides.
-    run = elastic("late", 1, settings={"distributed.gloo_timeout_seconds": 2})
+    # The first meeting fails on both sides.
+    run = elastic("late", 1, settings={"distributed.gloo_timeout_seconds": 2}, late=5)
     run.wait_for_step(3)
     run.add_host()
     assert run.wait_for_world(1)["ranks"] == 2
