@@ -19,6 +19,7 @@ from pathlib import Path
 from horovod_lm.jupyter import rank_cell
 from horovod_lm.jupyter.supervisor import Job
 from horovod_lm.utils.cores import available_cores
+from horovod_lm.utils.discovery import elastic_command, loopback_name, write_hosts
 from horovod_lm.utils.errors import ConfigError, DistributedError
 
 COMMANDS_PATIENCE = 8.0  # seconds that a command has to save and end when it is asked to
@@ -241,16 +242,37 @@ def _common(arguments: argparse.Namespace) -> dict:
     if slots is not None and slots != size:
         # Horovod: it starts one process per slot, however many -np asks for.
         raise ConfigError(f"-np {size} and the hosts' {slots} slots differ: make them equal")
+    stall = {} if arguments.stall is None else _stall(arguments.stall)
     here = max(hosts.values()) if hosts else size
     threads = share_the_cores(here, arguments.threads)
     where = ["-H", _joined(hosts)] if hosts else []
+    launcher = ["horovodrun", "-np", str(size), *where]
+    if arguments.elastic:
+        launcher = _elastic_launcher(arguments, size)
     return {
         "size": size,
         "hosts": hosts,
-        "launcher": ["horovodrun", "-np", str(size), *where, *_options(arguments)],
-        "env": {**_stall(arguments.stall), "OMP_NUM_THREADS": str(threads), **_env(arguments.env)},
+        "launcher": [*launcher, *_options(arguments)],
+        "elastic": bool(arguments.elastic),
+        "env": {
+            **stall,
+            "OMP_NUM_THREADS": str(threads),
+            **_env(arguments.env),
+        },
         "timeout": arguments.timeout,
     }
+
+
+def _elastic_launcher(arguments: argparse.Namespace, size: int) -> list[str]:
+    """Return horovodrun's elastic call, which follows a file of hosts; it is written if need be."""
+    if arguments.hosts or arguments.hostfile:
+        raise ConfigError(
+            "--elastic takes its hosts from its own file: leave -H and --hostfile out"
+        )
+    file = Path(arguments.elastic)
+    if not file.exists():
+        write_hosts(file, [f"{loopback_name(number)}:1" for number in range(size)])
+    return elastic_command([], file, arguments.min_np, arguments.max_np, size)
 
 
 def _options(arguments: argparse.Namespace) -> list[str]:

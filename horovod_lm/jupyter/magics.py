@@ -34,6 +34,7 @@ from horovod_lm.utils.errors import ConfigError
 # Horovod: what its own code logs: when, how bad, where in its source; then what.
 _LOGGED = re.compile(r"^\[\d{4}-[^\]]*: [A-Z] [^\]]*\] (?:\[\d+\]: )?")
 _SAID_BETTER = "Horovod background loop uncaught exception"  # by the error at the cell's end
+STALL_SECONDS = 20  # that a cell's ranks wait for one that does not come
 NOTE = "note: the ranks of a cell share this machine's cores evenly; --threads N gives each N"
 
 
@@ -53,14 +54,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("-np", "--num-proc", dest="np", type=int, metavar="N", help="how many ranks (default: 2)")
     add("-H", "--hosts", metavar="HOST:N,...", help="on which hosts (default: this one)")
     add("--hostfile", metavar="FILE", help="the same from a file: a line `host slots=N` for each")
+    add("--elastic", metavar="FILE",
+        help="ranks may die and join: follow this file of hosts while it changes; it is written"
+        " with N places on this host where it is not there")  # fmt: skip
+    add("--min-np", type=int, default=1, metavar="N", help="elastic: end with fewer ranks")
+    add("--max-np", type=int, metavar="N", help="elastic: never start more")
     add("--ssh-port", type=int, metavar="N", help="of the other hosts")
     add("--ssh-identity-file", metavar="FILE", help="the private key for the other hosts")
     add("--network-interface", metavar="NAME", help="that the hosts share, for example eth0")
     add("--timeout", type=float, default=0.0, metavar="SECONDS",
         help="end every rank after so long, and say where each was (default: never)")  # fmt: skip
-    add("--stall", type=int, default=20, metavar="SECONDS",
-        help="end the job when ranks have waited for another so long; warned of after 5"
-        " (default: %(default)s; 0: never)")  # fmt: skip
+    add("--stall", type=int, metavar="SECONDS",
+        help="end the job when ranks have waited for another so long; warned of after 5 (0: never;"
+        f" default: {STALL_SECONDS} for a cell, what a command itself sets)")  # fmt: skip
     add("--env", action="append", default=[], metavar="NAME=VALUE",
         help="an environment variable of every rank (repeatable)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="CPU threads of each rank (default: a fair share)")
@@ -115,11 +121,13 @@ class HorovodMagics(Magics):
                 f"%%horovodrun runs the cell's body, and {shlex.join(arguments.command)} stands on"
                 " its line: write %horovodrun, with one %, to run a command"
             )
+        if arguments.stall is None:
+            arguments.stall = STALL_SECONDS
         pushed = pack_names(arguments.push, self.shell.user_ns)
         return Call.of_cell(arguments, checked(cell), pushed)
 
     def _run(self, call: Call, arguments: argparse.Namespace) -> list[Any]:
-        outcome = Outcome(call.size, call.what, arguments.timeout)
+        outcome = Outcome(call.size, call.what, arguments.timeout, call.elastic)
         shown = _Output(call.size)
         with call.ready() as job:
             try:
