@@ -293,9 +293,11 @@ def _options(arguments: argparse.Namespace) -> list[str]:
 
 
 def _stall(seconds: int) -> dict[str, str]:
-    warning = min(5, seconds) if seconds else 60
+    # Horovod: it looks as often as it warns. Where a whole number of looks makes the limit, it says
+    # the same each time; else a warning may come before the end, or not, by chance.
+    looks = [each for each in (5, 4, 3, 2, 1) if seconds % each == 0]
     return {
-        "HOROVOD_STALL_CHECK_TIME_SECONDS": str(warning),
+        "HOROVOD_STALL_CHECK_TIME_SECONDS": str(looks[0] if seconds else 60),
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(seconds),
         "HOROVOD_GLOO_TIMEOUT_SECONDS": str(max(30, 2 * seconds)),
     }

@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--timeout", type=float, default=0.0, metavar="SECONDS",
         help="end every rank after so long, and say where each was (default: never)")  # fmt: skip
     add("--stall", type=int, metavar="SECONDS",
-        help="end the job when ranks have waited for another so long; warned of after 5 (0: never;"
+        help="end the job when ranks have waited for another so long; warned of before (0: never;"
         f" default: {STALL_SECONDS} for a cell, what a command itself sets)")  # fmt: skip
     add("--env", action="append", default=[], metavar="NAME=VALUE",
         help="an environment variable of every rank (repeatable)")  # fmt: skip

@@ -133,14 +133,16 @@ class Lab:
                 child.kill()
 
 
-@pytest.fixture(scope="session")
+# Of a module, not of the session: other tests count their processes, and Playwright keeps an event
+# loop running in this thread, beside which no other can run.
+@pytest.fixture(scope="module")
 def lab(tmp_path_factory) -> Iterator[Lab]:
     started = Lab(tmp_path_factory.mktemp("lab"))
     yield started
     started.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
     from playwright.sync_api import sync_playwright
 
