@@ -26,6 +26,17 @@ def test_more_ways_than_styles_are_refused(count):
         plots.plot_next_words(["a"], {str(number): [1.0] for number in range(count)})
 
 
+def test_attention_of_many_words_has_a_scale_instead_of_numbers():
+    [few] = plots.plot_attention(torch.eye(3), WORDS, "few").axes
+    many, scale = plots.plot_attention(torch.eye(18), WORDS * 6, "many").axes
+    assert len(few.texts) == 9 and not many.texts
+    assert scale.get_ylabel() == "weight" and scale.get_ylim() == (0, 1)
+    [image] = many.images
+    red, green, blue, _ = image.cmap(0.5)
+    assert max(red, green, blue) - min(red, green, blue) < 0.01
+    assert [label.get_text() for label in many.get_xticklabels()] == WORDS * 6
+
+
 def test_cost_by_length_draws_every_way_from_zero():
     times = {"with a cache": [1.0, 1.1], "without": [1.0, 5.0]}
     [axes] = plots.plot_cost_by_length([10, 500], times).axes
