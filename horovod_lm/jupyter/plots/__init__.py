@@ -1,6 +1,7 @@
 """Every figure of the course, one module for each subject, all to be imported from here."""
 
 from horovod_lm.jupyter.plots.attention import plot_attention
+from horovod_lm.jupyter.plots.generation import plot_cost_by_length, plot_next_words
 from horovod_lm.jupyter.plots.style import RUN_STYLES, Plot
 from horovod_lm.jupyter.plots.training import (
     PART_STYLES,
@@ -17,7 +18,9 @@ __all__ = [
     "Plot",
     "draw_loss",
     "plot_attention",
+    "plot_cost_by_length",
     "plot_loss",
+    "plot_next_words",
     "plot_speed",
     "plot_step_parts",
     "plot_summary",

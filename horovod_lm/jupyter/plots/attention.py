@@ -4,27 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from horovod_lm.jupyter.plots.style import Plot
 
+MOST_WITH_NUMBERS = 10  # words; a map of more has no room for a number in each cell
+
 
 def plot_attention(weights: Tensor, words: Sequence[str], title: str) -> Plot:
-    """Draw how much each word looks at each other one; darker is more, and the number says it.
+    """Draw how much each word looks at each other one; darker is more.
+
+    In a map of few words each cell says its number; beside one of many stands a scale.
 
     Args:
         weights: (T, T), a row for each word that looks; rows sum to 1.
         words: the T words.
         title: the figure's title.
     """
-    plot = Plot(f"{title}: {len(words)} words", width=5.6, height=4.6)
+    numbered = len(words) <= MOST_WITH_NUMBERS
+    width, height = (5.6, 4.6) if numbered else (2.6 + 0.24 * len(words), 1.8 + 0.24 * len(words))
+    plot = Plot(f"{title}: {len(words)} words", width, height)
     axes = plot.subplots()
-    axes.imshow(weights.tolist(), cmap="Greys", vmin=0, vmax=1)
-    for row, line in enumerate(weights.tolist()):
+    image = axes.imshow(weights.tolist(), cmap="Greys", vmin=0, vmax=1)
+    axes.set(title=title, xlabel="word looked at (key)", ylabel="word that looks (query)")
+    axes.set_xticks(range(len(words)), words, rotation=0 if numbered else 90)
+    axes.set_yticks(range(len(words)), words)
+    if numbered:
+        _write_numbers(axes, weights.tolist())
+    else:
+        plot.colorbar(image, ax=axes, shrink=0.7, label="weight")
+    return plot
+
+
+def _write_numbers(axes: Axes, rows: list[list[float]]) -> None:
+    for row, line in enumerate(rows):
         for column, weight in enumerate(line):
             shade = "white" if weight > 0.5 else "black"
             axes.text(column, row, f"{weight:.2f}", ha="center", va="center", color=shade)
-    axes.set(title=title, xlabel="word looked at (key)", ylabel="word that looks (query)")
-    axes.set_xticks(range(len(words)), words)
-    axes.set_yticks(range(len(words)), words)
-    return plot
