@@ -219,7 +219,6 @@ def test_a_stopped_job_saves_what_it_has_and_leaves_nothing_on_any_host(tiny_pro
         while hosts.run(["pgrep", "-f", "[h]orovod_lm.train"], "host1").returncode == 0:
             assert time.monotonic() < deadline
             time.sleep(0.2)
-    assert job.returncode != 0
     assert list((tiny_project / "runs" / "stopped" / "checkpoints").glob("*.pt")), said
 
 
