@@ -157,11 +157,36 @@ def _failed(config: Config, said: Sequence[str]) -> str:
         return ""
     rank, code = blamed[-1], codes[-1]
     host = next(name for name, ranks in ranks_of(config).items() if rank in ranks)
+    if frozen := _frozen(config, said, rank):
+        return frozen
     words = [found[3].strip() for line in said if (found := _OF_A_RANK.match(line))
              and int(found[1]) == rank and found[2] == "stderr" and found[3].strip()]  # fmt: skip
     errors = [text for text in words if text.startswith("error: ")]
     last = "".join(f": {text.removeprefix('error: ')}" for text in (errors or words)[-1:])
     return f"rank {rank} on {host} {_how(code)}{last}"
+
+
+def _frozen(config: Config, said: Sequence[str], blamed: int) -> str:
+    """Name the ranks that stand still, where horovodrun blames one that only gave them up."""
+    survivors = {
+        int(found[1])
+        for line in said
+        if (found := _OF_A_RANK.match(line)) and "lost another rank" in found[3]
+    }
+    if blamed not in survivors:
+        return ""
+    named = [
+        f"rank {rank} on {host}"
+        for host, ranks in ranks_of(config).items()
+        for rank in ranks
+        if rank not in survivors
+    ]
+    if not named:
+        return ""
+    return (
+        f"{', '.join(named)} did not answer any more, and the machine does: see there whether the"
+        " process is frozen, then go on with --resume"
+    )
 
 
 def _own_words(code: int, said: Sequence[str]) -> str:

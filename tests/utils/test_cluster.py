@@ -118,3 +118,27 @@ def test_the_command_line_writes_the_hostfile_and_prints_a_call_but_starts_nothi
     ]  # fmt: skip
     one = cluster.build_parser().parse_args(["--", "python", "mine.py", "--fast"])
     assert one.command == ["python", "mine.py", "--fast"]
+
+
+# ---- why a job ended -----------------------------------------------------------------------------
+
+LOST = "[{0}]<stderr>:error: rank {0} lost another rank after step 7; saved x.pt"
+BLAME = ["Process name: {0}", "Exit code: {1}"]
+
+
+def ended(*lines: str, blamed: int, code: int) -> str:
+    from horovod_lm.utils.cluster_run import explain
+
+    said = [*lines, BLAME[0].format(blamed), BLAME[1].format(code)]
+    return explain(with_hosts(TWO), 1, said, {})
+
+
+def test_a_frozen_rank_is_named_and_not_the_survivor_that_ended_first():
+    lost = [LOST.format(rank) for rank in (0, 1, 2, 3, 5)]
+    said = ended(*lost, blamed=0, code=2)
+    assert said.startswith("rank 4 on 10.0.0.2 did not answer any more, and the machine does")
+
+
+def test_a_rank_with_an_error_of_its_own_is_named_with_it():
+    said = ended(LOST.format(0), "[5]<stderr>:error: no disk left", blamed=5, code=2)
+    assert said.startswith("rank 5 on 10.0.0.2 ended with exit code 2: no disk left")
