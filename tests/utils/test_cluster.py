@@ -123,13 +123,12 @@ def test_the_command_line_writes_the_hostfile_and_prints_a_call_but_starts_nothi
 # ---- why a job ended -----------------------------------------------------------------------------
 
 LOST = "[{0}]<stderr>:error: rank {0} lost another rank after step 7; saved x.pt"
-BLAME = ["Process name: {0}", "Exit code: {1}"]
 
 
 def ended(*lines: str, blamed: int, code: int) -> str:
     from horovod_lm.utils.cluster_run import explain
 
-    said = [*lines, BLAME[0].format(blamed), BLAME[1].format(code)]
+    said = [*lines, f"Process name: {blamed}", f"Exit code: {code}"]
     return explain(with_hosts(TWO), 1, said, {})
 
 
