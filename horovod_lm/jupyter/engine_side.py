@@ -22,6 +22,9 @@ from horovod_lm.jupyter import rank_cell
 
 SECONDS_TO_BE_INTERRUPTED = 0.5  # then it waits in Horovod, which has to be ended under it
 _busy = threading.Event()
+_ending = threading.Lock()
+_task = 0  # counts what this engine was given to do
+_listening = False
 
 
 def hostname() -> str:
@@ -48,7 +51,7 @@ def start_rank(env: dict[str, str], threads: int) -> dict[str, Any]:
     import torch
 
     _free_when_interrupted()
-    hvd.shutdown()
+    end_rank()
     for name in [name for name in os.environ if name.startswith("HOROVOD_")]:
         del os.environ[name]
     os.environ.update(env)
@@ -62,7 +65,10 @@ def end_rank() -> None:
     """End Horovod on this engine; nothing happens where it does not run."""
     import horovod.torch as hvd
 
-    hvd.shutdown()
+    # Horovod: two threads that end it at once both wait for its thread, the later one for ever; an
+    # interrupt ends it from a thread of its own.
+    with _ending:
+        hvd.shutdown()
 
 
 def run_cell(source: str, wanted: bool) -> dict[str, Any]:
@@ -92,7 +98,9 @@ def run_function(packed: bytes) -> dict[str, Any]:
 
 def _guarded(work: Callable[[], Any]) -> dict[str, Any]:
     # One stream, or what a cell prints and what it warns of would arrive in either order.
+    global _task
     stderr, sys.stderr = sys.stderr, sys.stdout
+    _task += 1
     _busy.set()
     try:
         return {"value": rank_cell.packed_value(work())}
@@ -144,6 +152,10 @@ def user_namespace() -> dict[str, Any]:
 @cache
 def _free_when_interrupted() -> None:
     """End Horovod under a rank that an interrupt does not reach, because it waits for another."""
+    global _listening
+    if _listening:
+        return
+    _listening = True
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -151,8 +163,10 @@ def _free_when_interrupted() -> None:
     def listen() -> None:
         while number := os.read(reading, 1):
             if number[0] == signal.SIGINT and _busy.is_set():
+                interrupted = _task
                 time.sleep(SECONDS_TO_BE_INTERRUPTED)
-                if _busy.is_set():
+                # By now it may do something else, which nobody has interrupted.
+                if _busy.is_set() and _task == interrupted:
                     end_rank()
 
     threading.Thread(target=listen, daemon=True, name="interrupts").start()
