@@ -164,6 +164,8 @@ class Outcome:
     def _ended_first(self) -> RankError | None:
         # horovodrun's own SIGTERM is how the others end; the first one that it names is the cause.
         codes = {rank: code for rank, code in self._codes.items() if rank not in self._errors}
+        if self._errors:  # a rank that was only about to end, and was ended because of the others
+            codes = {rank: code for rank, code in codes.items() if code != 128 + signal.SIGTERM}
         if not codes:
             return None
         rank, code = next(iter(codes.items()))

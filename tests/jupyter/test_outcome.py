@@ -52,6 +52,11 @@ def test_ranks_that_fail_alike_are_named_together():
     assert str(outcome(*three, size=4).error()).endswith("; ranks 1 and 3 were ended with it")
 
 
+def test_a_rank_that_was_ended_while_it_left_early_is_not_taken_for_a_killed_one():
+    said = outcome(error(0, LOST), ended(1, 143), ended(0, 143), reason="failed").error()
+    assert str(said).endswith("because rank 1 had already come to the end")
+
+
 def test_a_stop_by_the_reader_is_no_failure_whatever_the_codes():
     assert isinstance(outcome(ended(0, 143), reason="stopped").error(), RanksStopped)
 
