@@ -293,8 +293,7 @@ def _options(arguments: argparse.Namespace) -> list[str]:
 
 
 def _stall(seconds: int) -> dict[str, str]:
-    # Horovod: it looks as often as it warns. Where a whole number of looks makes the limit, it says
-    # the same each time; else a warning may come before the end, or not, by chance.
+    # Horovod: it looks as often as it warns, and sees a limit pass at the next look only.
     looks = [each for each in (5, 4, 3, 2, 1) if seconds % each == 0]
     return {
         "HOROVOD_STALL_CHECK_TIME_SECONDS": str(looks[0] if seconds else 60),

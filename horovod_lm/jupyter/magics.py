@@ -27,13 +27,14 @@ from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_exp
 
 from horovod_lm.jupyter import rank_cell
 from horovod_lm.jupyter.call import Call
-from horovod_lm.jupyter.outcome import Outcome, RankError
+from horovod_lm.jupyter.outcome import Outcome, RankError, is_of_a_stall
 from horovod_lm.jupyter.ranks import follow
 from horovod_lm.utils.errors import ConfigError
 
 # Horovod: what its own code logs: when, how bad, where in its source; then what.
 _LOGGED = re.compile(r"^\[\d{4}-[^\]]*: [A-Z] [^\]]*\] (?:\[\d+\]: )?")
-_SAID_BETTER = "Horovod background loop uncaught exception"  # by the error at the cell's end
+# By the error at the cell's end.
+_SAID_BETTER = ("Horovod background loop uncaught exception", "One or more rank (marked by")
 STALL_SECONDS = 20  # that a cell's ranks wait for one that does not come
 NOTE = "note: the ranks of a cell share this machine's cores evenly; --threads N gives each N"
 
@@ -154,11 +155,18 @@ class _Output:
 
     def __init__(self, size: int) -> None:
         self._later: dict[int, list[str]] = {rank: [] for rank in range(1, size)}
+        self._stalls: set[tuple[int, str]] = set()
 
     def add(self, event: dict) -> None:
         if event["event"] != "line":
             return
         rank, text = event["rank"], readable(event["text"])
+        if is_of_a_stall(text):
+            # Horovod: whether it reports once more before it gives up is a matter of chance.
+            text = text.replace("!: [", ": [", 1)
+            if (rank, text) in self._stalls:
+                return
+            self._stalls.add((rank, text))
         if not text:
             return
         if rank == 0:
@@ -184,7 +192,7 @@ class _Output:
 def readable(line: str) -> str:
     """Return a rank's line as it is shown: Horovod's own log as "Horovod: ...", or not at all."""
     text = _LOGGED.sub("Horovod: ", line)
-    return "" if _SAID_BETTER in text else text
+    return "" if any(words in text for words in _SAID_BETTER) else text
 
 
 def checked(cell: str) -> str:

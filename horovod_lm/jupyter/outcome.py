@@ -11,7 +11,9 @@ from horovod_lm.utils.errors import DistributedError
 
 LAST_LINES = 12  # of a failed command's output, in the error
 _LOST = "HorovodInternalError"  # Horovod: raised on the ranks that survive another one
-MISSING = re.compile(r"^(\d+)!?: \[(.+)\]")
+# Horovod: its stall check reports in three lines, and again at each look that it takes.
+_STALLED = ("Horovod: One or more tensors", "Missing ranks:", "One or more rank")
+_MISSING = re.compile(r"^(\d+)!?: \[(.+)\]")
 _STALL_ENDS = re.compile(r"is stalled for longer than (\d+) seconds\. Will shutdown")
 # What horovodrun says about an end that the ranks' own words explain better.
 _NOISE = re.compile(r"^(Terminating remaining workers|Process name: |Exit code: )")
@@ -199,13 +201,18 @@ class Outcome:
         return f"; {ranks(others)} {'was' if len(others) == 1 else 'were'} ended with it"
 
     def _look_for_a_stall(self, text: str) -> None:
-        missing = MISSING.match(text.strip())
+        missing = _MISSING.match(text.strip())
         if missing:
             name = missing[2].split(", ")[0]
             self._missing[int(missing[1])] = name.partition(".")[2] or name
         ends = _STALL_ENDS.search(text)
         if ends:
             self._stalled = int(ends[1])
+
+
+def is_of_a_stall(line: str) -> bool:
+    """Say whether a line, as it is shown, is one of the stall check's."""
+    return line.startswith(_STALLED) or _MISSING.match(line) is not None
 
 
 def ranks(numbers: list[int]) -> str:

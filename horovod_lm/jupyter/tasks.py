@@ -12,16 +12,13 @@ from ipyparallel.error import RemoteError
 
 from horovod_lm.jupyter.engines import name_of
 from horovod_lm.jupyter.magics import readable
-from horovod_lm.jupyter.outcome import MISSING, Outcome, RankError, RanksStopped
+from horovod_lm.jupyter.outcome import Outcome, RankError, RanksStopped, is_of_a_stall
 from horovod_lm.jupyter.processes import Processes
 
 SECONDS_BETWEEN_LOOKS = 0.02
 SECONDS_FROZEN = 2.0  # a rank that somebody froze gets so long to be woken again
 SECONDS_TO_BE_FREED = 7.0  # after a failure, before a rank that still waits is killed
 SECONDS_FOR_OUTPUT = 2.0
-# Horovod: how its stall check begins its lines; the error at the cell's end says it better.
-_STALLED = ("Horovod: One or more tensors", "Missing ranks:", "One or more rank")
-
 
 class Tasks:
     """The same work on several ranks.
@@ -86,7 +83,8 @@ class Tasks:
             result.wait_for_output(SECONDS_FOR_OUTPUT)
             for line in _streams(result).splitlines():
                 text = readable(line)
-                if text and not (self._failed and _is_of_a_stall(text)):
+                # The error at the cell's end says a stall better.
+                if text and not (self._failed and is_of_a_stall(text)):
                     print(f"[{rank}] {text}")
             for output in result.outputs:
                 _display(rank, output)
@@ -172,10 +170,6 @@ class Tasks:
 
 def _described(name: str, text: str) -> dict:
     return {"name": name, "text": text, "line": None, "traceback": []}
-
-
-def _is_of_a_stall(line: str) -> bool:
-    return line.startswith(_STALLED) or MISSING.match(line) is not None
 
 
 def _streams(result: Any) -> str:

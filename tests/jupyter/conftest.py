@@ -17,12 +17,21 @@ needs_horovod = pytest.mark.skipif(
 
 
 def children() -> list[psutil.Process]:
-    """Every process that this one has started and that still lives."""
-    return [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if child.status() != psutil.STATUS_ZOMBIE
-    ]
+    """Every process that this one has started and that still lives, but for Python's own."""
+    return [child for child in psutil.Process().children(recursive=True) if is_left_over(child)]
+
+
+def is_left_over(child: psutil.Process) -> bool:
+    """Say whether a process should have ended.
+
+    Two servers of `multiprocessing`, once a test has used workers, live as long as pytest does.
+    """
+    try:
+        if child.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return not any("from multiprocessing." in word for word in child.cmdline())
+    except psutil.NoSuchProcess:  # it ended while we looked
+        return False
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> float:

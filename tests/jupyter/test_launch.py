@@ -103,12 +103,12 @@ def test_a_stopped_job_has_saved_and_goes_on(running):
 
 
 def test_an_earlier_run_of_the_name_is_kept(running):
-    first = running(run_name="twice")
+    first = running(run_name="alike")
     first.stop()
     rows = len(first.metrics())
-    second = running(run_name="twice")
+    second = running(run_name="alike")
     second.stop()
-    assert len((first.run.run_dir.with_name("twice.1") / "metrics.csv").read_text().split()) > rows
+    assert len((first.run.run_dir.with_name("alike.1") / "metrics.csv").read_text().split()) > rows
     assert "resume" in second.status
 
 
