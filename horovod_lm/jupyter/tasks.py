@@ -20,6 +20,7 @@ SECONDS_FROZEN = 2.0  # a rank that somebody froze gets so long to be woken agai
 SECONDS_TO_BE_FREED = 7.0  # after a failure, before a rank that still waits is killed
 SECONDS_FOR_OUTPUT = 2.0
 
+
 class Tasks:
     """The same work on several ranks.
 
