@@ -46,6 +46,8 @@ class HorovodCluster:
             ended with this cluster, and `n` is how many there are.
         interface: the network interface that the hosts share, for example "eth0".
         address: this host's address as the engines reach it; needed where they are on others.
+        controller: what the ranks talk over: "gloo", or "mpi" where Horovod was built with it. MPI
+            ends all ranks when it loses one, and they start again empty, on this host only.
 
     Raises:
         ConfigError: a number makes no sense.
@@ -57,14 +59,20 @@ class HorovodCluster:
     def __init__(
         self, n: int = 2, *, threads: int | None = None, stall: int = 6,
         client: ipyparallel.Client | None = None, interface: str = "", address: str = "127.0.0.1",
+        controller: str = "gloo",
     ) -> None:  # fmt: skip
         if n < 1:
             raise ConfigError(f"HorovodCluster(n={n}): there must be at least one rank")
         if client is not None and not client.ids:
             raise ConfigError("HorovodCluster(client=...): no engine has come to this client")
+        if controller not in ("gloo", "mpi"):
+            raise ConfigError(f'controller={controller!r}: it is "gloo" or "mpi"')
+        if controller == "mpi" and client is not None:
+            raise ConfigError('controller="mpi" starts its own engines: leave client=... out')
         self.n = n if client is None else len(client.ids)
         self.threads, self.stall = threads, stall
         self._client, self._interface, self._address = client, interface, address
+        self._controller = controller
         self._engines: Engines | ClientsEngines | None = None
         self._rendezvous: Any = None
         self._broken = ""
@@ -81,17 +89,23 @@ class HorovodCluster:
             return self
         _rendezvous()
         try:
-            if self._client is None:
-                threads = self.threads or max(1, available_cores() // self.n)
-                self._engines = Engines(self.n, threads)
-            else:
-                self._engines = ClientsEngines(self._client)
+            self._engines = self._make_engines()
             self.restart_ranks()
         except BaseException:
             self.stop()
             raise
         self._register_magic()
         return self
+
+    def _make_engines(self) -> Engines | ClientsEngines:
+        if self._client is not None:
+            return ClientsEngines(self._client)
+        threads = self.threads or max(1, available_cores() // self.n)
+        if self._controller == "gloo":
+            return Engines(self.n, threads)
+        from horovod_lm.jupyter.mpi_engines import MpiEngines
+
+        return MpiEngines(self.n, threads)
 
     def stop(self) -> None:
         """End the ranks, and every process that this cluster has started. May be called twice."""
@@ -204,18 +218,27 @@ class HorovodCluster:
         if self.threads is None and self.n > 1:
             self._say_once()
         threads = share_the_cores(max(Counter(names).values()), self.threads)
-        if self._rendezvous is not None:
-            self._rendezvous.close()
-        self._rendezvous = _rendezvous()(names, self._address, self.stall, self._interface)
-        self._engines.ids = [self._engines.ids[place] for place in self._rendezvous.order]
         sent = {
             rank: self._engines.send(rank, partial(engine_side.start_rank, settings, threads))
-            for rank, settings in enumerate(self._rendezvous.settings)
+            for rank, settings in enumerate(self._settings(names))
         }
         error = Tasks(sent, self.n, self._engines.processes).wait(self.interrupt)
         if error is not None:
             self._broken = str(error)
             raise DistributedError(f"the ranks did not start: {error}; {AGAIN}")
+
+    def _settings(self, host_names: Sequence[str]) -> list[dict[str, str]]:
+        """Return Horovod's environment variables by rank, and put the engines into that order."""
+        if self._controller == "mpi":
+            from horovod_lm.jupyter.mpi_engines import SETTINGS
+            from horovod_lm.jupyter.rendezvous import stall_settings
+
+            return [{**SETTINGS, **stall_settings(self.stall)}] * self.n
+        if self._rendezvous is not None:
+            self._rendezvous.close()
+        self._rendezvous = _rendezvous()(host_names, self._address, self.stall, self._interface)
+        self._engines.ids = [self._engines.ids[place] for place in self._rendezvous.order]
+        return self._rendezvous.settings
 
     def _say_once(self) -> None:
         if not HorovodCluster._said:

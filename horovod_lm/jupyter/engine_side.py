@@ -37,6 +37,18 @@ def process_id() -> int:
     return os.getpid()
 
 
+def built_with_mpi() -> bool:
+    """Say whether the Horovod that is installed can talk over MPI."""
+    import horovod.torch as hvd
+
+    return hvd.mpi_built()
+
+
+def mpi_place() -> tuple[int, int]:
+    """Return the rank that Open MPI gave to this engine, and its process id."""
+    return int(os.environ["OMPI_COMM_WORLD_RANK"]), os.getpid()
+
+
 def start_rank(env: dict[str, str], threads: int) -> dict[str, Any]:
     """Make this engine a rank; what its namespace holds stays.
 
@@ -173,6 +185,8 @@ def _free_when_interrupted() -> None:
 
 
 def _end_with_the_parent(parent: int) -> None:
+    parent = parent or os.getppid()
+
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1.0)
@@ -185,7 +199,7 @@ def main(arguments: list[str]) -> None:
     """Run one engine until it is told to end.
 
     Args:
-        arguments: the process id of the parent, then `ipengine`'s.
+        arguments: the parent's process id, or 0 for the one that it has; then `ipengine`'s.
     """
     _end_with_the_parent(int(arguments[0]))
     # Imported while the controller starts, so that the first cell need not wait for it.

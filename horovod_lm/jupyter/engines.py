@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ipyparallel
@@ -39,11 +40,10 @@ class Engines:
         self._threads = threads
         self._client: ipyparallel.Client | None = None
         self._asked: dict[int, ipyparallel.AsyncResult] = {}
-        self.processes = Processes()
+        self.processes = Processes(self._process_ends)
         # Both sides would make the folders of a profile at the same time.
         ProfileDir.create_profile_dir(str(self.processes.folder))
-        for rank in range(size):
-            self._start(rank)
+        self._start_all()
         profile = f"--profile-dir={self.processes.folder}"
         command = [
             sys.executable, "-m", "ipyparallel.controller", profile, "--usethreads", "--nodb",
@@ -59,7 +59,7 @@ class Engines:
         """
         for name in set(self.processes.frozen) & {name_of(rank) for rank in range(self.size)}:
             self.processes.kill(name)
-            self._wait(lambda name=name: name in self.processes.codes, f"{name}'s end", name)
+            self._wait(lambda name=name: name in self.processes.codes, f"{name}'s end", [name])
         for rank in range(self.size):
             if name_of(rank) in self.processes.codes:
                 self._start(rank)
@@ -92,16 +92,20 @@ class Engines:
             self._client.close()
         self.processes.close()
 
+    def _start_all(self) -> None:
+        for rank in range(self.size):
+            self._start(rank)
+
     def _start(self, rank: int) -> None:
-        folder = self.processes.folder
-        command = [
-            sys.executable, "-m", engine_side.__name__, str(self.processes.parent),
-            f"--profile-dir={folder}", f"--IPEngine.wait_for_url_file={SECONDS_TO_START}",
-            "--IPEngine.enable_nanny=False", "--IPEngine.timeout=30", "--log-level=ERROR",
-        ]  # fmt: skip
+        command = engine_command(self.processes.folder, self.processes.parent)
+        self.processes.start(name_of(rank), command, self._env())
+
+    def _env(self) -> dict[str, str]:
         paths = os.pathsep.join(path for path in sys.path if path)
-        env = {**inherited(), "OMP_NUM_THREADS": str(self._threads), "PYTHONPATH": paths}
-        self.processes.start(name_of(rank), command, env)
+        return {**inherited(), "OMP_NUM_THREADS": str(self._threads), "PYTHONPATH": paths}
+
+    def _process_ends(self, name: str, code: int) -> None:
+        """Hear of an end; that of an engine says nothing here of the others."""
 
     def _all_came(self) -> bool:
         """Ask newcomers for their process ids; return whether every process is an engine now."""
@@ -116,11 +120,11 @@ class Engines:
         self.ids = [answered[pid] for pid in pids if pid in answered]
         return len(self.ids) == self.size
 
-    def _wait(self, condition: Callable[[], bool], what: str, ends: str = "") -> None:
+    def _wait(self, condition: Callable[[], bool], what: str, ends: Collection[str] = ()) -> None:
         deadline = time.monotonic() + SECONDS_TO_START
         while not condition():
             for name, code in list(self.processes.codes.items()):
-                if name != ends:
+                if name not in ends:
                     last = "".join(self.processes.log(name).strip().splitlines()[-1:])
                     raise DistributedError(f"{name} {how(code)} before it was ready: {last}")
             if time.monotonic() > deadline:
@@ -198,6 +202,20 @@ class ClientsEngines:
         """End Horovod on the engines, and leave them to whom they belong."""
         for rank in set(range(len(self.ids))) - set(self.missing()):
             self.send(rank, partial(engine_side.end_rank))
+
+
+def engine_command(folder: Path, parent: int) -> list[str]:
+    """Return the call of one engine.
+
+    Args:
+        folder: where it finds the controller's address.
+        parent: the process that it does not outlive; 0: the one that starts it.
+    """
+    return [
+        sys.executable, "-m", engine_side.__name__, str(parent),
+        f"--profile-dir={folder}", f"--IPEngine.wait_for_url_file={SECONDS_TO_START}",
+        "--IPEngine.enable_nanny=False", "--IPEngine.timeout=30", "--log-level=ERROR",
+    ]  # fmt: skip
 
 
 def name_of(rank: int) -> str:

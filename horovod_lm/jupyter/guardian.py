@@ -4,6 +4,7 @@ A process of its own, because a kernel can be killed: then its end of the pipe c
 process that was started here is killed, a frozen one too. It imports next to nothing.
 
     its standard input     {"start": "rank 0", "command": [...], "env": {...}, "log": PATH}
+                           {"watch": "rank 0", "pid": 8}: what one of them has started itself
                            {"kill": "rank 0"}; the end of the file ends all of it
     its standard output    {"event": "started", "name": "rank 0", "pid": 7}
                            {"event": "frozen", "name": "rank 0"}, {"event": "woken", ...}
@@ -36,6 +37,7 @@ class Guardian:
         self.folder = folder
         self._parent = os.getppid()
         self._processes: dict[str, subprocess.Popen] = {}
+        self._watched: dict[str, Watched] = {}
         self._rest = b""
 
     def run(self) -> None:
@@ -55,6 +57,10 @@ class Guardian:
             asked = json.loads(line)
             if "start" in asked:
                 self._start(asked["start"], asked["command"], asked["env"], asked["log"])
+            elif "watch" in asked:
+                self._watched[asked["watch"]] = Watched(asked["pid"])
+            elif asked["kill"] in self._watched:
+                self._watched[asked["kill"]].kill()
             elif asked["kill"] in self._processes:
                 _signal(self._processes[asked["kill"]], signal.SIGKILL)
         return bool(chunk)
@@ -85,6 +91,9 @@ class Guardian:
                 del self._processes[name]
                 _signal(process, signal.SIGKILL)  # what it had started itself
                 self._emit("ended", name, code=code if code >= 0 else 128 - code)
+        for name, watched in self._watched.items():
+            if watched.has_changed():
+                self._emit("frozen" if watched.frozen else "woken", name)
 
     def _end(self) -> None:
         for process in self._processes.values():
@@ -102,6 +111,44 @@ class Guardian:
         try:
             print(json.dumps({"event": event, "name": name, **values}), flush=True)
         except OSError:  # the kernel is gone, and the end of standard input says so, too
+            pass
+
+
+class Watched:
+    """A process that somebody else has started, and whose end its starter tells.
+
+    Args:
+        pid: its process id.
+    """
+
+    def __init__(self, pid: int) -> None:
+        import psutil  # only where it is needed
+
+        self.frozen = False
+        try:
+            self._process: psutil.Process | None = psutil.Process(pid)
+        except psutil.NoSuchProcess:
+            self._process = None
+
+    def has_changed(self) -> bool:
+        """Look whether it is frozen; say whether that is news."""
+        import psutil
+
+        before = self.frozen
+        try:
+            self.frozen = bool(self._process) and self._process.status() == psutil.STATUS_STOPPED
+        except psutil.NoSuchProcess:
+            self.frozen = False
+        return self.frozen != before
+
+    def kill(self) -> None:
+        """Kill it, if it lives."""
+        import psutil
+
+        try:
+            if self._process:
+                self._process.kill()
+        except psutil.NoSuchProcess:
             pass
 
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 SECONDS_TO_END = 8.0
@@ -18,6 +19,9 @@ SECONDS_TO_END = 8.0
 class Processes:
     """Named processes that end with this one, however it ends.
 
+    Args:
+        on_end: called with a name and an exit code, in a thread of its own, when one has ended.
+
     Attributes:
         folder: what they keep on disk.
         pids: process ids by name, of those that live.
@@ -25,7 +29,8 @@ class Processes:
         frozen: the time since when a process is stopped, by name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_end: Callable[[str, int], None]) -> None:
+        self._on_end = on_end
         self.folder = Path(tempfile.mkdtemp(prefix="horovod-cluster-"))
         self.pids: dict[str, int] = {}
         self.codes: dict[str, int] = {}
@@ -47,6 +52,11 @@ class Processes:
         self.codes.pop(name, None)
         self.pids.pop(name, None)
         self._tell({"start": name, "command": command, "env": env, "log": str(self._log(name))})
+
+    def watch(self, name: str, pid: int) -> None:
+        """Name a process that one of these has started: it can be killed, and is seen to freeze."""
+        self.pids[name] = pid
+        self._tell({"watch": name, "pid": pid})
 
     def kill(self, name: str) -> None:
         """Kill a process and what it has started."""
@@ -101,6 +111,7 @@ class Processes:
             else:
                 self.pids.pop(name, None)
                 self.frozen.pop(name, None)
+                self._on_end(name, event["code"])
                 self.codes[name] = event["code"]
         for name, pid in list(self.pids.items()):  # the guardian itself was killed
             self._end_quietly(pid)

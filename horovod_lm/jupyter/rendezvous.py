@@ -29,7 +29,6 @@ class Rendezvous(RendezvousServer):
             reach a rendezvous can join it.
         stall: seconds after which ranks that wait for one another are freed; 0: never.
         interface: the network interface that ranks talk over; empty: Horovod's choice.
-
     Attributes:
         order: the engines, by their place in `host_names`, in the order of ranks.
         settings: each rank's environment variables, by rank.
@@ -60,9 +59,7 @@ class Rendezvous(RendezvousServer):
             "HOROVOD_CONTROLLER": "gloo",
             "HOROVOD_CPU_OPERATIONS": "gloo",
             "HOROVOD_GLOO_TIMEOUT_SECONDS": str(SECONDS_GLOO_WAITS),
-            # Horovod: it looks once in every period of its warning.
-            "HOROVOD_STALL_CHECK_TIME_SECONDS": str(max(1, stall // 3)),
-            "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(stall),
+            **stall_settings(stall),
         }
         if interface or address == LOOPBACK:
             common["HOROVOD_GLOO_IFACE"] = interface or _loopback()
@@ -82,6 +79,19 @@ class Rendezvous(RendezvousServer):
         """Stop listening, and give the port back."""
         self.stop()
         self._httpd.server_close()
+
+
+def stall_settings(stall: int) -> dict[str, str]:
+    """Return the environment variables that free ranks which wait for one another.
+
+    Args:
+        stall: after so many seconds; 0: never.
+    """
+    return {
+        # Horovod: it looks once in every period of its warning.
+        "HOROVOD_STALL_CHECK_TIME_SECONDS": str(max(1, stall // 3)),
+        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(stall),
+    }
 
 
 def _loopback() -> str:

@@ -140,9 +140,14 @@ class Tasks:
         if self._processes is None:
             return
         now = time.monotonic()
-        for rank in range(self._size):
+        ended = list(self._processes.codes)  # the first one may be why the others ended
+        last = len(ended)
+        for rank in sorted(
+            range(self._size),
+            key=lambda rank: ended.index(name_of(rank)) if name_of(rank) in ended else last,
+        ):
             name = name_of(rank)
-            if name in self._processes.codes:
+            if name in ended:
                 if rank not in self._ended:
                     self._ended.add(rank)
                     code = self._processes.codes[name]
