@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from horovod_lm.doctor import FAIL, OK, WARN, Finding
-from horovod_lm.host_facts import SECONDS_TO_CONNECT
+from horovod_lm.host_facts import SECONDS_TO_CONNECT, cure
 from horovod_lm.utils.cluster import checked_hosts, is_this_machine, ssh_command, unknown_hosts
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.errors import DistributedError
@@ -181,26 +181,21 @@ def compare(
     name: str, facts: Facts, first: str, wanted: Facts, config: Config
 ) -> Iterator[Finding]:
     """Compare what a host found on itself with what the first host found."""
-    build = f"on {name}: make setup"
-    for what in ("python", "torch", "horovod"):
-        yield _same(what, name, facts, first, wanted, build)
-    code = f"copy the project from {first} to {name}: the same commit, no local changes"
-    yield _same("code", name, facts, first, wanted, code)
-    folder = config.resolve(config.data.data_dir)
+    for what in ("python", "torch", "horovod", "code"):
+        yield _same(what, name, facts, first, wanted, cure(what, name, first, config))
     if facts["data"] is None or wanted["data"] is None:
         state = "not prepared yet: training does it" if facts["data"] is None else "prepared"
         yield Finding(name, OK, f"data: {state}")
     else:
-        cure = f"on {name}, delete {folder}: training prepares it again"
-        yield _same("data", name, facts, first, wanted, cure)
+        yield _same("data", name, facts, first, wanted, cure("data", name, first, config))
     yield _interface(name, facts, config.distributed.interface)
 
 
-def _same(what: str, name: str, facts: Facts, first: str, wanted: Facts, cure: str) -> Finding:
+def _same(what: str, name: str, facts: Facts, first: str, wanted: Facts, mend: str) -> Finding:
     if facts[what] is None:
-        return Finding(name, FAIL, f"{what}: not installed", cure)
+        return Finding(name, FAIL, f"{what}: not installed", mend)
     if facts[what] != wanted[what]:
-        return Finding(name, FAIL, f"{what}: {facts[what]}, but {first} has {wanted[what]}", cure)
+        return Finding(name, FAIL, f"{what}: {facts[what]}, but {first} has {wanted[what]}", mend)
     return Finding(name, OK, f"{what}: {facts[what]}")
 
 

@@ -20,11 +20,15 @@ from typing import Any
 
 import psutil
 
+from horovod_lm.utils import distributed
 from horovod_lm.utils.config import Config, config_from_dict
+from horovod_lm.utils.errors import DistributedError
 
 SECONDS_TO_CONNECT = 3.0
 LETTERS = 12  # of a hash: as many as people compare by eye
 END_BYTES = 2**20  # of a file of tokens: it may have many GB
+# Ranks that differ in one of these would train on, each on something else.
+DECISIVE = ("torch", "horovod", "code", "data")
 
 
 def main() -> int:
@@ -60,6 +64,38 @@ def facts(config: Config) -> dict[str, Any]:
         "interfaces": interfaces,
         "address": interfaces.get(wanted) if wanted else own,
     }
+
+
+def check_hosts_agree(config: Config) -> None:
+    """Compare what the ranks train with, before they do; every rank calls this.
+
+    Raises:
+        DistributedError: on every rank, naming a host that has something else than rank 0's.
+    """
+    if distributed.get_world_size() == 1:
+        return
+    mine = facts(config)
+    kept = {what: mine[what] for what in ("host", *DECISIVE)}
+    # Horovod: nothing but the shapes of gradients is compared by the ranks themselves.
+    first, *others = distributed.gather_objects(kept, name="host_facts")
+    for rank, other in enumerate(others, start=1):
+        for what in DECISIVE:
+            if other[what] != first[what]:
+                raise DistributedError(
+                    f"{what} of rank {rank} on {other['host']} is {other[what]}, but rank 0 on"
+                    f" {first['host']} has {first[what]}:"
+                    f" {cure(what, other['host'], first['host'], config)}"
+                )
+
+
+def cure(what: str, host: str, first: str, config: Config) -> str:
+    """Return what to do about a host that differs from the first one."""
+    if what == "code":
+        return f"copy the project from {first} to {host}: the same commit, no local changes"
+    if what == "data":
+        folder = config.resolve(config.data.data_dir)
+        return f"on {host}, delete {folder}: training prepares it again"
+    return f"on {host}: make setup"
 
 
 def installed(package: str) -> str | None:

@@ -31,6 +31,7 @@ from horovod_lm.checkpoint import (
 )
 from horovod_lm.data import get_dataloaders, load_tokenizer, prepare_data
 from horovod_lm.evaluate import Evaluation, evaluate, score_texts
+from horovod_lm.host_facts import check_hosts_agree
 from horovod_lm.models.loss import IGNORE_INDEX
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.optimization import (
@@ -442,13 +443,18 @@ def build_model(config: Config, eot_id: int | None = None) -> TransformerLM:
 
 
 def prepare_data_once_per_host(config: Config, progress: ProgressLine) -> None:
-    """Prepare the tokens on each host's first rank, while the host's other ranks wait."""
+    """Prepare the tokens on each host's first rank, while the host's other ranks wait.
+
+    Raises:
+        UserError: they cannot be prepared, or the hosts differ in what decides the outcome.
+    """
 
     def show(phase: str, done: float) -> None:
         progress.update(f"preparing the data: {phase} {done:.0%}")
 
     # Horovod: two ranks of one host share its disk.
     distributed.once_per_host(lambda: prepare_data(config, progress=show))
+    check_hosts_agree(config)
 
 
 def count_predicted(batch: dict[str, torch.Tensor]) -> int:
