@@ -23,13 +23,18 @@ from typing import Any
 
 from horovod_lm.doctor import FAIL, OK, WARN, Finding
 from horovod_lm.host_facts import SECONDS_TO_CONNECT, cure
-from horovod_lm.utils.cluster import checked_hosts, is_this_machine, ssh_command, unknown_hosts
+from horovod_lm.utils.cluster import (
+    FORWARDED,
+    checked_hosts,
+    is_this_machine,
+    ssh_command,
+    unknown_hosts,
+)
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.errors import DistributedError
 
 SECONDS_TO_LOOK = 60  # a folder on a network's disk, and Python from there
 SECONDS_APART = 2.0  # clocks further apart make two hosts' logs hard to read side by side
-FORWARDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")  # horovodrun forwards all
 Facts = dict[str, Any]
 
 

@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -27,10 +28,13 @@ from horovod_lm.jupyter.call import share_the_cores
 from horovod_lm.jupyter.engines import ClientsEngines, Engines
 from horovod_lm.jupyter.outcome import RankError, RanksStopped, ranks
 from horovod_lm.jupyter.tasks import Tasks
+from horovod_lm.utils.cluster import checked_hosts
+from horovod_lm.utils.config import Config, load_config
 from horovod_lm.utils.cores import available_cores
 from horovod_lm.utils.errors import ConfigError, DistributedError
 
 AGAIN = "cluster.restart_ranks() starts the ranks again"
+LOOPBACK = "127.0.0.1"
 NOT_RUNNING = "the cluster is not running: cluster.start() starts it"
 NOTE = "note: the ranks share this machine's cores evenly; HorovodCluster(threads=N) gives each N"
 
@@ -42,10 +46,12 @@ class HorovodCluster:
         n: how many ranks.
         threads: CPU threads of each; None: a fair share of the cores.
         stall: seconds after which ranks that wait for one another are freed; 0: never.
+        hosts: a configuration, or its file, whose `distributed` section names the hosts, this one
+            first: each slot becomes a rank.
         client: an `ipyparallel.Client` whose engines, on any hosts, become the ranks. They are not
             ended with this cluster, and `n` is how many there are.
-        interface: the network interface that the hosts share, for example "eth0".
-        address: this host's address as the engines reach it; needed where they are on others.
+        interface: of a client's hosts: the network interface that they share, such as "eth0".
+        address: of a client's hosts: where they reach this one.
         controller: what the ranks talk over: "gloo", or "mpi" where Horovod was built with it. MPI
             ends all ranks when it loses one, and they start again empty, on this host only.
 
@@ -58,8 +64,8 @@ class HorovodCluster:
 
     def __init__(
         self, n: int = 2, *, threads: int | None = None, stall: int = 6,
-        client: ipyparallel.Client | None = None, interface: str = "", address: str = "127.0.0.1",
-        controller: str = "gloo",
+        hosts: Config | str | Path | None = None, client: ipyparallel.Client | None = None,
+        interface: str = "", address: str = LOOPBACK, controller: str = "gloo",
     ) -> None:  # fmt: skip
         if n < 1:
             raise ConfigError(f"HorovodCluster(n={n}): there must be at least one rank")
@@ -67,9 +73,15 @@ class HorovodCluster:
             raise ConfigError("HorovodCluster(client=...): no engine has come to this client")
         if controller not in ("gloo", "mpi"):
             raise ConfigError(f'controller={controller!r}: it is "gloo" or "mpi"')
-        if controller == "mpi" and client is not None:
-            raise ConfigError('controller="mpi" starts its own engines: leave client=... out')
+        if controller == "mpi" and (client, hosts) != (None, None):
+            raise ConfigError(
+                'controller="mpi" starts its own engines on this host: leave hosts and client out'
+            )
+        self._hosts = load_config(hosts) if isinstance(hosts, str | Path) else hosts
         self.n = n if client is None else len(client.ids)
+        if self._hosts is not None:
+            self.n = sum(host.slots for host in checked_hosts(self._hosts))
+            interface = self._hosts.distributed.interface or ""
         self.threads, self.stall = threads, stall
         self._client, self._interface, self._address = client, interface, address
         self._controller = controller
@@ -101,6 +113,11 @@ class HorovodCluster:
         if self._client is not None:
             return ClientsEngines(self._client)
         threads = self.threads or max(1, available_cores() // self.n)
+        if self._hosts is not None:
+            from horovod_lm.jupyter.host_engines import HostEngines, address_of_this_host
+
+            self._address = address_of_this_host(self._hosts)
+            return HostEngines(self._hosts, threads)
         if self._controller == "gloo":
             return Engines(self.n, threads)
         from horovod_lm.jupyter.mpi_engines import MpiEngines

@@ -23,6 +23,7 @@ from horovod_lm.jupyter import rank_cell
 SECONDS_TO_BE_INTERRUPTED = 0.5  # then it waits in Horovod, which has to be ended under it
 _busy = threading.Event()
 _ending = threading.Lock()
+_token = ""
 _task = 0  # counts what this engine was given to do
 _listening = False
 
@@ -32,9 +33,9 @@ def hostname() -> str:
     return socket.gethostname()
 
 
-def process_id() -> int:
-    """Return this engine's process id."""
-    return os.getpid()
+def token() -> str:
+    """Return what the one who started this engine calls it."""
+    return _token
 
 
 def built_with_mpi() -> bool:
@@ -184,8 +185,8 @@ def _free_when_interrupted() -> None:
     threading.Thread(target=listen, daemon=True, name="interrupts").start()
 
 
-def _end_with_the_parent(parent: int) -> None:
-    parent = parent or os.getppid()
+def _end_with_the_parent() -> None:
+    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -199,9 +200,11 @@ def main(arguments: list[str]) -> None:
     """Run one engine until it is told to end.
 
     Args:
-        arguments: the parent's process id, or 0 for the one that it has; then `ipengine`'s.
+        arguments: what this engine is called, then `ipengine`'s.
     """
-    _end_with_the_parent(int(arguments[0]))
+    global _token
+    _token = arguments[0]
+    _end_with_the_parent()
     # Imported while the controller starts, so that the first cell need not wait for it.
     import horovod.torch  # noqa: F401
     from ipyparallel.engine.app import IPEngine

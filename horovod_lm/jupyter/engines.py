@@ -29,25 +29,27 @@ class Engines:
     Args:
         size: how many.
         threads: CPU threads of each.
+        address: this host's, as the engines reach it. Nothing listens anywhere else.
 
     Attributes:
         ids: ipyparallel's numbers, by rank.
         processes: theirs, named `rank 0`, `rank 1`, ...
     """
 
-    def __init__(self, size: int, threads: int) -> None:
+    def __init__(self, size: int, threads: int, address: str = "127.0.0.1") -> None:
         self.size, self.ids = size, list[int]()
-        self._threads = threads
+        self._threads, self._starts = threads, 0
+        self._tokens: dict[int, str] = {}
         self._client: ipyparallel.Client | None = None
         self._asked: dict[int, ipyparallel.AsyncResult] = {}
-        self.processes = Processes(self._process_ends)
+        self.processes = self._make_processes()
         # Both sides would make the folders of a profile at the same time.
         ProfileDir.create_profile_dir(str(self.processes.folder))
         self._start_all()
         profile = f"--profile-dir={self.processes.folder}"
         command = [
             sys.executable, "-m", "ipyparallel.controller", profile, "--usethreads", "--nodb",
-            "--ping=1000", "--ip=127.0.0.1", "--log-level=ERROR",
+            "--ping=1000", f"--ip={address}", "--log-level=ERROR",
         ]  # fmt: skip
         self.processes.start("controller", command, inherited())
 
@@ -92,13 +94,22 @@ class Engines:
             self._client.close()
         self.processes.close()
 
+    def _make_processes(self) -> Processes:
+        return Processes(self._process_ends)
+
     def _start_all(self) -> None:
         for rank in range(self.size):
             self._start(rank)
 
     def _start(self, rank: int) -> None:
-        command = engine_command(self.processes.folder, self.processes.parent)
+        command = engine_command(self.processes.folder, self._new_token(rank))
         self.processes.start(name_of(rank), command, self._env())
+
+    def _new_token(self, rank: int) -> str:
+        """Return what nobody but a rank's newest engine is called."""
+        self._starts += 1
+        self._tokens[rank] = f"{rank}.{self._starts}"
+        return self._tokens[rank]
 
     def _env(self) -> dict[str, str]:
         paths = os.pathsep.join(path for path in sys.path if path)
@@ -108,16 +119,16 @@ class Engines:
         """Hear of an end; that of an engine says nothing here of the others."""
 
     def _all_came(self) -> bool:
-        """Ask newcomers for their process ids; return whether every process is an engine now."""
+        """Ask newcomers who they are; return whether every rank has its newest engine."""
         for engine in set(self._client.ids) - set(self._asked):
-            self._asked[engine] = self._client[engine].apply_async(engine_side.process_id)
+            self._asked[engine] = self._client[engine].apply_async(engine_side.token)
         answered = {
             result.get(): engine
             for engine, result in self._asked.items()
             if result.ready() and result.successful()
         }
-        pids = [self.processes.pids.get(name_of(rank)) for rank in range(self.size)]
-        self.ids = [answered[pid] for pid in pids if pid in answered]
+        wanted = [self._tokens[rank] for rank in range(self.size)]
+        self.ids = [answered[token] for token in wanted if token in answered]
         return len(self.ids) == self.size
 
     def _wait(self, condition: Callable[[], bool], what: str, ends: Collection[str] = ()) -> None:
@@ -204,15 +215,15 @@ class ClientsEngines:
             self.send(rank, partial(engine_side.end_rank))
 
 
-def engine_command(folder: Path, parent: int) -> list[str]:
+def engine_command(folder: Path, token: str) -> list[str]:
     """Return the call of one engine.
 
     Args:
         folder: where it finds the controller's address.
-        parent: the process that it does not outlive; 0: the one that starts it.
+        token: what it is called.
     """
     return [
-        sys.executable, "-m", engine_side.__name__, str(parent),
+        sys.executable, "-m", engine_side.__name__, token,
         f"--profile-dir={folder}", f"--IPEngine.wait_for_url_file={SECONDS_TO_START}",
         "--IPEngine.enable_nanny=False", "--IPEngine.timeout=30", "--log-level=ERROR",
     ]  # fmt: skip

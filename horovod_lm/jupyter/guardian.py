@@ -1,14 +1,17 @@
 """Starts the processes of a live cluster, says what becomes of them, and outlives none of them.
 
 A process of its own, because a kernel can be killed: then its end of the pipe closes, and every
-process that was started here is killed, a frozen one too. It imports next to nothing.
+process that was started here is killed, a frozen one too. It imports next to nothing. On another
+host it is started through ssh, and the pipe is the connection.
 
     its standard input     {"start": "rank 0", "command": [...], "env": {...}, "log": PATH}
                            {"watch": "rank 0", "pid": 8}: what one of them has started itself
-                           {"kill": "rank 0"}; the end of the file ends all of it
+                           {"kill": "rank 0"}, {"interrupt": "rank 0"}
+                           {"write": "name", "text": "..."}: a file in its folder
+                           the end of the file ends all of it
     its standard output    {"event": "started", "name": "rank 0", "pid": 7}
                            {"event": "frozen", "name": "rank 0"}, {"event": "woken", ...}
-                           {"event": "ended", "name": "rank 0", "code": 137}
+                           {"event": "ended", "name": "rank 0", "code": 137, "last": "its words"}
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import sys
 import time
 
 SECONDS_BETWEEN_LOOKS = 0.1
+LAST_BYTES = 2000
 SECONDS_TO_END = 2.0  # that processes have to end by themselves before they are killed
 
 
@@ -35,9 +39,11 @@ class Guardian:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
+        os.makedirs(folder, mode=0o700, exist_ok=True)
         self._parent = os.getppid()
         self._processes: dict[str, subprocess.Popen] = {}
         self._watched: dict[str, Watched] = {}
+        self._logs: dict[str, str] = {}
         self._rest = b""
 
     def run(self) -> None:
@@ -59,20 +65,36 @@ class Guardian:
                 self._start(asked["start"], asked["command"], asked["env"], asked["log"])
             elif "watch" in asked:
                 self._watched[asked["watch"]] = Watched(asked["pid"])
-            elif asked["kill"] in self._watched:
-                self._watched[asked["kill"]].kill()
-            elif asked["kill"] in self._processes:
-                _signal(self._processes[asked["kill"]], signal.SIGKILL)
+            elif "write" in asked:
+                self._write(asked["write"], asked["text"])
+            elif "interrupt" in asked:
+                self._send(asked["interrupt"], signal.SIGINT)
+            else:
+                self._send(asked["kill"], signal.SIGKILL)
         return bool(chunk)
 
-    def _start(self, name: str, command: list[str], env: dict[str, str], log: str) -> None:
+    def _start(self, name: str, command: list[str], env: dict | None, log: str) -> None:
         with open(log, "ab") as output:
             process = subprocess.Popen(
                 command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 start_new_session=True,
             )  # fmt: skip
-        self._processes[name] = process
+        self._processes[name], self._logs[name] = process, log
         self._emit("started", name, pid=process.pid)
+
+    def _write(self, name: str, text: str) -> None:
+        path = os.path.join(self.folder, name)
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(text)
+
+    def _send(self, name: str, number: int) -> None:
+        if name in self._watched:
+            self._watched[name].send(number)
+        elif name in self._processes and number == signal.SIGKILL:
+            _signal(self._processes[name], number)
+        elif name in self._processes:
+            os.kill(self._processes[name].pid, number)
 
     def _look(self) -> None:
         """Hear of processes that ended, that somebody froze, and that woke up again."""
@@ -90,7 +112,8 @@ class Guardian:
                 process.returncode = code
                 del self._processes[name]
                 _signal(process, signal.SIGKILL)  # what it had started itself
-                self._emit("ended", name, code=code if code >= 0 else 128 - code)
+                code = code if code >= 0 else 128 - code
+                self._emit("ended", name, code=code, last=last_words(self._logs[name]))
         for name, watched in self._watched.items():
             if watched.has_changed():
                 self._emit("frozen" if watched.frozen else "woken", name)
@@ -112,6 +135,13 @@ class Guardian:
             print(json.dumps({"event": event, "name": name, **values}), flush=True)
         except OSError:  # the kernel is gone, and the end of standard input says so, too
             pass
+
+
+def last_words(log: str) -> str:
+    """Return the end of a log."""
+    with open(log, "rb") as file:
+        file.seek(max(0, os.path.getsize(log) - LAST_BYTES))
+        return file.read().decode(errors="replace")
 
 
 class Watched:
@@ -141,13 +171,13 @@ class Watched:
             self.frozen = False
         return self.frozen != before
 
-    def kill(self) -> None:
-        """Kill it, if it lives."""
+    def send(self, number: int) -> None:
+        """Send it a signal, if it lives."""
         import psutil
 
         try:
             if self._process:
-                self._process.kill()
+                self._process.send_signal(number)
         except psutil.NoSuchProcess:
             pass
 

@@ -79,7 +79,7 @@ class MpiEngines(Engines):
         as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
         command = [
             MPIRUN, *as_root, "--oversubscribe", "--bind-to", "none", "-np", str(self.size),
-            "sh", "-c", shell, "sh", *engine_command(folder, parent=0),
+            "sh", "-c", shell, "sh", *engine_command(folder, "of-mpirun"),
         ]  # fmt: skip
         self.processes.start(MPIRUN, command, self._env())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
+GUARDIAN = "horovod_lm.jupyter.guardian"
 SECONDS_TO_END = 8.0
 
 
 class Processes:
-    """Named processes that end with this one, however it ends.
+    """Named processes of this host that end with this one, however it ends.
 
     Args:
         on_end: called with a name and an exit code, in a thread of its own, when one has ended.
@@ -27,6 +30,8 @@ class Processes:
         pids: process ids by name, of those that live.
         codes: exit codes by name, as a shell gives them, of those that ended.
         frozen: the time since when a process is stopped, by name.
+        last: the last words of those that ended, by name.
+        lost: why the end of some was not seen, by name.
     """
 
     def __init__(self, on_end: Callable[[str, int], None]) -> None:
@@ -35,9 +40,15 @@ class Processes:
         self.pids: dict[str, int] = {}
         self.codes: dict[str, int] = {}
         self.frozen: dict[str, float] = {}
+        self.last: dict[str, str] = {}
+        self.lost: dict[str, str] = {}
+        self._begin([sys.executable, "-m", GUARDIAN, str(self.folder)])
+
+    def _begin(self, command: list[str], complaints: IO[str] | None = None) -> None:
+        self._names: set[str] = set()
         self._guardian = subprocess.Popen(
-            [sys.executable, "-m", "horovod_lm.jupyter.guardian", str(self.folder)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints,
+            start_new_session=True,
         )  # fmt: skip
         self._thread = threading.Thread(target=self._hear, daemon=True, name="guardian")
         self._thread.start()
@@ -47,14 +58,19 @@ class Processes:
         """The process id of their parent."""
         return self._guardian.pid
 
-    def start(self, name: str, command: list[str], env: dict[str, str]) -> None:
+    def start(self, name: str, command: list[str], env: dict[str, str] | None) -> None:
         """Start a process; its output goes to `log(name)`."""
+        self._names.add(name)
+        self.lost.pop(name, None)
         self.codes.pop(name, None)
         self.pids.pop(name, None)
         self._tell({"start": name, "command": command, "env": env, "log": str(self._log(name))})
+        if not self._thread.is_alive():  # the guardian is gone
+            self._lose(name)
 
     def watch(self, name: str, pid: int) -> None:
         """Name a process that one of these has started: it can be killed, and is seen to freeze."""
+        self._names.add(name)
         self.pids[name] = pid
         self._tell({"watch": name, "pid": pid})
 
@@ -64,10 +80,7 @@ class Processes:
 
     def interrupt(self, name: str) -> None:
         """Do to a process what Ctrl-C does."""
-        try:
-            os.kill(self.pids[name], signal.SIGINT)
-        except (KeyError, ProcessLookupError):  # it has just ended
-            pass
+        self._tell({"interrupt": name})
 
     def log(self, name: str) -> str:
         """Return what a process wrote past its own streams."""
@@ -87,6 +100,7 @@ class Processes:
             self._guardian.wait()
         self._thread.join()
         self._guardian.stdout.close()
+        shutil.rmtree(self.folder, ignore_errors=True)  # what a killed guardian has left
 
     def _log(self, name: str) -> Path:
         return self.folder / f"{name.replace(' ', '-')}.log"
@@ -111,16 +125,17 @@ class Processes:
             else:
                 self.pids.pop(name, None)
                 self.frozen.pop(name, None)
+                self.last[name] = event["last"]
                 self._on_end(name, event["code"])
                 self.codes[name] = event["code"]
-        for name, pid in list(self.pids.items()):  # the guardian itself was killed
-            self._end_quietly(pid)
-            self.pids.pop(name)
-            self.codes[name] = 128 + signal.SIGKILL
+        for name in self._names - set(self.codes):
+            self._lose(name)
 
-    @staticmethod
-    def _end_quietly(pid: int) -> None:
+    def _lose(self, name: str) -> None:
+        """Do what the guardian would have done: it was killed itself."""
         try:
-            os.killpg(pid, signal.SIGKILL)
+            if name in self.pids:
+                os.killpg(self.pids.pop(name), signal.SIGKILL)
         except ProcessLookupError:
             pass
+        self.codes[name] = 128 + signal.SIGKILL

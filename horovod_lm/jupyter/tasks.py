@@ -150,8 +150,7 @@ class Tasks:
             if name in ended:
                 if rank not in self._ended:
                     self._ended.add(rank)
-                    code = self._processes.codes[name]
-                    self._outcome.add({"event": "rank_ended", "rank": rank, "code": code})
+                    self._hear_of_an_end(rank, name)
                 self._gone.add(rank)
                 self._pending.pop(rank, None)
                 self._fail()
@@ -162,6 +161,14 @@ class Tasks:
                 )
                 self._processes.kill(name)
                 self._fail()
+
+    def _hear_of_an_end(self, rank: int, name: str) -> None:
+        if name in self._processes.lost:
+            lost = _described("LostRankError", self._processes.lost[name])
+            self._outcome.add({"event": "mark", "kind": "error", "rank": rank, **lost})
+        else:
+            code = self._processes.codes[name]
+            self._outcome.add({"event": "rank_ended", "rank": rank, "code": code})
 
     def _hear_horovod(self, rank: int, result: Any) -> None:
         """Look for the stall check's words, which Horovod writes past Python's streams."""

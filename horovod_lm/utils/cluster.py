@@ -23,6 +23,7 @@ from horovod_lm.utils.config import Config, HostConfig, load_config
 from horovod_lm.utils.errors import ConfigError
 
 DEFAULT_HOSTFILE = "runs/hostfile"
+FORWARDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")  # horovodrun forwards all
 
 
 def hostfile_text(config: Config) -> str:
