@@ -1,6 +1,11 @@
 """Every figure of the course, one module for each subject, all to be imported from here."""
 
 from horovod_lm.jupyter.plots.attention import plot_attention
+from horovod_lm.jupyter.plots.data import (
+    plot_losses_above_floor,
+    plot_shards,
+    plot_tokens_per_character,
+)
 from horovod_lm.jupyter.plots.generation import plot_cost_by_length, plot_next_words
 from horovod_lm.jupyter.plots.style import RUN_STYLES, Plot
 from horovod_lm.jupyter.plots.training import (
@@ -20,8 +25,11 @@ __all__ = [
     "plot_attention",
     "plot_cost_by_length",
     "plot_loss",
+    "plot_losses_above_floor",
     "plot_next_words",
+    "plot_shards",
     "plot_speed",
     "plot_step_parts",
     "plot_summary",
+    "plot_tokens_per_character",
 ]
