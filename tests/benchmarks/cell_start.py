@@ -1,8 +1,9 @@
-"""How long a `%%horovodrun` cell takes to show its first line, against plain horovodrun.
+"""How long a `%%horovodrun` cell takes to show its first line, and a cluster to be ready.
 
     python tests/benchmarks/cell_start.py [--pairs 15]
 
-Pairs of runs, in turns, so that whatever else the machine does meets both; the median ratio.
+Each against plain horovodrun, in turns, so that whatever else the machine does meets all of them:
+the medians, and the median ratios.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import time
 from pathlib import Path
 
 from IPython.core.interactiveshell import InteractiveShell
+
+from horovod_lm.jupyter.cluster import HorovodCluster
 
 HOROVODRUN = Path(sys.executable).with_name("horovodrun")
 
@@ -56,17 +59,24 @@ def cell(shell: InteractiveShell) -> float:
         sys.stdout = before
 
 
+def cluster() -> float:
+    """Seconds until two live ranks are ready for their first cell."""
+    started = time.perf_counter()
+    with HorovodCluster(n=2):
+        return time.perf_counter() - started
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=15)
     pairs = parser.parse_args().pairs
     shell = InteractiveShell.instance()
     shell.run_line_magic("load_ext", "horovod_lm.jupyter")
-    plain(), cell(shell)
-    times = [(plain(), cell(shell)) for _ in range(pairs)]
-    alone, ours = (statistics.median(column) for column in zip(*times, strict=True))
-    ratio = statistics.median(second / first for first, second in times)
-    print(f"plain {alone:.2f} s, cell {ours:.2f} s, median ratio of {pairs} pairs {ratio:.2f}")
+    plain(), cell(shell), cluster()
+    times = [(plain(), cell(shell), cluster()) for _ in range(pairs)]
+    for name, column in zip(("plain", "cell", "cluster"), zip(*times, strict=True), strict=True):
+        ratio = statistics.median(own / row[0] for own, row in zip(column, times, strict=True))
+        print(f"{name:8}{statistics.median(column):6.2f} s, {ratio:5.2f} times plain horovodrun")
 
 
 if __name__ == "__main__":
