@@ -41,7 +41,7 @@ CELLS = [
 ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def stored(tiny_project) -> Path:
     """The notebook, executed once and stored."""
     notebook = new_notebook(cells=[new_code_cell(cell) for cell in CELLS])
@@ -52,19 +52,37 @@ def stored(tiny_project) -> Path:
     return path
 
 
-@pytest.mark.horovod
-@pytest.mark.slow
-@needs_horovod
+pytestmark = [pytest.mark.horovod, pytest.mark.slow, needs_horovod]
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if "PYTEST" not in name},
+    "PYTHONPATH": str(ROOT),
+}
+
+
+def jupyter(stored: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *arguments, stored.name]
+    return subprocess.run(
+        command, cwd=stored.parent, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+
+
 @pytest.mark.timeout(120 + 90 * REPEATS)
 def test_a_notebook_of_all_three_ways_passes_nbval(stored):
     error = read_notebook(stored).cells[6].outputs[-1]
     assert error.evalue.startswith("rank 1: ValueError: boom (line 3 of the cell)")
-    environment = {name: value for name, value in os.environ.items() if "PYTEST" not in name}
     for _ in range(REPEATS):
-        finished = subprocess.run(
-            [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-q",
-             "--nbval-cell-timeout", "60", "-p", "no:cacheprovider", stored.name],
-            cwd=stored.parent, env={**environment, "PYTHONPATH": str(ROOT)},
-            capture_output=True, text=True, timeout=120,
+        finished = jupyter(
+            stored, "pytest", "--nbval", "--nbval-current-env", "-q", "--nbval-cell-timeout", "60",
+            "-p", "no:cacheprovider",
         )  # fmt: skip
         assert finished.returncode == 0, finished.stdout[-5000:] + finished.stderr[-1000:]
+
+
+def test_jupyter_execute_gives_the_same_outputs(stored):
+    finished = jupyter(stored, "jupyter", "execute", "--output=again.ipynb")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    outputs, again = (
+        [cell.outputs for cell in read_notebook(path).cells]
+        for path in (stored, stored.with_name("again.ipynb"))
+    )
+    assert again == outputs
