@@ -15,6 +15,8 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# Jobs of several hosts start `python` and `horovodrun` by name, also when no environment is active.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 TINY = """
 model: {vocab_size: 300, d_model: 16, n_heads: 2, n_layers: 2, d_ff: 32, max_seq_len: 32,

@@ -55,6 +55,6 @@ def test_a_link_of_today_follows_the_formula_too(monkeypatch):
     links = script()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(links, "SIZES", (2**22,))
-    [row] = links.measure(workers=2, megabits=50)
-    # Once, on a machine that does other things too: wider than the table's fifth.
+    [row] = links.measure(workers=2, megabits=15)
+    # Slow, so that the link decides on a machine that does other things too.
     assert 0.9 < row["seconds"] / row["formula_seconds"] < 1.4, row
