@@ -7,6 +7,7 @@ from horovod_lm.jupyter.plots.data import (
     plot_tokens_per_character,
 )
 from horovod_lm.jupyter.plots.generation import plot_cost_by_length, plot_next_words
+from horovod_lm.jupyter.plots.model import plot_depth, plot_influence, plot_pieces
 from horovod_lm.jupyter.plots.style import RUN_STYLES, Plot
 from horovod_lm.jupyter.plots.training import (
     PART_STYLES,
@@ -24,9 +25,12 @@ __all__ = [
     "draw_loss",
     "plot_attention",
     "plot_cost_by_length",
+    "plot_depth",
+    "plot_influence",
     "plot_loss",
     "plot_losses_above_floor",
     "plot_next_words",
+    "plot_pieces",
     "plot_shards",
     "plot_speed",
     "plot_step_parts",
