@@ -40,6 +40,13 @@ def test_loss_draws_both_phases_of_every_run_and_the_levels():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list(lines)
 
 
+def test_two_levels_can_be_told_apart():
+    levels = {"at the start": 7.0, "at the end": 0.5}
+    [axes] = plots.plot_loss({"run": training_rows()}, levels=levels).axes
+    upper, lower = (line for line in axes.lines if line.get_label() in levels)
+    assert upper._unscaled_dash_pattern != lower._unscaled_dash_pattern
+
+
 def test_a_run_without_validation_has_no_empty_entry_in_the_legend():
     rows = [row for row in training_rows() if row["phase"] == "train"]
     [axes] = plots.plot_loss({"only": rows}).axes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from statistics import median
 
 from matplotlib.axes import Axes
@@ -28,6 +29,7 @@ Series = tuple[list[int], list[float]]  # steps and values
 
 # How the parts of a step differ: (colour, hatching), in the order in which they happen.
 PART_STYLES = ((BLACK, ""), (BLUE, "//"), (GREEN, ".."), (ORANGE, "xx"), (PINK, "\\\\"))
+LEVEL_DASHES = ((6, 3), (1, 2), (6, 2, 1, 2))  # how horizontal lines differ
 
 
 def plot_loss(runs: Runs, title: str = "Loss", levels: Mapping[str, float] | None = None) -> Plot:
@@ -60,8 +62,8 @@ def draw_loss(
                 steps, losses, marker, color=BLACK, markerfacecolor=colour, markersize=6,
                 label=f"validation{of_run}",
             )  # fmt: skip
-    for label, value in (levels or {}).items():
-        axes.axhline(value, color="0.45", linestyle=(0, (6, 3)), linewidth=1, label=label)
+    for (label, value), dashes in zip((levels or {}).items(), cycle(LEVEL_DASHES), strict=False):
+        axes.axhline(value, color="0.45", linestyle=(0, dashes), linewidth=1, label=label)
     label_axes(axes, title, STEPS, "loss (nats per token)")
     axes.legend(frameon=False)
 
