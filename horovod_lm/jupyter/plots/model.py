@@ -91,7 +91,7 @@ def plot_influence(influences: Mapping[str, Tensor], words: Sequence[str], title
     plot = Plot(
         f"{title}: gradient among {len(words)} words, {' and '.join(influences)}",
         width=1.2 + 3.9 * len(influences),
-        height=4.4,
+        height=4.9,
     )
     panels = plot.subplots(1, len(influences), sharey=True, squeeze=False)[0]
     for axes, (name, influence) in zip(panels, influences.items(), strict=True):
