@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -91,3 +94,8 @@ def test_a_solution_in_its_stubs_place_is_right_and_the_stub_is_not(tmp_path):
 def test_a_stub_without_its_check_or_its_solution_is_an_error(below):
     with pytest.raises(ExerciseError, match="exercise double"):
         solutions(page(*below))
+
+
+def test_a_page_that_checks_an_answer_does_not_wait_for_the_notebook_format():
+    code = "import sys, horovod_lm.jupyter.exercises; assert 'nbformat' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
