@@ -15,6 +15,7 @@ The second term hardly grows with N: that is why the ring scales. The first one 
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -119,6 +120,23 @@ class Step:
     efficiency: float
 
 
+def communication_seconds(
+    job: Job,
+    network: Network,
+    workers: int,
+    workers_per_host: int = 1,
+    inside: Network | None = None,
+) -> float:
+    """The time in which all workers sum the gradients of a step; arguments as for `step`."""
+    hosts = -(-workers // workers_per_host)
+    # Inside each host first, between the hosts next, and inside again: NCCL's rings do as much.
+    seconds = network.allreduce_seconds(job.bytes_reduced, hosts)
+    if inside is not None:
+        neighbours = min(workers, workers_per_host)
+        seconds += inside.allreduce_seconds(job.bytes_reduced, neighbours)
+    return seconds
+
+
 def step(
     job: Job,
     network: Network,
@@ -139,32 +157,36 @@ def step(
         The prediction. It knows nothing of workers that are late now and then, of other traffic on
         the network, or of the time to negotiate: real steps are slower.
     """
-    hosts = -(-workers // workers_per_host)
-    # Inside each host first, between the hosts next, and inside again: NCCL's rings do as much.
-    communication = network.allreduce_seconds(job.bytes_reduced, hosts)
-    if inside is not None:
-        neighbours = min(workers, workers_per_host)
-        communication += inside.allreduce_seconds(job.bytes_reduced, neighbours)
+    communication = communication_seconds(job, network, workers, workers_per_host, inside)
     exposed = max(0.0, communication - job.seconds_to_hide_behind)
     seconds = job.seconds_per_step + exposed
     return Step(seconds, communication, exposed, job.seconds_per_step / seconds)
 
 
-def smallest_batch(seconds_per_sample: float, job: Job, network: Network, workers: int) -> float:
+def smallest_batch(
+    seconds_per_sample: float,
+    job: Job,
+    network: Network,
+    workers: int,
+    workers_per_host: int = 1,
+    inside: Network | None = None,
+) -> float:
     """The batch per worker at which communication is just hidden; below it, communication wins.
 
     Args:
         seconds_per_sample: of arithmetic, on one worker.
         job: its gradients and overlap; its own `seconds_per_step` does not matter.
-        network: the link between the workers.
+        network: the link between the hosts.
         workers: how many.
+        workers_per_host: how many of them are on one host.
+        inside: the link within a host; None: not the bottleneck.
 
     Returns:
         Samples per worker and pass: where the time of the allreduce equals the part of the backward
         pass that hides it. Infinite where nothing is hidden.
     """
     hidden_per_sample = job.overlap * BACKWARD_SHARE * seconds_per_sample
-    communication = network.allreduce_seconds(job.bytes_reduced, workers)
+    communication = communication_seconds(job, network, workers, workers_per_host, inside)
     return communication / hidden_per_sample if hidden_per_sample else float("inf")
 
 
@@ -204,10 +226,45 @@ def relative_errors(network: Network, measurements: Iterable[Measurement]) -> li
 
 
 def curve(
-    job: Job, network: Network, workers: Sequence[int], workers_per_host: int = 1
+    job: Job,
+    network: Network,
+    workers: Sequence[int],
+    workers_per_host: int = 1,
+    inside: Network | None = None,
 ) -> list[Step]:
     """Predict a step for each number of workers."""
-    return [step(job, network, count, workers_per_host) for count in workers]
+    return [step(job, network, count, workers_per_host, inside) for count in workers]
+
+
+def breaking_point(
+    job: Job,
+    network: Network,
+    workers_per_host: int = 1,
+    inside: Network | None = None,
+    efficiency: float = 0.9,
+    most: int = 2**20,
+) -> int | None:
+    """Find the smallest number of workers that are less efficient than they should be.
+
+    Args:
+        job: the arithmetic and the gradients.
+        network: the link between hosts.
+        workers_per_host: how many workers are on one host.
+        inside: the link within a host; None: not the bottleneck.
+        efficiency: the least that is good enough, 0 to 1.
+        most: where to stop looking.
+
+    Returns:
+        The number, or None if even `most` workers are efficient enough.
+    """
+
+    def breaks(workers: int) -> bool:
+        return step(job, network, workers, workers_per_host, inside).efficiency < efficiency
+
+    if not breaks(most):
+        return None
+    # Each worker more makes the ring longer, and never faster: halving the range finds the first.
+    return bisect.bisect_left(range(most + 1), True, lo=1, key=breaks)
 
 
 def with_batch(job: Job, factor: float) -> Job:

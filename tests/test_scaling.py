@@ -13,6 +13,7 @@ from horovod_lm.scaling import (
     Job,
     Measurement,
     Network,
+    breaking_point,
     curve,
     fit_network,
     flops_per_token,
@@ -119,6 +120,34 @@ def test_workers_of_a_host_share_its_link_and_halving_the_bytes_halves_the_time(
     assert half.communication == pytest.approx(on_128_hosts.communication / 2)
     inside = step(job, network, 512, 4, inside=Network(0, 100 * GBIT))
     assert inside.communication > on_128_hosts.communication
+
+
+@given(LATENCIES, BANDWIDTHS, st.integers(1, 16), st.floats(0.05, 0.99))
+def test_it_breaks_at_the_first_number_of_workers_that_is_too_slow(latency, bandwidth, many, least):
+    job, network = Job(1e8, 0.2), Network(latency, bandwidth)
+    found = breaking_point(job, network, many, efficiency=least, most=4096)
+    if found is None:
+        assert step(job, network, 4096, many).efficiency >= least
+    else:
+        assert step(job, network, found, many).efficiency < least
+        assert step(job, network, found - 1, many).efficiency >= least
+
+
+def test_a_quicker_link_inside_a_host_is_counted_in_every_prediction():
+    job, network = Job(1e8, 0.2), Network(1e-5, 1e9)
+    slow = Network(1e-5, 1e7)
+    assert breaking_point(job, network, 8) > 8 > breaking_point(job, network, 8, slow)
+    [alone, pair] = curve(job, network, (1, 2), 8, slow)
+    assert alone.communication == 0 < pair.communication == slow.allreduce_seconds(4e8, 2)
+    inside = smallest_batch(0.01, job, network, 8, workers_per_host=8, inside=slow)
+    at = Job(1e8, inside * 0.01)
+    assert step(at, network, 8, 8, slow).exposed == pytest.approx(0, abs=1e-9)
+
+
+def test_a_ring_without_latency_never_falls_below_its_limit():
+    job, network = Job(1e8, 1.0, overlap=0), Network(0, 8e9)  # at most 2 x 0.4 GB at 8 GB/s: 0.1 s
+    assert breaking_point(job, network, efficiency=0.9) is None
+    assert breaking_point(job, network, efficiency=0.95) == 3
 
 
 def test_gradients_hide_only_behind_the_last_of_several_passes():
