@@ -8,6 +8,7 @@ from horovod_lm.jupyter.plots.data import (
 )
 from horovod_lm.jupyter.plots.generation import plot_cost_by_length, plot_next_words
 from horovod_lm.jupyter.plots.model import plot_depth, plot_influence, plot_pieces
+from horovod_lm.jupyter.plots.scaling import Scene, plot_scaling
 from horovod_lm.jupyter.plots.style import RUN_STYLES, Plot
 from horovod_lm.jupyter.plots.training import (
     PART_STYLES,
@@ -22,6 +23,7 @@ __all__ = [
     "PART_STYLES",
     "RUN_STYLES",
     "Plot",
+    "Scene",
     "draw_loss",
     "plot_attention",
     "plot_cost_by_length",
@@ -31,6 +33,7 @@ __all__ = [
     "plot_losses_above_floor",
     "plot_next_words",
     "plot_pieces",
+    "plot_scaling",
     "plot_shards",
     "plot_speed",
     "plot_step_parts",

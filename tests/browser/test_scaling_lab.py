@@ -1,0 +1,70 @@
+"""The scaling lab in a real browser: a slider is moved with the keyboard, and all of it follows."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conftest import ROOT
+
+OPEN = """
+from horovod_lm.jupyter.scaling_lab import ScalingLab, read_measurements
+rows = read_measurements("PATH", megabits_per_second=400)
+lab = ScalingLab(measurements=rows)
+"""
+# Widgets of the first output: does any description need more room than it has?
+CUT_OFF = """() => [...document.querySelectorAll('.jp-OutputArea-output .widget-label')]
+    .filter(label => label.scrollWidth > label.clientWidth).map(label => label.innerText)"""
+
+
+@pytest.fixture
+def opened(open_notebook):
+    table = ROOT / "tests" / "benchmarks" / "allreduce_over_links.csv"
+
+    def open_lab(last_line: str = "lab"):
+        page = open_notebook(OPEN.replace("PATH", str(table)) + last_line)
+        page.run_all()
+        page.wait_for("It breaks at 5 workers")
+        page.page.wait_for_function(
+            "() => document.querySelector('.jp-OutputArea-output img')?.naturalWidth > 1000"
+        )
+        return page
+
+    return open_lab
+
+
+def slider(page, name: str):
+    """The handle of a slider, by what is written beside it."""
+    label = page.page.get_by_text(name, exact=True)
+    return page.page.locator(".widget-inline-hbox").filter(has=label).locator(".noUi-handle")
+
+
+def picture(page) -> str:
+    return page.page.locator(".jp-OutputArea-output img").get_attribute("src")
+
+
+def test_a_slider_is_moved_with_the_keyboard_and_everything_follows(opened):
+    page = opened()
+    assert page.page.evaluate(CUT_OFF) == []
+    drawn, said = picture(page), page.outputs()[0]
+    assert "With 64 workers" in said
+    slider(page, "workers").press("ArrowRight")
+    page.wait_for("With 128 workers", 10)
+    page.page.wait_for_function(
+        "old => document.querySelector('.jp-OutputArea-output img').src !== old", arg=drawn
+    )
+    page.screenshot("scaling_lab")
+    page.page.evaluate(
+        "() => { window.jupyterapp.commands.execute('apputils:change-theme',"
+        " {theme: 'JupyterLab Dark'}); }"
+    )
+    page.page.wait_for_function("() => document.body.dataset.jpThemeLight === 'false'")
+    page.page.wait_for_timeout(500)
+    page.screenshot("scaling_lab_dark")
+    assert page.complaints == []
+
+
+def test_an_error_in_a_callback_is_visible(opened):
+    page = opened("lab.plot = lambda: 1 / 0\nlab")
+    slider(page, "workers").press("ArrowLeft")
+    page.wait_for("ZeroDivisionError: division by zero", 20)
+    assert "With 32 workers" in page.outputs()[0]  # what went well is shown all the same

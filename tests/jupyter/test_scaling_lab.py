@@ -1,0 +1,189 @@
+"""The scaling lab without a browser: its numbers, its words, and its sliders."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import math
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from horovod_lm.jupyter.scaling_lab import SLIDERS, ScalingLab, prediction_table
+from horovod_lm.jupyter.scaling_view import Choices, predict, read_measurements, sentences
+from horovod_lm.scaling import Measurement, Network, fit_network, step
+from horovod_lm.utils.errors import UserError
+from tests.conftest import ROOT
+
+MEASURED = ROOT / "tests" / "benchmarks" / "allreduce_over_links.csv"
+GPT2 = Choices()
+
+
+# ---- plain functions -----------------------------------------------------------------------------
+
+
+def test_the_arithmetic_of_a_step_by_hand():
+    # 6 operations for each parameter and token; 16 sequences of 512 tokens; 50 TFLOP/s.
+    expected = 6 * 124e6 * 512 * 16 / 50e12
+    assert predict(GPT2).arithmetic == pytest.approx(expected)
+    assert GPT2.network.latency == pytest.approx(20e-6) and GPT2.network.bandwidth == 1.25e9
+
+
+def test_a_prediction_is_the_cost_model_s():
+    found, inside = predict(GPT2), Network(1e-5, 1e9)
+    assert predict(GPT2, inside).step == step(GPT2.job, GPT2.network, 64, 4, inside)
+    assert found.step.efficiency == pytest.approx(found.arithmetic / found.step.seconds)
+    assert found.tokens_per_second == pytest.approx(64 * 16 * 512 / found.step.seconds)
+    at = replace(GPT2, workers=found.breaks_at)
+    assert predict(at).step.efficiency < 0.9
+    assert predict(replace(at, workers=at.workers - 1)).step.efficiency >= 0.9
+
+
+def test_the_smallest_batch_hides_communication_and_one_less_does_not():
+    batch = math.ceil(predict(GPT2).smallest_batch)
+    assert predict(replace(GPT2, batch=batch)).step.exposed == 0
+    assert predict(replace(GPT2, batch=batch - 1)).step.exposed > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "It breaks at 5 workers"),
+        ({"gigabits_per_second": 10_000, "microseconds": 0}, "It does not break"),
+        ({"workers": 1}, "One worker waits for nobody."),
+        ({"workers": 4}, "nothing crosses the network"),
+        ({"overlap": 0}, "Without overlap nothing hides the communication"),
+        ({"batch": 1024}, "at 1,024 it is hidden."),
+        ({"batch": 1}, "at 1 it is not all hidden."),
+        ({}, "Bandwidth takes 100% of the allreduce"),
+        ({"parameters": 1e5, "workers": 4096, "microseconds": 1000}, "Latency takes"),
+    ],
+)
+def test_where_it_breaks_is_said_in_words(changes, said):
+    choices = replace(GPT2, **changes)
+    assert any(said in one for one in sentences(choices, predict(choices)))
+
+
+def test_the_table_has_a_cell_for_each_heading():
+    table = prediction_table(predict(GPT2))
+    assert table.count("<th ") == table.count("<td>") == 6
+    assert "aria-label" in table and f"{predict(GPT2).step.efficiency:.1%}" in table
+
+
+def test_measured_links_give_back_the_rate_that_they_were_set_to():
+    for megabits in (20, 100, 400):
+        rows = read_measurements(MEASURED, megabits)
+        assert fit_network(rows).bandwidth * 8 / 1e6 == pytest.approx(megabits, rel=0.15)
+    # Short messages pass a shaped link before it holds them back: they would hide its rate.
+    everything = read_measurements(MEASURED, 100, smallest=0)
+    assert {row.workers for row in everything} == {2, 3} and len(everything) > len(rows)
+    assert fit_network(everything).bandwidth * 8 / 1e6 > 150
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "cannot be read: No such file"),
+        ("a,b\n1,2\n", "is no table of measured allreduces"),
+        ("workers,megabits_per_second,bytes,seconds\n2,20,9e9,1\n", "choose one of 20"),
+    ],
+)
+def test_a_file_that_cannot_serve_is_one_sentence(tmp_path, content, sentence):
+    path = tmp_path / "links.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        read_measurements(path, 100)
+
+
+# ---- the widget ----------------------------------------------------------------------------------
+
+
+def test_a_slider_changes_the_table_the_words_and_the_picture():
+    lab = ScalingLab()
+    before = lab.table.value, lab.words.value, lab.picture.value
+    lab.sliders["gigabits_per_second"].value = 1000.0
+    after = lab.table.value, lab.words.value, lab.picture.value
+    assert all(old != new for old, new in zip(before, after, strict=True))
+    assert lab.choices == replace(GPT2, gigabits_per_second=1000.0)
+    assert prediction_table(predict(lab.choices)) == lab.table.value
+    width, height = Image.open(io.BytesIO(bytes(lab.picture.value))).size
+    assert width > 1000 and height > 300
+
+
+def test_every_choice_has_a_labelled_slider_that_waits_for_its_end():
+    lab = ScalingLab()
+    assert set(lab.sliders) == {*SLIDERS, "overlap"}
+    for slider in lab.sliders.values():
+        assert slider.description and not slider.continuous_update
+    assert lab.choices == GPT2
+
+
+def test_every_end_of_every_slider_can_be_predicted_and_drawn():
+    lab = ScalingLab(measurements=read_measurements(MEASURED, 100))
+    for name, slider in lab.sliders.items():
+        start = slider.value
+        if name in ("batch", "workers", "workers_per_host"):
+            ends = slider.options[0], slider.options[-1]
+        elif name == "overlap":
+            ends = 0.0, 1.0
+        else:
+            ends = 10.0**slider.min, 10.0**slider.max
+        for end in ends:
+            slider.value = end
+            assert slider.value == pytest.approx(end) and lab.message.value == "", name
+        slider.value = start
+
+
+def test_with_measurements_it_starts_at_the_network_that_fits_them():
+    rows = read_measurements(MEASURED, 400)
+    lab = ScalingLab(measurements=rows)
+    fitted = fit_network(rows)
+    assert lab.choices.network.bandwidth == pytest.approx(fitted.bandwidth)
+    drawn = [text.get_text() for text in lab.plot().axes[2].get_legend().get_texts()]
+    assert {"2 nodes, measured", "3 nodes, measured"} <= set(drawn)
+    with pytest.raises(ValueError, match="at least two sizes"):
+        ScalingLab(measurements=[Measurement(1e6, 2, 0.1)])
+
+
+def test_values_outside_a_slider_start_at_its_nearest_end():
+    lab = ScalingLab(replace(GPT2, workers=100, parameters=1e20, microseconds=0.0))
+    assert (lab.choices.workers, lab.choices.parameters) == (128, 1e12)
+    assert lab.choices.microseconds == pytest.approx(0.1)
+
+
+def test_an_error_in_a_callback_is_shown_and_goes_with_the_next_success(monkeypatch):
+    lab = ScalingLab()
+
+    def fail() -> None:
+        raise RuntimeError("no <ink>")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(lab, "plot", fail)
+        lab.sliders["workers"].value = 8
+        assert lab.message.value == "<b>RuntimeError: no &lt;ink&gt;</b>"
+    lab.sliders["workers"].value = 16
+    assert lab.message.value == ""
+
+
+def test_it_shows_itself_the_same_at_every_execution():
+    assert repr(ScalingLab()) == repr(ScalingLab()) and " at 0x" not in repr(ScalingLab())
+
+
+def test_many_moves_are_drawn_once_and_closing_leaves_no_task(monkeypatch):
+    async def move() -> int:
+        lab, drawn = ScalingLab(), []
+        monkeypatch.setattr(lab, "draw", lambda: drawn.append(lab.choices.workers))
+        for workers in (1, 2, 4, 8, 16):
+            lab.sliders["workers"].value = workers
+        assert drawn == [] and f"With {16} workers" in lab.words.value
+        await asyncio.sleep(0.3)
+        assert drawn == [16]
+        lab.sliders["workers"].value = 32
+        lab.close()
+        await asyncio.sleep(0.3)
+        assert drawn == [16]
+        return len(asyncio.all_tasks())
+
+    assert asyncio.run(move()) == 1  # the test's own
