@@ -45,7 +45,7 @@ SLIDERS: dict[str, tuple[str, tuple[float, float, str] | list[int]]] = {
     "microseconds": ("latency of a message (µs)", (-1, 5, ".3g")),
     "teraflops": ("arithmetic of a worker (TFLOP/s)", (-2, 3, ".3g")),
 }
-STYLE = {"description_width": "16em"}  # room for the longest description
+STYLE = {"description_width": "18em"}  # room for the longest description
 
 
 def prediction_table(found: Prediction) -> str:
@@ -98,7 +98,7 @@ class ScalingLab(widgets.VBox):
         self.table, self.words, self.message = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
         self._drawing: asyncio.Task | None = None
-        grid = widgets.Layout(grid_template_columns="repeat(auto-fit, minmax(28em, 1fr))")
+        grid = widgets.Layout(grid_template_columns="repeat(auto-fit, minmax(32em, 1fr))")
         sliders = widgets.GridBox(list(self.sliders.values()), layout=grid)
         super().__init__([sliders, self.table, self.words, self.picture, self.message])
         self.look()

@@ -1,6 +1,6 @@
 """Every figure of the course, one module for each subject, all to be imported from here."""
 
-from horovod_lm.jupyter.plots.attention import plot_attention
+from horovod_lm.jupyter.plots.attention import plot_attention, plot_attention_cost
 from horovod_lm.jupyter.plots.data import (
     plot_losses_above_floor,
     plot_shards,
@@ -26,6 +26,7 @@ __all__ = [
     "Scene",
     "draw_loss",
     "plot_attention",
+    "plot_attention_cost",
     "plot_cost_by_length",
     "plot_depth",
     "plot_influence",

@@ -1,13 +1,13 @@
-"""Where words look: attention weights as a table of shaded cells."""
+"""Where words look, as a table of shaded cells; and what looking costs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from horovod_lm.jupyter.plots.style import Plot
+from horovod_lm.jupyter.plots.style import BLACK, RUN_STYLES, Plot, label_axes
 
 MOST_WITH_NUMBERS = 10  # words; a map of more has no room for a number in each cell
 
@@ -42,3 +42,33 @@ def _write_numbers(axes: Axes, rows: list[list[float]]) -> None:
         for column, weight in enumerate(line):
             shade = "white" if weight > 0.5 else "black"
             axes.text(column, row, f"{weight:.2f}", ha="center", va="center", color=shade)
+
+
+def plot_attention_cost(
+    lengths: Sequence[int],
+    milliseconds: Mapping[str, Sequence[float]],
+    title: str = "What attention costs",
+) -> Plot:
+    """Draw the time of one attention over the length of its text, with a line that grows as T^2.
+
+    Args:
+        lengths: T, the words of a text, growing.
+        milliseconds: way of computing it -> its time at each length. The line of T^2 goes through
+            the last time of the first one.
+        title: the figure's title.
+    """
+    plot = Plot(f"{title}: milliseconds over words, {' and '.join(milliseconds)}, beside T squared")
+    axes = plot.add_subplot()
+    for (name, times), (colour, line, width, marker) in zip(
+        milliseconds.items(), RUN_STYLES, strict=False
+    ):
+        axes.plot(lengths, times, line, color=colour, linewidth=width, marker=marker, label=name)
+    last = next(iter(milliseconds.values()))[-1]
+    squares = [last * (length / lengths[-1]) ** 2 for length in lengths]
+    axes.plot(lengths, squares, ":", color=BLACK, linewidth=1.2, label="grows as T squared")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    label_axes(axes, title, "length of the text, T (words)", "time of one attention (milliseconds)")
+    axes.legend(frameon=False)
+    return plot
