@@ -3,7 +3,8 @@
 ScalingLab()                                       # GPT-2 small on a network of 10 Gbit/s
 
 rows = read_measurements("../tests/benchmarks/allreduce_over_links.csv", megabits_per_second=100)
-ScalingLab(measurements=rows)                      # starts at the network that fits them
+lab = ScalingLab(measurements=rows)                # starts at the network that fits them
+lab.plot()                                         # the same as a picture that needs no kernel
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ class ScalingLab(widgets.VBox):
         ValueError: the measurements leave the network open (see `fit_network`).
     """
 
+    _drawing: asyncio.Task | None = None  # the picture that is about to be drawn
+
     def __init__(
         self,
         choices: Choices | None = None,
@@ -97,7 +100,6 @@ class ScalingLab(widgets.VBox):
             slider.observe(self._changed, "value")
         self.table, self.words, self.message = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
-        self._drawing: asyncio.Task | None = None
         grid = widgets.Layout(grid_template_columns="repeat(auto-fit, minmax(32em, 1fr))")
         sliders = widgets.GridBox(list(self.sliders.values()), layout=grid)
         super().__init__([sliders, self.table, self.words, self.picture, self.message])
@@ -123,7 +125,8 @@ class ScalingLab(widgets.VBox):
         now = self.choices
         found = predict(now, self.inside)
         said = "".join(f"<li>{html.escape(one)}</li>" for one in sentences(now, found))
-        self.table.value, self.words.value = prediction_table(found), f"<ul>{said}</ul>"
+        self.table.value = prediction_table(found)
+        self.words.value = f"<ul role='status'>{said}</ul>"
         self.message.value = ""
 
     def draw(self) -> None:

@@ -55,6 +55,12 @@ def test_a_slider_is_moved_with_the_keyboard_and_everything_follows(opened):
     page.page.wait_for_function(
         "old => document.querySelector('.jp-OutputArea-output img').src !== old", arg=drawn
     )
+    drawn, said = picture(page), page.outputs()[0]
+    slider(page, "bandwidth of a node (Gbit/s)").press("ArrowRight")
+    page.page.wait_for_function(
+        "old => document.querySelector('.jp-OutputArea-output img').src !== old", arg=drawn
+    )
+    assert page.outputs()[0] != said
     page.screenshot("scaling_lab")
     page.page.evaluate(
         "() => { window.jupyterapp.commands.execute('apputils:change-theme',"

@@ -143,6 +143,10 @@ def test_with_measurements_it_starts_at_the_network_that_fits_them():
     assert lab.choices.network.bandwidth == pytest.approx(fitted.bandwidth)
     drawn = [text.get_text() for text in lab.plot().axes[2].get_legend().get_texts()]
     assert {"2 nodes, measured", "3 nodes, measured"} <= set(drawn)
+
+
+@pytest.mark.filterwarnings("error")  # a widget that was never finished is closed all the same
+def test_measurements_that_leave_the_network_open_are_refused():
     with pytest.raises(ValueError, match="at least two sizes"):
         ScalingLab(measurements=[Measurement(1e6, 2, 0.1)])
 
