@@ -8,6 +8,7 @@ from horovod_lm.jupyter.plots.data import (
 )
 from horovod_lm.jupyter.plots.generation import plot_cost_by_length, plot_next_words
 from horovod_lm.jupyter.plots.model import plot_depth, plot_influence, plot_pieces
+from horovod_lm.jupyter.plots.ring import plot_ring_steps, plot_sent_by_workers
 from horovod_lm.jupyter.plots.scaling import Scene, plot_scaling
 from horovod_lm.jupyter.plots.style import RUN_STYLES, Plot
 from horovod_lm.jupyter.plots.training import (
@@ -34,7 +35,9 @@ __all__ = [
     "plot_losses_above_floor",
     "plot_next_words",
     "plot_pieces",
+    "plot_ring_steps",
     "plot_scaling",
+    "plot_sent_by_workers",
     "plot_shards",
     "plot_speed",
     "plot_step_parts",
