@@ -54,6 +54,8 @@ class HorovodCluster:
         address: of a client's hosts: where they reach this one.
         controller: what the ranks talk over: "gloo", or "mpi" where Horovod was built with it. MPI
             ends all ranks when it loses one, and they start again empty, on this host only.
+        process_sets: whether `hvd.add_process_set` may form groups of ranks. Ranks that wait for
+            work then take about twice as much of a core as otherwise, which is little.
 
     Raises:
         ConfigError: a number makes no sense.
@@ -66,6 +68,7 @@ class HorovodCluster:
         self, n: int = 2, *, threads: int | None = None, stall: int = 6,
         hosts: Config | str | Path | None = None, client: ipyparallel.Client | None = None,
         interface: str = "", address: str = LOOPBACK, controller: str = "gloo",
+        process_sets: bool = False,
     ) -> None:  # fmt: skip
         if n < 1:
             raise ConfigError(f"HorovodCluster(n={n}): there must be at least one rank")
@@ -84,7 +87,7 @@ class HorovodCluster:
             interface = self._hosts.distributed.interface or ""
         self.threads, self.stall = threads, stall
         self._client, self._interface, self._address = client, interface, address
-        self._controller = controller
+        self._controller, self.process_sets = controller, process_sets
         self._engines: Engines | ClientsEngines | None = None
         self._rendezvous: Any = None
         self._broken = ""
@@ -235,8 +238,11 @@ class HorovodCluster:
         if self.threads is None and self.n > 1:
             self._say_once()
         threads = share_the_cores(max(Counter(names).values()), self.threads)
+        groups = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"} if self.process_sets else {}
         sent = {
-            rank: self._engines.send(rank, partial(engine_side.start_rank, settings, threads))
+            rank: self._engines.send(
+                rank, partial(engine_side.start_rank, {**settings, **groups}, threads)
+            )
             for rank, settings in enumerate(self._settings(names))
         }
         error = Tasks(sent, self.n, self._engines.processes).wait(self.interrupt)

@@ -107,6 +107,19 @@ def test_cores_are_shared_and_oversubscription_is_warned_about(cluster, capsys):
     cluster.restart_ranks()
 
 
+def test_ranks_form_groups_where_the_cluster_lets_them(cluster):
+    form = "alone = hvd.add_process_set([1])\nalone.included()"
+    with pytest.raises(RankError, match="Set HOROVOD_DYNAMIC_PROCESS_SETS=1"):
+        cluster.run(form)
+    cluster.process_sets = True
+    cluster.restart_ranks()
+    assert cluster.run(form) == [False, True]
+    total = "hvd.allreduce(torch.ones(1), op=hvd.Sum, name='alone', process_set=alone).item()"
+    assert cluster.rank(1).run(total) == 1.0
+    cluster.process_sets = False
+    cluster.restart_ranks()
+
+
 def test_nothing_listens_beyond_the_loopback(cluster):
     family = [psutil.Process(), *children()]
     listening = [
