@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from horovod_lm.jupyter import notebooks
 from horovod_lm.jupyter.notebook_checks import find_problems, table_of_contents
@@ -79,6 +79,18 @@ def test_the_stored_notebook_keeps_ids_and_holds_counts_and_outputs(executed):
     assert code[2].outputs[0].data["text/plain"].startswith("figure: Loss")
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert not any("execution" in cell.metadata for cell in notebook.cells)
+
+
+def test_of_a_widget_with_a_picture_only_the_picture_is_stored():
+    view = {notebooks.WIDGET_VIEW: {"model_id": "8f3c", "version_major": 2, "version_minor": 0}}
+    still = {"text/plain": "figure: it", "image/png": "iVBORw0KGgo="}
+    outputs = [new_output("execute_result", {**view, **still}, execution_count=1)]
+    outputs.append(new_output("display_data", {**view, "text/plain": "IntSlider()"}))
+    page = new_notebook(cells=[new_code_cell("stepper", id="a", outputs=outputs)])
+    notebooks.tidy(page)
+    with_picture, alone = page.cells[0].outputs
+    assert with_picture.data == still
+    assert notebooks.WIDGET_VIEW in alone.data  # nothing else would be left of it
 
 
 def test_the_kernel_is_this_python_in_the_notebooks_folder(executed):

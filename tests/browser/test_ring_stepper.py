@@ -1,0 +1,88 @@
+"""The ring stepper in a real browser: by mouse and by keyboard, in both themes, errors seen."""
+
+from __future__ import annotations
+
+import pytest
+
+STEPPER = """
+from horovod_lm.jupyter.ring_stepper import RingStepper
+stepper = RingStepper(workers=4)
+stepper
+"""
+THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
+
+
+def test_a_person_steps_forward_and_back_and_plays(lab, open_notebook):
+    page = open_notebook(STEPPER)
+    page.run_all()
+    page.wait_for("start: each worker holds its own numbers")
+    assert page.button("Back").is_disabled()
+    page.button("Forward").click()
+    page.wait_for("step 1 of 6, reduce-scatter", 10)
+    page.wait_for("24 bytes, 0.25 times its 96", 10)
+    drawn = page.page.locator(".jp-OutputArea-output svg[role=img]")
+    assert {"3+0", "chunk 3"} <= set(drawn.locator("text").all_text_contents())
+    page.button("Forward").click()
+    page.wait_for("step 2 of 6", 10)
+    page.button("Back").click()
+    page.wait_for("step 1 of 6", 10)
+    page.button("Play").click()
+    page.wait_for("step 6 of 6, allgather", 20)
+    page.wait_for("144 bytes, 1.50 times its 96", 10)
+    assert page.button("Forward").is_disabled() and page.button("Play").is_enabled()
+    assert page.complaints == []
+
+
+def test_the_keyboard_is_enough(lab, open_notebook):
+    page = open_notebook(STEPPER)
+    page.run_all()
+    page.wait_for("start: each worker")
+    keyboard = page.page.keyboard
+    workers = page.page.get_by_label("workers")
+    workers.focus()
+    keyboard.press("ArrowUp")
+    keyboard.press("Tab")  # leaves the field, which takes its value
+    page.wait_for("a single worker that gathers and broadcasts sends 384", 10)
+    page.button("Forward").focus()
+    keyboard.press("Enter")
+    page.wait_for("step 1 of 8", 10)
+    keyboard.press("Tab")
+    keyboard.press("Tab")  # past Play, to the slider
+    keyboard.press("ArrowRight")
+    page.wait_for("step 2 of 8", 10)
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_it_can_be_read_in_both_themes(lab, open_notebook, theme):
+    page = open_notebook(STEPPER)
+    page.page.evaluate(
+        "theme => window.jupyterapp.commands.execute('apputils:change-theme', { theme })",
+        THEMES[theme],
+    )
+    page.run_all()
+    page.wait_for("start: each worker")
+    for number in (1, 2):
+        page.button("Forward").click()
+        page.wait_for(f"step {number} of 6", 10)
+    page.page.wait_for_function(
+        "dark => (document.body.dataset.jpThemeLight === 'false') === dark", arg=theme == "dark"
+    )
+    ink = page.page.locator("svg[role=img] text").first.evaluate(
+        "text => getComputedStyle(text).fill.match(/[\\d.]+/g).slice(0, 3).map(Number)"
+    )
+    assert (sum(ink) / 3 > 128) == (theme == "dark")
+    page.screenshot(f"ring_stepper_{theme}")
+    assert page.complaints == []
+
+
+def test_an_error_in_a_callback_is_visible(lab, open_notebook):
+    page = open_notebook(
+        "from horovod_lm.jupyter import ring_stepper\n"
+        "def fail(state):\n    raise RuntimeError('out of ink')\n"
+        "stepper = ring_stepper.RingStepper()\nring_stepper.ring_svg = fail\nstepper"
+    )
+    page.run_all()
+    page.wait_for("start: each worker")
+    page.button("Forward").click()
+    page.wait_for("RuntimeError: out of ink", 10)
