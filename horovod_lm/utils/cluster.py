@@ -9,11 +9,12 @@ So the hosts stand in the YAML file, where they can be commented, and the hostfi
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import socket
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -24,6 +25,8 @@ from horovod_lm.utils.errors import ConfigError
 
 DEFAULT_HOSTFILE = "runs/hostfile"
 FORWARDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")  # horovodrun forwards all
+# Variables that horovodrun keeps from other hosts (horovod/runner/common/util/env.py).
+_NOT_PASSED_ON = re.compile("BASH_FUNC_.*|OLDPWD|.*CUDA_VISIBLE_DEVICES|_HOROVOD_SECRET_KEY")
 
 
 def hostfile_text(config: Config) -> str:
@@ -71,8 +74,8 @@ def horovodrun_command(
     settings = config.distributed
     # Always all slots: with fewer, horovodrun would still start one process per slot.
     ranks = sum(host.slots for host in checked_hosts(config))
-    variables = [f"{name}={value}" for name, value in settings.environment.items()]
-    call = ["env", *variables] if variables else []
+    here, there = _split_environment(settings.environment)
+    call = ["env", *here] if here else []
     # Else horovodrun believes for an hour that ssh works where it once did.
     call += ["horovodrun", "-np", str(ranks), "--disable-cache"]
     call += ["--hostfile", str(config.resolve(hostfile))]
@@ -82,7 +85,8 @@ def horovodrun_command(
         call += ["--ssh-port", str(settings.ssh_port)]
     if settings.ssh_identity_file:
         call += ["--ssh-identity-file", _key_and_user(config)]
-    return [*call, *_with_own_environment(settings.hosts, command)]
+    command = _with_own_environment(settings.hosts, command)
+    return [*call, *(["env", *there] if there else []), *command]
 
 
 def _key_and_user(config: Config) -> str:
@@ -91,6 +95,14 @@ def _key_and_user(config: Config) -> str:
     key = shlex.quote(str(config.resolve(config.distributed.ssh_identity_file)))
     user = config.distributed.ssh_user
     return f"{key} -l {user}" if user else key
+
+
+def _split_environment(environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Return what horovodrun gets and passes on, and what each rank must set for itself."""
+    here, there = [], []
+    for name, value in environment.items():
+        (there if _NOT_PASSED_ON.match(name) else here).append(f"{name}={value}")
+    return here, there
 
 
 def _with_own_environment(hosts: Sequence[HostConfig], command: Sequence[str]) -> list[str]:

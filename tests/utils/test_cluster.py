@@ -60,6 +60,15 @@ def test_horovodrun_reads_the_call_as_it_was_meant(monkeypatch, tmp_path):
     assert read.command == command
 
 
+def test_variables_that_horovodrun_keeps_from_other_hosts_are_set_by_each_rank():
+    env = pytest.importorskip("horovod.runner.common.util.env")
+    assert set(cluster._NOT_PASSED_ON.pattern.split("|")) == env.IGNORE_REGEXES
+    config = with_hosts(TWO, environment={"A": "1", "CUDA_VISIBLE_DEVICES": "2"})
+    call = cluster.horovodrun_command(config, ["true"])
+    assert call[:3] == ["env", "A=1", "horovodrun"]
+    assert call[-3:] == ["env", "CUDA_VISIBLE_DEVICES=2", "true"]
+
+
 def test_what_is_not_set_is_left_to_horovodrun():
     call = cluster.horovodrun_command(with_hosts(TWO), ["true"], "hosts")
     assert call == [
@@ -135,6 +144,12 @@ def ended(*lines: str, blamed: int, code: int) -> str:
 def test_a_frozen_rank_is_named_and_not_the_survivor_that_ended_first():
     lost = [LOST.format(rank) for rank in (0, 1, 2, 3, 5)]
     said = ended(*lost, blamed=0, code=2)
+    assert said.startswith("rank 4 on 10.0.0.2 did not answer any more, and the machine does")
+
+
+def test_a_rank_that_its_watchdog_ended_stood_still_and_was_killed_by_nobody_else():
+    watchdog = "[4]<stderr>:rank 4 (process 117) stood still for 7 s: it was killed, so that"
+    said = ended(LOST.format(0), watchdog, blamed=4, code=255)
     assert said.startswith("rank 4 on 10.0.0.2 did not answer any more, and the machine does")
 
 
