@@ -87,7 +87,8 @@ def run_distributed_training(
     run_name = distributed.broadcast_object(run_name or default_run_name(), name="run_name")
     progress = ProgressLine(enabled=rank == 0)
     prepare_data_once_per_host(config, progress)
-    with StopRequest() as stop:
+    # Horovod: on another host nobody else ends a rank that stands still.
+    with StopRequest() as stop, distributed.end_when_frozen():
         trainer = Trainer(config, rank, world_size, local_rank, stop, resume_checkpoint)
         trainer.open_report(RunFolder.of(config, run_name), progress, resume_checkpoint is not None)
         try:

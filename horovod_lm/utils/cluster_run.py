@@ -167,26 +167,28 @@ def _failed(config: Config, said: Sequence[str]) -> str:
 
 
 def _frozen(config: Config, said: Sequence[str], blamed: int) -> str:
-    """Name the ranks that stand still, where horovodrun blames one that only gave them up."""
-    survivors = {
-        int(found[1])
-        for line in said
-        if (found := _OF_A_RANK.match(line)) and "lost another rank" in found[3]
-    }
-    if blamed not in survivors:
+    """Name the ranks that stood still: ended by their watchdog, or given up by all the others."""
+    killed = _ranks_that_say("stood still for", said)
+    survivors = _ranks_that_say("lost another rank", said)
+    if blamed not in killed | survivors:
         return ""
     named = [
         f"rank {rank} on {host}"
         for host, ranks in ranks_of(config).items()
         for rank in ranks
-        if rank not in survivors
+        if rank in killed or (not killed and rank not in survivors)
     ]
     if not named:
         return ""
     return (
-        f"{', '.join(named)} did not answer any more, and the machine does: see there whether the"
-        " process is frozen, then go on with --resume"
+        f"{', '.join(named)} did not answer any more, and the machine does: see there why the"
+        " process stood still, then go on with --resume"
     )
+
+
+def _ranks_that_say(words: str, said: Sequence[str]) -> set[int]:
+    lines = (_OF_A_RANK.match(line) for line in said)
+    return {int(line[1]) for line in lines if line and words in line[3]}
 
 
 def _own_words(code: int, said: Sequence[str]) -> str:

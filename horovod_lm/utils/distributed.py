@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -21,10 +21,13 @@ import torch
 from horovod_lm.utils.config import DistributedConfig
 from horovod_lm.utils.cores import available_cores
 from horovod_lm.utils.errors import DistributedError
+from horovod_lm.utils.watchdog import Watchdog
 
 MIB = 1024 * 1024
+SECONDS_TO_BE_MISSED = 2  # beyond the Gloo timeout: the other ranks say that they lost one, not how
 _SECONDS_BETWEEN_QUESTIONS = 0.1
 _HOW_TO_INSTALL = "run python -m horovod_lm.install_horovod"
+_GLOO_TIMEOUT = 30  # seconds, where nobody sets it
 _REMOVED = "-1"  # the rank of a process whose host has left the job
 # What launchers tell their processes; the first is horovodrun's, the others are MPI's.
 _LAUNCHER_VARIABLES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -137,6 +140,17 @@ def take_share_of_host(settings: DistributedConfig, local_rank: int, local_size:
 def elastic_launcher() -> bool:
     """Return whether `horovodrun` started this process as one that may lose and gain ranks."""
     return os.environ.get("HOROVOD_ELASTIC") == "1"
+
+
+def end_when_frozen() -> AbstractContextManager[Any]:
+    """Inside `with end_when_frozen():` a rank that stands still is killed, where horovodrun cannot.
+
+    That is on several hosts; on one, nothing happens here. The other ranks miss it first.
+    """
+    if get_local_size() == get_world_size():
+        return nullcontext()
+    limit = float(os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", _GLOO_TIMEOUT))
+    return Watchdog(limit + SECONDS_TO_BE_MISSED, f"rank {get_rank()}")
 
 
 def shutdown() -> None:

@@ -5,6 +5,9 @@ signal, swapped out, waiting for a disk) is missed after the Gloo timeout, and e
 training waits: horovodrun counts it among the ranks of the next world until its process has ended.
 It cannot end itself, and the other ranks may be on other hosts. Hence this process: the rank sends
 it a byte many times in the time limit, and no byte for the whole limit means that it hangs.
+
+A job of a fixed number of ranks needs it on several hosts only. It ends without the rank that
+stands still; but horovodrun, which kills what is left on its own host, ends only ssh on the others.
 """
 
 from __future__ import annotations
@@ -64,13 +67,13 @@ def watch(seconds: float, name: str) -> None:
                 return  # the parent has closed its end: all is well
             last = time.monotonic()
         elif time.monotonic() - last > seconds:
+            os.kill(parent, signal.SIGKILL)
             print(
                 f"{name} (process {parent}) stood still for {seconds:g} s: it was killed, so that"
                 " the others can go on",
                 file=sys.stderr,
                 flush=True,
             )
-            os.kill(parent, signal.SIGKILL)
             return
 
 
