@@ -10,11 +10,15 @@ import os
 import signal
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from horovod_lm.data import get_dataloaders
+from horovod_lm.utils.config import load_config
 from horovod_lm.utils.discovery import elastic_command, loopback_name, write_hosts
+from horovod_lm.utils.metrics import read_metrics
 from tests.conftest import ROOT, Command, Finished
 
 GLOO_TIMEOUT = 8  # seconds
@@ -33,7 +37,7 @@ FAULTS = {"killed": signal.SIGKILL, "exception": signal.SIGUSR1, "stopped": sign
 
 
 class ElasticRun:
-    """`horovodrun` with a file of hosts, each a name of this machine with one rank.
+    """`horovodrun` with a file of hosts of one rank each: names of this machine, or others.
 
     Args:
         project: holds `configs/tiny.yaml`.
@@ -42,6 +46,8 @@ class ElasticRun:
         settings: override `SETTINGS`.
         hurry: do not leave the time in which other ranks could join.
         late: seconds that each rank takes before it asks for the others.
+        hosts: their names; None: as many names of this machine as there are workers.
+        enter: what starts a command on the first of these hosts.
         **options: of `elastic_command`.
     """
 
@@ -53,10 +59,13 @@ class ElasticRun:
         settings: dict[str, Any] | None = None,
         hurry: bool = False,
         late: float = 0,
+        hosts: Sequence[str] | None = None,
+        enter: Sequence[str] = (),
         **options: Any,
     ) -> None:
         self.folder = project / "runs" / name
-        self.hosts = [f"{loopback_name(number)}:1" for number in range(workers)]
+        names = hosts or [loopback_name(number) for number in range(workers)]
+        self.hosts = [f"{host}:1" for host in names]
         self._hosts_ever = workers
         self._hosts_file = write_hosts(project / f"{name}.hosts", self.hosts)
         rank = [sys.executable, str(ROOT / "tests" / "ranks_elastic.py"), "--elastic"]
@@ -69,7 +78,7 @@ class ElasticRun:
         call[0] = str(Path(sys.executable).with_name(call[0]))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         environment["SECONDS_BEFORE_HOROVOD"] = str(late)
-        self.command = Command(call, project, environment)
+        self.command = Command([*enter, *call], project, environment)
 
     # ---- what is done to it ---------------------------------------------------------------------
 
@@ -138,3 +147,26 @@ class ElasticRun:
         path = self.folder / name
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+
+
+def assert_nothing_was_lost(run: ElasticRun, tiny_project: Path) -> None:
+    """Look at every step that counts: all ranks equal, every sample once, replays counted."""
+    history = run.history()
+    assert sorted(history) == [*range(1, STEPS + 1)]
+    samples: dict[int, Counter] = {}
+    for step, lines in history.items():
+        assert sorted(line["rank"] for line in lines) == [*range(lines[0]["ranks"])], step
+        assert len({line["fingerprint"] for line in lines}) == 1, f"replicas differ at {step}"
+        for line in lines:
+            samples.setdefault(line["epoch"], Counter()).update(line["samples"])
+    train_loader, _ = get_dataloaders(load_config(tiny_project / "configs" / "tiny.yaml"), 0, 1)
+    for epoch, seen in samples.items():
+        whole = Counter(range(len(train_loader.dataset)))
+        assert seen == whole if epoch < max(samples) else seen <= whole, epoch
+    replayed = sum(world["steps_lost"] for world in run.worlds())
+    rows = read_metrics(run.folder, "train")
+    assert [row["step"] for row in rows] == [*range(1, STEPS + 1)]
+    assert rows[-1]["steps_replayed"] == replayed
+    assert [row["world_size"] for row in rows] == [
+        history[step][0]["ranks"] for step in range(1, STEPS + 1)
+    ]

@@ -12,10 +12,15 @@ import pytest
 import torch
 
 from horovod_lm.checkpoint import read_checkpoint
-from horovod_lm.data import get_dataloaders
-from horovod_lm.utils.config import load_config
 from horovod_lm.utils.metrics import read_metrics
-from tests.elastic_runs import COMMIT_INTERVAL, FAULTS, GLOO_TIMEOUT, STEPS, ElasticRun
+from tests.elastic_runs import (
+    COMMIT_INTERVAL,
+    FAULTS,
+    GLOO_TIMEOUT,
+    STEPS,
+    ElasticRun,
+    assert_nothing_was_lost,
+)
 
 pytestmark = pytest.mark.skipif(
     not Path(sys.executable).with_name("horovodrun").exists(),
@@ -43,29 +48,6 @@ def assert_ended_well(run: ElasticRun) -> str:
     assert run.command.left_behind() == []
     assert f"{STEPS} steps in" in finished.output
     return finished.output
-
-
-def assert_nothing_was_lost(run: ElasticRun, tiny_project: Path) -> None:
-    """Look at every step that counts: all ranks equal, every sample once, replays counted."""
-    history = run.history()
-    assert sorted(history) == [*range(1, STEPS + 1)]
-    samples: dict[int, Counter] = {}
-    for step, lines in history.items():
-        assert sorted(line["rank"] for line in lines) == [*range(lines[0]["ranks"])], step
-        assert len({line["fingerprint"] for line in lines}) == 1, f"replicas differ at {step}"
-        for line in lines:
-            samples.setdefault(line["epoch"], Counter()).update(line["samples"])
-    train_loader, _ = get_dataloaders(load_config(tiny_project / "configs" / "tiny.yaml"), 0, 1)
-    for epoch, seen in samples.items():
-        whole = Counter(range(len(train_loader.dataset)))
-        assert seen == whole if epoch < max(samples) else seen <= whole, epoch
-    replayed = sum(world["steps_lost"] for world in run.worlds())
-    rows = read_metrics(run.folder, "train")
-    assert [row["step"] for row in rows] == [*range(1, STEPS + 1)]
-    assert rows[-1]["steps_replayed"] == replayed
-    assert [row["world_size"] for row in rows] == [
-        history[step][0]["ranks"] for step in range(1, STEPS + 1)
-    ]
 
 
 def assert_equal_to_a_static_resume(run: ElasticRun, at: int, ranks: int, train) -> None:

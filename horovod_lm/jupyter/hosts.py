@@ -61,6 +61,8 @@ SSH_CONFIG = """
 UserKnownHostsFile {folder}/known_hosts
 GlobalKnownHostsFile /dev/null
 LogLevel ERROR
+ServerAliveInterval 2
+ServerAliveCountMax 3
 """
 
 
@@ -130,10 +132,14 @@ class Hosts:
             host: the name of the host.
             options: of `subprocess.Popen`.
         """
-        folder = str(options.pop("cwd", None) or os.getcwd())  # mounts of its own: it begins at /
-        in_folder = ["sh", "-c", 'cd "$0" && exec "$@"', folder, *command]
-        call = [*self._at(host).enter(), *in_folder]
+        call = self.enter(host, options.pop("cwd", None)) + list(command)
         return InHost(call, **{"start_new_session": True, "env": environment(), **options})
+
+    def enter(self, host: str = "host0", folder: str | Path | None = None) -> list[str]:
+        """Return what, put before a command, runs it on a host; None: in this process's folder."""
+        # A host has mounts of its own, so whatever enters it begins at /.
+        in_folder = ["sh", "-c", 'cd "$0" && exec "$@"', str(folder or os.getcwd())]
+        return [*self._at(host).enter(), *in_folder]
 
     def run(
         self, command: Sequence[str], host: str = "host0", timeout: float = 60, **options: Any

@@ -10,6 +10,10 @@ horovodrun gives up a *host*, not a process: after one failure on a host it star
 again, and on one machine the first death would end the job. So on one machine each worker gets a
 name of its own for it (`localhost`, `127.0.0.1`, `127.0.0.01`, ...), and horovodrun takes them for
 as many hosts. To let a worker join after one has died, add a name that was not used before.
+
+On several hosts, horovodrun logs in with ssh's own settings, and counts a rank among those of the
+next world for as long as its ssh lives. A host that loses power ends no connection: `~/.ssh/config`
+on the first host must let ssh ask (`ServerAliveInterval 2`, `ServerAliveCountMax 3`).
 """
 
 from __future__ import annotations

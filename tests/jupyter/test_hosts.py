@@ -18,8 +18,11 @@ import torch
 from horovod_lm.checkpoint import read_checkpoint
 from horovod_lm.jupyter import hosts as hosts_module
 from horovod_lm.jupyter.hosts import Hosts, kernel_can_delay, token_bucket, why_not_here
+from horovod_lm.jupyter.namespaces import INTERFACE
 from horovod_lm.utils.config import Config, load_config, save_config
 from horovod_lm.utils.errors import DistributedError
+from tests.elastic_runs import GLOO_TIMEOUT, ElasticRun, assert_nothing_was_lost
+from tests.test_job_files import log_in_as_clusters_do
 
 ROOT = Path(__file__).resolve().parents[2]
 WHY_NOT = why_not_here()
@@ -163,14 +166,30 @@ def test_training_over_ten_megabits_equals_training_over_a_fast_link(tiny_projec
 # ---- hosts that are lost while they train ------------------------------------------------------
 
 
+def ranks_left(hosts: Hosts) -> str:
+    """Return Python's processes that do not end in time on the hosts that have power."""
+    powered = [name for name in hosts.names if name in hosts._all]
+    deadline = time.monotonic() + TO_DETECT
+    while True:
+        left = "".join(hosts.run(["pgrep", "-a", "python"], name).stdout for name in powered)
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.2)
+
+
 def kill_the_rank(hosts: Hosts) -> None:
     hosts.run(["pkill", "-KILL", "-x", "python"], "host1")
+
+
+def freeze_the_rank(hosts: Hosts) -> None:
+    hosts.run(["pkill", "-STOP", "-f", "^[^ ]*python -m [h]orovod_lm.train"], "host1")
 
 
 LOSSES: dict[str, tuple[Callable[[Hosts], None], str]] = {
     "power-cut": (lambda hosts: hosts.power_off("host1"), "lost host1 (rank 1: "),
     "cable": (lambda hosts: hosts.unplug("host1"), "lost host1 (rank 1: "),
     "killed": (kill_the_rank, "rank 1 on host1 was killed ("),
+    "frozen": (freeze_the_rank, "rank 1 on host1 did not answer any more, and the machine does"),
 }
 
 
@@ -195,7 +214,7 @@ def test_a_lost_host_ends_the_job_and_is_named(how, tiny_project):
         finally:
             job.kill()
         seconds = time.monotonic() - lost
-        left = hosts.run(["pgrep", "-f", "[h]orovod_lm.train --config"]).stdout
+        left = ranks_left(hosts)
     assert job.returncode == 2, said
     assert said.splitlines()[-1].startswith(f"error: {sentence}"), said[-3000:]
     assert seconds < TIMEOUT + TO_DETECT, f"{seconds:.1f} s"
@@ -220,6 +239,31 @@ def test_a_stopped_job_saves_what_it_has_and_leaves_nothing_on_any_host(tiny_pro
             assert time.monotonic() < deadline
             time.sleep(0.2)
     assert list((tiny_project / "runs" / "stopped" / "checkpoints").glob("*.pt")), said
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_elastic_training_goes_on_without_a_host_that_loses_power(count, tiny_project):
+    with Hosts(count) as hosts:
+        log_in_as_clusters_do(hosts)
+        run = ElasticRun(
+            tiny_project, f"elastic-{count}-hosts", count,
+            hosts=hosts.names, enter=hosts.enter(folder=tiny_project), interface=INTERFACE,
+        )  # fmt: skip
+        try:
+            run.wait_for_step(12)
+            lost = time.time()
+            hosts.power_off("host1")
+            world = run.wait_for_world(1)
+            finished = run.finish()
+        finally:
+            run.command.kill()
+        left = ranks_left(hosts)
+    assert finished.code == 0, finished.output[-6000:]
+    assert (world["ranks_before"], world["ranks"]) == (count, count - 1)
+    assert world["time"] - lost <= GLOO_TIMEOUT + TO_DETECT
+    assert f"a rank was lost: {count} -> {count - 1} ranks" in finished.output
+    assert_nothing_was_lost(run, tiny_project)
+    assert left == ""
 
 
 def until(words: str, job: subprocess.Popen[str]) -> str:
@@ -273,10 +317,14 @@ def test_a_host_whose_own_name_is_loopback_works_as_debian_sets_it_up():
 
 
 def test_the_user_and_variables_of_one_host_and_of_all_reach_the_ranks():
-    show = "import os; print('AT', os.uname().nodename, os.environ['OF_ALL'], os.environ['MINE'])"
+    show = (
+        "import os; print('AT', os.uname().nodename,"
+        " *(os.environ[name] for name in ('OF_ALL', 'CUDA_VISIBLE_DEVICES', 'MINE')))"
+    )
     changes = {
         "ssh_user": "root",
-        "environment": {"OF_ALL": "a b", "MINE": "no"},
+        # Horovod keeps the second one from other hosts.
+        "environment": {"OF_ALL": "a b", "CUDA_VISIBLE_DEVICES": "2,3", "MINE": "no"},
         "hosts": [{"name": "host0"}, {"name": "host1", "environment": {"MINE": "it's $HOME"}}],
     }
     with Hosts(2) as hosts:
@@ -284,7 +332,8 @@ def test_the_user_and_variables_of_one_host_and_of_all_reach_the_ranks():
         done = hosts.horovodrun(config, [sys.executable, "-c", show])
         said = how_it_ends(hosts, {"ssh_user": "nobody"})
     assert done.returncode == 0, done.stdout
-    assert "AT host0 a b no" in done.stdout and "AT host1 a b it's $HOME" in done.stdout
+    assert "AT host0 a b 2,3 no" in done.stdout, done.stdout
+    assert "AT host1 a b 2,3 it's $HOME" in done.stdout, done.stdout
     assert said.startswith("error: host1 does not let ssh in (")
 
 
