@@ -7,6 +7,7 @@ from horovod_lm.jupyter.plots.data import (
     plot_tokens_per_character,
 )
 from horovod_lm.jupyter.plots.generation import plot_cost_by_length, plot_next_words
+from horovod_lm.jupyter.plots.hosts import plot_allreduce_over_links
 from horovod_lm.jupyter.plots.model import plot_depth, plot_influence, plot_pieces
 from horovod_lm.jupyter.plots.ring import plot_ring_steps, plot_sent_by_workers
 from horovod_lm.jupyter.plots.scaling import Scene, plot_scaling
@@ -26,6 +27,7 @@ __all__ = [
     "Plot",
     "Scene",
     "draw_loss",
+    "plot_allreduce_over_links",
     "plot_attention",
     "plot_attention_cost",
     "plot_cost_by_length",
