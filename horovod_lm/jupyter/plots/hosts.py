@@ -36,7 +36,7 @@ def plot_allreduce_over_links(
         )  # fmt: skip
     label_axes(axes, title, "size of the message (bytes)", "time (seconds)")
     axes.set(xscale="log", yscale="log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(EngFormatter())
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False, title="measured; lines: formula")
     return plot
