@@ -6,6 +6,7 @@ from horovod_lm.jupyter.plots.data import (
     plot_shards,
     plot_tokens_per_character,
 )
+from horovod_lm.jupyter.plots.failures import plot_partings, plot_world
 from horovod_lm.jupyter.plots.generation import plot_cost_by_length, plot_next_words
 from horovod_lm.jupyter.plots.hosts import plot_allreduce_over_links
 from horovod_lm.jupyter.plots.model import plot_depth, plot_influence, plot_pieces
@@ -36,6 +37,7 @@ __all__ = [
     "plot_loss",
     "plot_losses_above_floor",
     "plot_next_words",
+    "plot_partings",
     "plot_pieces",
     "plot_ring_steps",
     "plot_scaling",
@@ -45,4 +47,5 @@ __all__ = [
     "plot_step_parts",
     "plot_summary",
     "plot_tokens_per_character",
+    "plot_world",
 ]
