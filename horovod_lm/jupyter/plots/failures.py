@@ -83,9 +83,7 @@ def plot_world(rows: Rows, title: str = "A run whose ranks change") -> Plot:
     above.set_xlabel("")
     taken = [row for row in rows if row["phase"] == "train"]
     steps, ranks = [row["step"] for row in taken], [row["world_size"] for row in taken]
-    below.fill_between(
-        steps, ranks, step="mid", color=ORANGE, hatch="//", edgecolor="white", linewidth=0
-    )
+    below.fill_between(steps, ranks, step="mid", color=ORANGE, linewidth=0)
     below.step(steps, ranks, where="mid", color=BLACK, linewidth=1.2)
     for before, after, step in zip(ranks, ranks[1:], steps[1:], strict=False):
         if before != after:
