@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # a page that checks an answer needs no notebook format: it l
 STUB_TAG = "exercise"
 RIGHT = "right:"
 _SOLUTION = re.compile(
-    r"<details>\s*<summary>Solution</summary>\s*```python\n(.*?)\n```\s*</details>", re.DOTALL
+    r"<details>\s*<summary>Solution</summary>\s*```python\n(.*?)\n```.*?</details>", re.DOTALL
 )
 
 
