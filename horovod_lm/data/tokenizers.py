@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,6 +50,10 @@ class Tokenizer(Protocol):
         """Return the text of `ids`: end-of-text as `<|endoftext|>`, ids of no token as U+FFFD."""
         ...
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of one token; they may be part of a character only."""
+        ...
+
     def to_json(self) -> str:
         """Return all that `load_tokenizer` needs to restore the tokenizer."""
         ...
@@ -69,6 +74,14 @@ class _Base:
 
     def _decode_plain(self, ids: list[int]) -> str:
         raise NotImplementedError
+
+    def _bytes_of_plain(self, token_id: int) -> bytes:
+        raise NotImplementedError
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if 0 <= token_id < self.vocab_size and token_id != self.eot_id:
+            return self._bytes_of_plain(token_id)
+        return self.decode([token_id]).encode()
 
     def decode(self, ids: Iterable[int]) -> str:
         def kind(token: int) -> str | None:
@@ -102,6 +115,9 @@ class ByteTokenizer(_Base):
     def _decode_plain(self, ids: list[int]) -> str:
         return bytes(ids).decode("utf-8", errors="replace")
 
+    def _bytes_of_plain(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
 
 class BPETokenizer(_Base):
     """Byte-level byte-pair encoding (Sennrich et al., 2016; Radford et al., 2019), trained on a
@@ -127,11 +143,27 @@ class BPETokenizer(_Base):
     def _decode_plain(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
+    def _bytes_of_plain(self, token_id: int) -> bytes:
+        return bytes(map(_byte_of_letter().get, self._tokenizer.id_to_token(token_id)))
+
     def to_json(self) -> str:
         return json.dumps(
             {"name": self.name, "tokenizer": json.loads(self._tokenizer.to_str())},
             ensure_ascii=False,
         )
+
+
+@cache
+def _byte_of_letter() -> dict[str, int]:
+    """Return which byte each letter of a byte-level vocabulary stands for.
+
+    GPT-2's way of writing any bytes as text: a byte that can be seen is its own character, and the
+    others, in order, are the characters from 256 on.
+    """
+    seen = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    unseen = [byte for byte in range(NUM_BYTES) if byte not in seen]
+    letters = {chr(byte): byte for byte in seen}
+    return letters | {chr(NUM_BYTES + place): byte for place, byte in enumerate(unseen)}
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
@@ -184,6 +216,9 @@ class GPT2Tokenizer(_Base):
 
     def _decode_plain(self, ids: list[int]) -> str:
         return self._encoding.decode(ids)
+
+    def _bytes_of_plain(self, token_id: int) -> bytes:
+        return self._encoding.decode_single_token_bytes(token_id)
 
 
 def _load_gpt2_encoding() -> Any:

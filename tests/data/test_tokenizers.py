@@ -57,6 +57,20 @@ def test_any_ids_decode_to_some_text(name, data):
     assert isinstance(tokenizer.decode([3 * byte for byte in data]), str)
 
 
+@settings(deadline=None)
+@given(text=ANY_TEXT)
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_the_bytes_of_the_tokens_are_those_of_the_text(name, text):
+    tokenizer = TOKENIZERS[name]
+    pieces = map(tokenizer.token_bytes, tokenizer.encode(text))
+    assert b"".join(pieces) == text.encode()
+
+
+def test_end_of_text_and_ids_of_no_token_have_bytes_too(tokenizer):
+    assert tokenizer.token_bytes(tokenizer.eot_id) == END_OF_TEXT.encode()
+    assert tokenizer.token_bytes(99_999).decode() == "\N{REPLACEMENT CHARACTER}"
+
+
 def test_every_byte_has_a_token(tokenizer):
     text = "".join(
         map(chr, range(0x800))
