@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from horovod_lm.data.tokenizers import Tokenizer
 
 __all__ = [
+    "decode_prompt",
     "generate_text",
     "interactive_generation",
     "load_model_for_generation",
@@ -72,9 +73,7 @@ def generate_text(
         ConfigError: a setting that cannot work.
         DataError: a prompt that cannot be encoded.
     """
-    if num_samples < 1:
-        raise ConfigError(f"num_samples must be at least 1, got {num_samples}")
-    steps = _decode_prompt(
+    steps = decode_prompt(
         model, tokenizer, prompt, num_samples, max_new_tokens,
         SamplingSettings(temperature, top_k, top_p), device, seed,
     )  # fmt: skip
@@ -99,7 +98,7 @@ def stream_tokens(
     Yields:
         Token ids; the end-of-text token is not among them.
     """
-    steps = _decode_prompt(
+    steps = decode_prompt(
         model, tokenizer, prompt, 1, max_new_tokens,
         SamplingSettings(temperature, top_k, top_p), device, seed,
     )  # fmt: skip
@@ -185,17 +184,27 @@ def interactive_generation(
     converse(answer, config)
 
 
-def _decode_prompt(
+def decode_prompt(
     model: TransformerLM,
     tokenizer: Tokenizer,
     prompt: str,
     num_samples: int,
     max_new_tokens: int,
     settings: SamplingSettings,
-    device: torch.device | str | None,
-    seed: int | None,
+    device: torch.device | str | None = None,
+    seed: int | None = None,
+    watch: Callable[[torch.Tensor], None] | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Start to continue a prompt: an iterator over (num_samples,) token ids."""
+    """Start to continue a prompt; the arguments are those of `generate_text`.
+
+    Args:
+        watch: is given the logits (num_samples, V) that each step's tokens are drawn from.
+
+    Returns:
+        An iterator over each step's (num_samples,) token ids, end-of-text included.
+    """
+    if num_samples < 1:
+        raise ConfigError(f"num_samples must be at least 1, got {num_samples}")
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens must be 0 or above, got {max_new_tokens}")
     if device is not None:
@@ -211,7 +220,10 @@ def _decode_prompt(
     prompt_ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
     input_ids = torch.tensor([prompt_ids] * num_samples, device=device)  # (num_samples, T)
     generator = make_generator(seed, device)
-    return decode(model, input_ids, max_new_tokens, settings, tokenizer.eot_id, generator=generator)
+    return decode(
+        model, input_ids, max_new_tokens, settings, tokenizer.eot_id,
+        generator=generator, watch=watch,
+    )  # fmt: skip
 
 
 def _until_end(tokens: Sequence[int], eot_id: int) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -123,6 +123,7 @@ def decode(
     *,
     generator: torch.Generator,
     use_cache: bool = True,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
     """Draw token after token for every row, and yield each step's tokens as soon as they are drawn.
 
@@ -140,6 +141,7 @@ def decode(
         attention_mask: (B, T), zeros (padding), then ones; None: no padding.
         generator: draws the random numbers.
         use_cache: False reads the whole row again for each token.
+        watch: is given the logits (B, V) that each step's tokens are drawn from.
 
     Yields:
         (B,) token ids; the padding token for rows that have ended. Stops when all have.
@@ -156,7 +158,10 @@ def decode(
     model.eval()
     try:
         for _ in range(max_new_tokens):
-            tokens = draw(context.next_logits(), settings, generator)  # (B, V) -> (B,)
+            logits = context.next_logits()  # (B, V)
+            if watch is not None:
+                watch(logits)
+            tokens = draw(logits, settings, generator)  # (B, V) -> (B,)
             if eos_token_id is not None:
                 tokens = tokens.masked_fill(ended, filler)
                 ended |= tokens == eos_token_id

@@ -192,3 +192,13 @@ def test_bad_input_is_one_sentence(make_model, arguments, error, sentence):
     with pytest.raises(error, match=sentence) as caught:
         make_model().generate(**({"input_ids": torch.tensor([[1, 2, 3]])} | arguments))
     assert "\n" not in str(caught.value)
+
+
+def test_a_watcher_sees_the_logits_that_each_token_is_drawn_from(make_model):
+    model, seen = make_model(), []
+    ids = torch.randint(1, 50, (2, 6))
+    steps = decode(
+        model, ids, 5, SamplingSettings(0.0), generator=make_generator(0, "cpu"), watch=seen.append
+    )
+    assert all(torch.equal(tokens, seen[-1].argmax(dim=-1)) for tokens in steps)
+    assert [logits.shape for logits in seen] == [(2, 50)] * 5
