@@ -160,10 +160,11 @@ def interactive_generation(
     config: Config,
     device: torch.device | str | None = None,
 ) -> None:
-    """Converse in a terminal: type a beginning, and the model goes on, as it thinks.
+    """Converse: in a terminal with one prompt after another, in a notebook in a playground.
 
-    `exit`, `quit`, `q`, Ctrl-D or Ctrl-C at the prompt end it; Ctrl-C while the model writes stops
-    only that text. `:temperature 0.5` changes a setting, `:help` names them all.
+    In a terminal, `exit`, `quit`, `q`, Ctrl-D or Ctrl-C at the prompt end it; Ctrl-C while the
+    model writes stops only that text. `:temperature 0.5` changes a setting, `:help` names them all.
+    In a notebook, the call shows a `horovod_lm.jupyter.playground.Playground` and returns.
 
     Args:
         model: the model; it is moved to `device`.
@@ -171,6 +172,10 @@ def interactive_generation(
         config: its `generation` section gives the settings to begin with.
         device: as for `generate_text`.
     """
+    if _in_notebook():
+        from horovod_lm.jupyter.playground import show_playground
+
+        return show_playground(model, tokenizer, config, device)
 
     def answer(prompt: str, settings: GenerationConfig) -> Iterator[str]:
         return stream_text(
@@ -182,6 +187,13 @@ def interactive_generation(
         )
 
     converse(answer, config)
+
+
+def _in_notebook() -> bool:
+    """Return whether a Jupyter kernel runs this: a terminal's IPython has no kernel."""
+    ipython = sys.modules.get("IPython")  # a kernel has imported it long ago
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None
 
 
 def decode_prompt(

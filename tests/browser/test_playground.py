@@ -1,0 +1,160 @@
+"""The playground in a real browser: tokens appear, are clicked and stepped to, Stop stops."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+MODEL = """
+import torch
+from horovod_lm.data.tokenizers import ByteTokenizer
+from horovod_lm.models.transformer_lm import TransformerLM
+from horovod_lm.utils.config import config_from_dict
+
+torch.manual_seed(0)
+sizes = {"vocab_size": 257, "d_model": 64, "n_heads": 4, "n_layers": 2, "d_ff": 128,
+         "max_seq_len": 64, "pad_token_id": 256}
+model, tokenizer = TransformerLM(**sizes).eval(), ByteTokenizer()
+with torch.no_grad():
+    model.token_embedding.weight[256] = 0  # it hardly ever ends by itself
+config = config_from_dict({"model": sizes, "generation": {"max_new_tokens": 40, "seed": 1}})
+"""
+SHOW = """
+from horovod_lm.jupyter.playground import Playground
+play = Playground(model, tokenizer, config)
+play
+"""
+
+
+@pytest.fixture
+def page(open_notebook):
+    def open_playground(*cells: str):
+        page = open_notebook(MODEL + (cells[0] if cells else SHOW), *cells[1:])
+        page.run_all()
+        page.button("Generate").wait_for(timeout=60_000)
+        return page
+
+    return open_playground
+
+
+def tokens(page):
+    return page.page.locator(".lm-sample .lm-token")
+
+
+def fill(page, label: str, text: str) -> None:
+    """Type into an input, as a person does, and leave it."""
+    box = page.page.get_by_label(label, exact=False).first
+    box.fill(text)
+    box.press("Tab")
+
+
+def picture(page, name: str) -> None:
+    """Take the picture of the widget in the light and in the dark theme."""
+    if not os.environ.get("HOROVOD_LM_SCREENSHOTS"):
+        return
+    for theme in ("Dark", "Light"):
+        page.page.evaluate(
+            "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})",
+            f"JupyterLab {theme}",
+        )
+        page.page.wait_for_function(
+            "light => document.body.dataset.jpThemeLight === light",
+            arg="true" if theme == "Light" else "false",
+        )
+        page.page.wait_for_timeout(500)
+        output = page.page.locator(".jp-OutputArea-output").first
+        folder = Path(os.environ["HOROVOD_LM_SCREENSHOTS"])
+        output.screenshot(path=folder / f"{name}{'' if theme == 'Light' else '_dark'}.png")
+
+
+def test_a_text_is_written_looked_into_and_compared(page):
+    page = page()
+    fill(page, "Prompt", "<b>Once</b> 🙂 שלום")
+    page.button("Generate").click()
+    page.wait_for("done: 40 tokens", 30)
+    assert tokens(page).count() == 40
+    assert page.page.locator(".lm-prompt").inner_text() == "<b>Once</b> 🙂 שלום"
+    tokens(page).nth(3).click()
+    page.wait_for("as drawn", 10)
+    page.page.wait_for_selector(".lm-chosen[data-index='3'][aria-selected=true]", timeout=10_000)
+    for key, place in (("ArrowRight", 4), ("ArrowLeft", 3), ("End", 39), ("Home", 0)):
+        page.page.keyboard.press(key)
+        page.page.wait_for_selector(f".lm-chosen[data-index='{place}']", timeout=10_000)
+    page.button("Next token").click()
+    page.page.wait_for_selector(".lm-chosen[data-index='1']", timeout=10_000)
+    fill(page, "Seed", "2")
+    page.button("Generate").focus()
+    page.page.keyboard.press("Space")
+    page.page.wait_for_function(
+        "() => document.querySelectorAll('select[multiple] option').length === 2"
+    )
+    page.page.locator("select[multiple]").select_option(index=[0, 1])
+    page.wait_for("text 2", 10)
+    tokens(page).nth(5).click()
+    page.wait_for("as drawn", 10)
+    picture(page, "playground")
+    page.button("Save").click()
+    page.wait_for("saved 2 to continuations.jsonl", 10)
+    lines = (page.lab.folder / "continuations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["settings"]["seed"] for line in lines] == [1, 2]
+    assert page.complaints == []
+
+
+def test_stop_ends_a_text_and_other_cells_run_meanwhile(page):
+    page = page(SHOW, "print('the kernel', 'is free')")
+    fill(page, "Tokens", "90000")
+    page.button("Generate").click()
+    tokens(page).nth(30).wait_for(timeout=30_000)
+    assert page.button("Generate").is_disabled()
+    page.page.evaluate(
+        "() => { const app = window.jupyterapp;"
+        " app.shell.currentWidget.content.activeCellIndex = 1;"
+        " app.commands.execute('notebook:run-cell'); }"
+    )
+    page.wait_for("the kernel is free", 10)
+    before = tokens(page).count()
+    page.page.wait_for_function(
+        "count => document.querySelectorAll('.lm-sample .lm-token').length > count", arg=before
+    )
+    page.button("Stop").click()
+    page.wait_for("stopped: ", 10)
+    assert page.button("Stop").is_disabled() and not page.button("Generate").is_disabled()
+    assert page.complaints == []
+
+
+def test_leaving_the_widget_ends_its_text(page):
+    page = page(SHOW, "await __import__('asyncio').sleep(0)\nprint('writing', play.is_writing)")
+    fill(page, "Tokens", "90000")
+    page.button("Generate").click()
+    tokens(page).nth(5).wait_for(timeout=30_000)
+    page.page.evaluate(
+        "() => { const app = window.jupyterapp; const notebook = app.shell.currentWidget.content;"
+        " notebook.activeCellIndex = 0; app.commands.execute('notebook:clear-cell-output')"
+        " .then(() => { notebook.activeCellIndex = 1;"
+        " app.commands.execute('notebook:run-cell'); }); }"
+    )
+    page.wait_for("writing False", 20)
+
+
+def test_an_error_in_a_callback_is_visible(page):
+    page = page(SHOW.replace("play\n", "model.hidden_states = lambda *_: 1 / 0\nplay\n"))
+    page.button("Generate").click()
+    page.wait_for("ZeroDivisionError: division by zero", 20)
+    assert not page.button("Generate").is_disabled()
+    fill(page, "Seed", "seven")
+    page.button("Generate").click()
+    page.wait_for("the seed must be a whole number, not 'seven'", 20)
+
+
+def test_the_contract_s_call_shows_it(page):
+    page = page(
+        "from horovod_lm.generate import interactive_generation\n"
+        "interactive_generation(model=model, tokenizer=tokenizer, config=config, device='cpu')"
+    )
+    page.wait_for("It needs a kernel", 10)
+    page.button("Generate").click()
+    page.wait_for("done: 40 tokens", 30)
+    assert page.complaints == []
