@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from horovod_lm.data.tokenizers import Tokenizer
     from horovod_lm.models.transformer_lm import TransformerLM
 
-SHOWN = 20  # candidates that are kept of each distribution, the likeliest
+SHOWN = 12  # candidates that are kept of each distribution, the likeliest
 SECONDS_OF_A_SLICE = 0.04
 LEAST_SURPRISING, MOST_SURPRISING = 1.0, 0.001  # probabilities: no colour, the full colour
 

@@ -54,15 +54,17 @@ def distribution_table(token: DrawnToken) -> str:
     """Return the distribution that a token was drawn from, before and after the filters."""
     found = token.distribution
     candidates = found.candidates
+    largest = max(max(one.before, one.after) for one in candidates)  # both columns' one scale
     rows = "".join(
         f"<tr{_mark(one.token_id == token.token_id)}><td><bdi style='white-space: pre'>"
         f"{html.escape(one.text.replace(chr(10), ''))}</bdi></td>"
-        f"{_bar(one.before)}{_bar(one.after)}</tr>"
+        f"{_bar(one.before, largest)}{_bar(one.after, largest)}</tr>"
         for one in candidates
     )
     rest_before = max(0.0, 1 - sum(one.before for one in candidates))
     rest_after = max(0.0, 1 - sum(one.after for one in candidates))
-    rest = f"<tr><td><i>all others</i></td>{_bar(rest_before)}{_bar(rest_after)}</tr>"
+    others = _bar(rest_before, largest) + _bar(rest_after, largest)
+    rest = f"<tr><td><i>all others</i></td>{others}</tr>"
     head = "".join(
         f"<th scope='col' style='text-align: left'>{name}</th>"
         for name in ("token", "as learned", "as drawn, after the filters")
@@ -99,11 +101,12 @@ def _mark(is_drawn: bool) -> str:
     return " aria-current='true' style='font-weight: bold; outline: 2px solid'" if is_drawn else ""
 
 
-def _bar(probability: float) -> str:
-    """Return a probability as a number and a bar."""
+def _bar(probability: float, largest: float) -> str:
+    """Return a probability as a number and a bar, which ends at the largest one's length."""
+    width = 120 * min(1.0, probability / largest)
     return (
-        "<td style='min-width: 11em'><div style='display: flex; align-items: center; gap: 0.5em'>"
+        "<td style='min-width: 14em'><div style='display: flex; align-items: center; gap: 0.5em'>"
         f"<span style='width: 4.5em; text-align: right'>{probability:.4f}</span>"
-        f"<span style='width: {100 * probability:.1f}px; height: 0.8em; background: #0072B2'>"
-        "</span></div></td>"
+        f"<span style='width: {width:.1f}px; height: 0.8em; background: #0072B2'></span>"
+        "</div></td>"
     )

@@ -223,13 +223,13 @@ class Playground(widgets.VBox):
             widgets.Textarea, "Prompt", value=prompt, rows=3, layout={"width": "100%"}
         )
         self.temperature = labelled(
-            widgets.FloatSlider, "Temperature (0: the likeliest)", min=0, step=0.05,
+            widgets.FloatSlider, "Temperature", min=0, step=0.05,
             max=max(3, settings.temperature), value=settings.temperature,
-            layout={"width": "24em"},
+            layout={"width": "26em"},
         )  # fmt: skip
         self.top_p = labelled(
             widgets.FloatSlider, "Top-p (1: all)", min=0.01, max=1, step=0.01,
-            value=settings.top_p, layout={"width": "20em"},
+            value=settings.top_p, layout={"width": "24em"},
         )  # fmt: skip
         number = widgets.BoundedIntText
         self.top_k = labelled(

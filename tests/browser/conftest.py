@@ -239,3 +239,41 @@ def open_notebook(lab, chromium):
     yield open_cells
     for page in opened:
         page.close()
+
+
+@pytest.fixture(scope="session")
+def storyteller(tmp_path_factory) -> Path:
+    """A checkpoint of a model that has read some stories: a folder to load it from."""
+    import torch
+
+    from horovod_lm.checkpoint import save_checkpoint
+    from horovod_lm.data.stories import generate_stories
+    from horovod_lm.data.tokenizers import train_bpe
+    from horovod_lm.models.transformer_lm import TransformerLM
+    from horovod_lm.utils.config import config_from_dict
+
+    stories = list(generate_stories(400, seed=0))
+    tokenizer = train_bpe(stories, 512)
+    ids = torch.tensor(
+        [one for text in stories for one in [tokenizer.eot_id, *tokenizer.encode(text)]]
+    )
+    sizes = {"vocab_size": tokenizer.vocab_size, "d_model": 64, "n_heads": 4, "n_layers": 2,
+             "d_ff": 128, "max_seq_len": 128, "dropout": 0.0, "pad_token_id": None}  # fmt: skip
+    how = {"max_new_tokens": 60, "seed": 1, "temperature": 1.0}
+    config = config_from_dict({"model": sizes, "generation": how})
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = TransformerLM(**sizes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(150):
+        starts = torch.randint(len(ids) - 65, (8, 1), generator=generator)
+        batch = ids[starts + torch.arange(64)]  # (8, 64)
+        loss = model(batch, labels=batch, return_logits=False)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("storyteller")
+    save_checkpoint(model, None, 0, 150, loss.item(), folder, "best_model.pt",
+                    config=config.to_dict(), tokenizer=tokenizer.to_json())  # fmt: skip
+    return folder

@@ -1,6 +1,10 @@
 """Every figure of the course, one module for each subject, all to be imported from here."""
 
-from horovod_lm.jupyter.plots.attention import plot_attention, plot_attention_cost
+from horovod_lm.jupyter.plots.attention import (
+    plot_all_heads,
+    plot_attention,
+    plot_attention_cost,
+)
 from horovod_lm.jupyter.plots.data import (
     plot_losses_above_floor,
     plot_shards,
@@ -28,6 +32,7 @@ __all__ = [
     "Plot",
     "Scene",
     "draw_loss",
+    "plot_all_heads",
     "plot_allreduce_over_links",
     "plot_attention",
     "plot_attention_cost",

@@ -72,3 +72,26 @@ def plot_attention_cost(
     label_axes(axes, title, "length of the text, T (words)", "time of one attention (milliseconds)")
     axes.legend(frameon=False)
     return plot
+
+
+def plot_all_heads(weights: Tensor, entropy_bits: Tensor, title: str) -> Plot:
+    """Draw the map of every head, small, a row for each layer, with its entropy above it.
+
+    Args:
+        weights: (L, H, T, T).
+        entropy_bits: (L, H), the mean entropy of a head's rows in bits.
+        title: the figure's title.
+    """
+    n_layers, n_heads = weights.shape[:2]
+    plot = Plot(
+        f"{title}: {n_layers} layers of {n_heads} heads", 1.3 * n_heads, 0.7 + 1.5 * n_layers
+    )
+    for layer, panels in enumerate(plot.subplots(n_layers, n_heads, squeeze=False)):
+        for head, axes in enumerate(panels):
+            axes.imshow(weights[layer, head].tolist(), cmap="Greys", vmin=0, vmax=1)
+            axes.set_title(
+                f"{layer + 1}.{head + 1}: {entropy_bits[layer, head]:.2f} bit", fontsize=8
+            )
+            axes.set(xticks=[], yticks=[])
+    plot.suptitle(f"{title} (layer.head: entropy; darker is more)", fontsize=9)
+    return plot

@@ -1,0 +1,173 @@
+"""The attention explorer without a browser: the numbers, the choice of heads, and the errors."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from horovod_lm.data.tokenizers import ByteTokenizer
+from horovod_lm.jupyter.attention_explorer import AttentionExplorer
+from horovod_lm.jupyter.attention_map import entropy_of_rows, read_attention, thumbnails
+from horovod_lm.models.transformer_lm import TransformerLM
+from horovod_lm.utils.errors import DataError
+
+TOKENIZER = ByteTokenizer()
+
+
+@pytest.fixture(scope="module")
+def model() -> TransformerLM:
+    torch.manual_seed(0)
+    return TransformerLM(257, 32, 4, 3, 64, 64, dropout=0.5, pad_token_id=256)
+
+
+@pytest.fixture
+def explorer(model):
+    made = AttentionExplorer(model, TOKENIZER, "Once upon")
+    yield made
+    made.close()
+
+
+def read(explorer: AttentionExplorer, sentence: str) -> None:
+    """Type a sentence, click Show, and let the event loop work until it has been read."""
+
+    async def work() -> None:
+        explorer.sentence.value = sentence
+        explorer.read.click()
+        assert explorer.read.disabled
+        await explorer._task
+
+    asyncio.run(work())
+    assert not explorer.read.disabled
+
+
+def shown_weights(explorer: AttentionExplorer) -> np.ndarray:
+    size = len(explorer.view.tokens)
+    return np.frombuffer(explorer.view.weights, np.float32).reshape(size, size)
+
+
+# ---- the numbers ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(text=st.text(max_size=15))
+def test_the_weights_are_the_model_s_own_over_the_text_as_in_training(model, text):
+    attention = read_attention(model.train(), TOKENIZER, text)
+    assert model.training
+    ids = torch.tensor([[256, *text.encode()]])
+    expected = model.eval().attention_weights(ids)[:, 0]
+    assert torch.equal(attention.weights, expected)
+    size = ids.shape[1]
+    assert attention.weights.shape == (3, 4, size, size)
+    torch.testing.assert_close(attention.weights.sum(-1), torch.ones(3, 4, size))
+    assert attention.tokens[0] == "<|endoftext|>" and len(attention.tokens) == size
+    assert (
+        0 <= attention.entropy_bits.min() <= attention.entropy_bits.max() <= math.log2(size) + 1e-6
+    )
+
+
+def test_entropy_is_in_bits():
+    rows = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25]])
+    assert entropy_of_rows(rows).tolist() == pytest.approx([0, 1, 2])
+
+
+def test_a_text_fills_the_context_and_no_more(model):
+    assert len(read_attention(model, TOKENIZER, "x" * 63).tokens) == 64
+    with pytest.raises(DataError, match="has 65 tokens .* sees 64 at once: shorten it") as caught:
+        read_attention(model, TOKENIZER, "x" * 64)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="half a character"):
+        read_attention(model, TOKENIZER, "a\ud800")
+
+
+def test_a_thumbnail_keeps_every_strong_look():
+    weights = torch.zeros(1, 2, 100, 100)
+    weights[0, 1, 57, 3] = 0.8
+    small = thumbnails(weights, 10)
+    assert small.shape == (1, 2, 10, 10) and small.dtype == torch.uint8
+    assert small[0, 0].max() == 0 and small[0, 1, 5, 0] == 204
+    assert torch.equal(
+        thumbnails(weights[..., :7, :7], 10), torch.zeros(1, 2, 7, 7, dtype=torch.uint8)
+    )
+
+
+# ---- the widget ----------------------------------------------------------------------------------
+
+
+def test_it_shows_the_sentence_at_once(explorer, model):
+    attention = read_attention(model, TOKENIZER, "Once upon")
+    assert explorer.view.tokens == attention.tokens and explorer.view.grid == [3, 4, 10]
+    assert np.array_equal(shown_weights(explorer), attention.weights[0, 0].numpy())
+    assert len(explorer.view.thumbnails) == 3 * 4 * 10 * 10
+    assert explorer.view.entropy_bits[2][3] == pytest.approx(
+        attention.entropy_bits[2, 3].item(), abs=1e-4
+    )
+    bits = attention.entropy_bits[0, 0].item()
+    assert f"layer 1, head 1: entropy {bits:.3f} bits" in explorer.message.value
+
+
+def test_a_head_is_chosen_by_list_or_by_its_picture(explorer):
+    weights = explorer.attention.weights
+    explorer.layer.value = 2
+    assert np.array_equal(shown_weights(explorer), weights[2, 0].numpy())
+    explorer.view._handle_custom_msg({"kind": "head", "layer": 1, "head": 3}, [])
+    assert (explorer.layer.value, explorer.head.value) == (1, 3)
+    assert (explorer.view.layer, explorer.view.head) == (1, 3)
+    assert np.array_equal(shown_weights(explorer), weights[1, 3].numpy())
+    assert "layer 2, head 4" in explorer.message.value
+
+
+@pytest.mark.parametrize("sentence", ["", "<b>&amp;", "🙂 שלום \u202e", "\x1b[2J\x00\n", "x" * 63])
+def test_any_sentence_is_read_and_shown_as_itself(explorer, sentence):
+    read(explorer, sentence)
+    assert len(explorer.view.tokens) == 1 + len(sentence.encode())
+    assert not {"\x1b", "\x00", "\u202e"} & set("".join(explorer.view.tokens))
+    assert "entropy" in explorer.message.value
+
+
+def test_a_head_stays_chosen_for_the_next_sentence(explorer):
+    explorer.choose(2, 1)
+    read(explorer, "Then")
+    assert (explorer.view.layer, explorer.view.head) == (2, 1)
+    assert np.array_equal(shown_weights(explorer), explorer.attention.weights[2, 1].numpy())
+
+
+def test_what_cannot_be_read_is_said_and_the_last_sentence_stays(explorer, monkeypatch):
+    before = explorer.view.tokens
+    read(explorer, "x" * 64)
+    assert "DataError: the text has 65 tokens" in explorer.message.value
+    assert explorer.view.tokens == before
+    monkeypatch.setattr(explorer._model, "attention_weights", lambda *_: 1 / 0)
+    read(explorer, "fine")
+    assert "ZeroDivisionError" in explorer.message.value
+    explorer.view._handle_custom_msg({"kind": "head", "layer": 7, "head": 0}, [])
+    assert "role='alert'" in explorer.message.value
+
+
+def test_a_closed_explorer_leaves_no_task(explorer):
+    async def work() -> None:
+        explorer.read.click()
+        explorer.close()
+        await asyncio.wait([explorer._task], timeout=10)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(work())
+
+
+def test_pictures_for_readers_without_a_kernel(explorer):
+    explorer.choose(1, 2)
+    one, everything = explorer.picture(), explorer.picture_of_all()
+    assert repr(one) == "figure: Layer 2, head 3: 10 words"
+    assert len(everything.axes) == 12
+    bits = explorer.attention.entropy_bits[2, 0].item()
+    assert everything.axes[8].get_title() == f"3.1: {bits:.2f} bit"
+    [image] = everything.axes[8].images
+    np.testing.assert_allclose(image.get_array(), explorer.attention.weights[2, 0], rtol=1e-6)
+    assert everything.png() == explorer.picture_of_all().png()
+    assert explorer._repr_mimebundle_()["text/plain"] == repr(explorer)
+    assert repr(explorer) == "attention explorer: attention of 3 layers with 4 heads over 10 tokens"
