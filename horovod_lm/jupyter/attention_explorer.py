@@ -94,7 +94,7 @@ class AttentionExplorer(widgets.VBox):
         self._task: asyncio.Task[None] | None = None
         self.message = Message()
         self.sentence = labelled(
-            widgets.Textarea, "Sentence", value=sentence, rows=2, layout={"width": "100%"}
+            widgets.Textarea, "Sentence", value=sentence, rows=2, layout={"width": "auto"}
         )
         self.read = widgets.Button(
             description="Show", icon="eye", tooltip="read the sentence, and show where heads look"

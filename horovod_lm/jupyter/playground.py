@@ -80,7 +80,7 @@ class Playground(widgets.VBox):
         self.view = TokenView(on_select=self.message.guarded(self.select), on_closed=self.stop)
         self.detail = widgets.HTML(HINT)
         self.past = labelled(
-            widgets.SelectMultiple, "History (several: side by side)", layout={"width": "100%"}
+            widgets.SelectMultiple, "History (several: side by side)", layout={"width": "auto"}
         )
         self.past.observe(self.message.guarded(self._compare), "value")
         self.comparison = widgets.HTML()
@@ -220,7 +220,7 @@ class Playground(widgets.VBox):
 
     def _make_inputs(self, settings: GenerationConfig, prompt: str) -> None:
         self.prompt = labelled(
-            widgets.Textarea, "Prompt", value=prompt, rows=3, layout={"width": "100%"}
+            widgets.Textarea, "Prompt", value=prompt, rows=3, layout={"width": "auto"}
         )
         self.temperature = labelled(
             widgets.FloatSlider, "Temperature", min=0, step=0.05,

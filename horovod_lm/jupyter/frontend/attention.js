@@ -6,6 +6,7 @@ const ROW = 18; // pixels of a token in the view of lines
 const NAME = 150; // pixels of a token's name
 const GAP = 130; // pixels between the two columns
 const LONGEST_NAME = 18; // characters
+const SMALLEST_NAME = 11; // pixels of a cell: below that the map has no names, hovering tells them
 const MOST_FAINT_LINES = 40; // tokens: with more, only the chosen token's lines are drawn
 
 function element(tag, className, text = "") {
@@ -57,7 +58,8 @@ function render({ model, el }) {
   links.setAttribute("aria-label", "from token to token: arrow keys choose the token that looks");
   const panes = element("div", "lm-panes");
   const map = element("div", "lm-map");
-  map.append(canvas);
+  const [columnNames, rowNames] = [element("div", "lm-columns"), element("div", "lm-rows")];
+  map.append(columnNames, rowNames, canvas);
   for (const [title, part] of [
     ["heat map (row: token that looks; column: token looked at)", map],
     ["from token to token", links],
@@ -89,6 +91,10 @@ function render({ model, el }) {
     paint(canvas, size, (cell) => weights[cell]);
     const pixels = Math.max(260, Math.min(520, 22 * size));
     canvas.style.width = canvas.style.height = `${pixels}px`;
+    for (const names of [columnNames, rowNames]) {
+      const fits = pixels / size >= SMALLEST_NAME;
+      names.replaceChildren(...(fits ? tokens().map((one) => element("bdi", "", short(one))) : []));
+    }
     [row, column] = [Math.min(row, size - 1), Math.min(column, size - 1)];
     drawLinks();
     drawHeads();
@@ -122,8 +128,10 @@ function render({ model, el }) {
       if (place <= row) {
         const value = weight(row, place);
         key.append(drawing("title", {}, value.toPrecision(6)));
-        key.style.fillOpacity = 0.45 + 0.55 * value;
+        key.style.fillOpacity = 0.6 + 0.4 * value;
         svg.append(drawing("text", { x: 2 * NAME + GAP + 6, y }, value.toFixed(4)));
+      } else {
+        key.style.fillOpacity = 0.3; // the future, where nobody looks
       }
     });
     links.replaceChildren(svg);

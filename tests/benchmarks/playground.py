@@ -1,0 +1,126 @@
+"""The playground in a real browser: how soon the first token is there, and what streaming costs.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/playground.py
+
+A real JupyterLab, a real Chromium, models with random weights: their speed is that of trained ones.
+Milliseconds run in the page, from the click on Generate until the browser has painted the first
+token. Streaming and `generate_text` take turns in the same kernel, and the medians of their tokens
+per second are compared; streaming's time is from the start to the last token, all showing included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from playwright.sync_api import sync_playwright
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.browser.conftest import CHROMIUM, FLAGS, Lab, Page
+
+SIZES = {
+    "tiny": {"vocab_size": 512, "d_model": 64, "n_heads": 4, "n_layers": 2, "d_ff": 256},
+    "5M": {"vocab_size": 4096, "d_model": 240, "n_heads": 6, "n_layers": 6, "d_ff": 960},
+}
+SHOW = """
+import asyncio, json, time, torch
+from horovod_lm.data.stories import generate_stories
+from horovod_lm.data.tokenizers import train_bpe
+from horovod_lm.generate import generate_text
+from horovod_lm.jupyter.playground import Playground
+from horovod_lm.models.layout import store_by_column
+from horovod_lm.models.transformer_lm import TransformerLM
+from horovod_lm.utils.config import config_from_dict
+
+torch.manual_seed(0)
+sizes, how = json.loads('SIZES'), json.loads('HOW')
+tokenizer = train_bpe(generate_stories(200, seed=0), 512)
+model = store_by_column(TransformerLM(**sizes, max_seq_len=512, pad_token_id=None).eval())
+with torch.no_grad():
+    model.token_embedding.weight[tokenizer.eot_id] = 0  # hardly ever the end of a text
+config = config_from_dict({"generation": how})
+play = Playground(model, tokenizer, config)
+play
+"""
+COMPARE = """
+streamed, plain = [], []
+for round in range(ROUNDS):
+    play.start()
+    await play._task
+    one = play.history[-1]
+    streamed.append(one.n_tokens / one.seconds)
+    started = time.perf_counter()
+    texts = generate_text(model, tokenizer, one.prompt, **one.settings.model_dump())
+    plain.append(one.n_tokens / (time.perf_counter() - started))
+    assert texts == one.texts
+print(json.dumps({"streamed": streamed, "plain": plain}), "compared")
+"""
+FIRST_TOKEN = """() => new Promise(resolve => {
+    const isButton = one => one.textContent.includes("Generate");
+    const button = [...document.querySelectorAll("button")].find(isButton);
+    const old = document.querySelector(".lm-sample");
+    const started = performance.now();
+    const look = () => {
+        const sample = document.querySelector(".lm-sample");
+        if (sample && sample !== old && sample.querySelector(".lm-token"))
+            requestAnimationFrame(() => setTimeout(() => resolve(performance.now() - started)));
+        else requestAnimationFrame(look);
+    };
+    button.click();
+    look();
+})"""
+
+
+def measure(lab: Lab, browser, size: str, new_tokens: int, rounds: int) -> None:
+    """Measure one model and print a line of each figure."""
+    how = {"max_new_tokens": new_tokens, "seed": 1}
+    code = SHOW.replace("SIZES", json.dumps(SIZES[size])).replace("HOW", json.dumps(how))
+    cells = [code, COMPARE.replace("ROUNDS", str(rounds))]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(one) for one in cells])
+    nbformat.write(notebook, lab.folder / f"{size}.ipynb")
+    page = Page(lab, browser, f"{size}.ipynb")
+    page.run_all()
+    page.button("Generate").wait_for(timeout=60_000)
+    page.wait_for("compared", 200)
+    rates = json.loads(page.outputs()[1].split("compared")[0])
+    first = []
+    for _ in range(rounds):
+        first.append(page.page.evaluate(FIRST_TOKEN))
+        page.page.wait_for_function(
+            "() => ![...document.querySelectorAll('button')]"
+            ".find(one => one.textContent.includes('Generate')).disabled"
+        )
+    page.close()
+    streamed, plain = (statistics.median(rates[name]) for name in ("streamed", "plain"))
+    print(
+        f"{size:5} first token after {statistics.median(first):4.0f} ms, "
+        f"at most {max(first):.0f}   "
+        f"streamed {streamed:6.0f} tokens/s   generate_text {plain:6.0f}   "
+        f"ratio {streamed / plain:.2f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--new-tokens", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        lab = Lab(Path(folder))
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        try:
+            for size in arguments.sizes:
+                measure(lab, browser, size, arguments.new_tokens, arguments.rounds)
+        finally:
+            browser.close()
+            lab.close()
+
+
+if __name__ == "__main__":
+    main()
