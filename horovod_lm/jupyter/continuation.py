@@ -12,10 +12,9 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,8 @@ if TYPE_CHECKING:
     from horovod_lm.models.transformer_lm import TransformerLM
 
 SHOWN = 12  # candidates that are kept of each distribution, the likeliest
-SECONDS_OF_A_SLICE = 0.04
+TOKENS_AT_ONCE = 32  # whose distributions are worked out together
+SECONDS_OF_A_SLICE = 0.05
 LEAST_SURPRISING, MOST_SURPRISING = 1.0, 0.001  # probabilities: no colour, the full colour
 
 
@@ -41,7 +41,6 @@ class Candidate:
     """A token that might have come, with its probability before and after the filters."""
 
     token_id: int
-    text: str
     before: float
     after: float
 
@@ -81,18 +80,19 @@ class DrawnToken:
         tokenizer: Tokenizer,
     ) -> None:
         self.token_id, self.before = token_id, before
+        self.tokenizer = tokenizer
         self.text = visible_token(tokenizer, token_id)
-        # Worked out when it is asked for, or when the text is done: while the model writes, the
-        # filters' sorting would cost a fifth of its speed.
-        self._find = partial(find_distribution, logits, token_id, how, tokenizer)
+        # Until its distribution is worked out: when it is asked for, or when the text is done.
+        # While the model writes, the filters' sorting would cost a fifth of its speed.
+        self._logits: Tensor | None = logits
+        self._how = how
         self._distribution: Distribution | None = None
 
     @property
     def distribution(self) -> Distribution:
         """What the token was drawn from; the whole vocabulary's logits are let go after this."""
         if self._distribution is None:
-            self._distribution = self._find()
-            del self._find
+            work_out([self])
         return self._distribution
 
     @property
@@ -234,8 +234,9 @@ def write_in_slices(
         continuation.seconds = time.perf_counter() - began
     yield continuation
     pause.over()
-    for token in itertools.chain(*continuation.samples):
-        _ = token.distribution
+    tokens = itertools.chain(*continuation.samples)
+    while some := list(itertools.islice(tokens, TOKENS_AT_ONCE)):
+        work_out(some)
         if pause.is_due():
             yield continuation
             pause.over()
@@ -289,33 +290,44 @@ def _take(
         ]
 
 
+def work_out(tokens: Sequence[DrawnToken]) -> None:
+    """Work out the distributions of tokens of one text, together, and let their logits go."""
+    tokens = [token for token in tokens if token._logits is not None]
+    if not tokens:
+        return
+    logits = torch.stack([token._logits for token in tokens])  # (N, V)
+    ids = torch.tensor([token.token_id for token in tokens], device=logits.device)  # (N,)
+    for token, found in zip(tokens, find_distributions(logits, ids, tokens[0]._how), strict=True):
+        token._distribution, token._logits = found, None
+
+
 @torch.inference_mode()
-def find_distribution(
-    logits: Tensor, token_id: int, how: SamplingSettings, tokenizer: Tokenizer
-) -> Distribution:
-    """Say what a token was drawn from.
+def find_distributions(
+    logits: Tensor, token_ids: Tensor, how: SamplingSettings
+) -> list[Distribution]:
+    """Say what tokens were drawn from.
 
     Args:
-        logits: (V,), as the model gave them.
-        token_id: the token that was drawn.
+        logits: (N, V), as the model gave them.
+        token_ids: (N,) the token that was drawn from each row.
         how: the filters between them.
-        tokenizer: shows tokens as text.
     """
     before, after = logits.float().softmax(dim=-1), filtered_probabilities(logits.float(), how)
-    token_ids = before.topk(min(SHOWN, len(before))).indices.tolist()
-    if token_id not in token_ids:
-        token_ids.append(token_id)
-    return Distribution(
-        after=after[token_id].item(),
-        rank=1 + int((before > before[token_id]).sum()),
-        n_kept=int((after > 0).sum()),
-        candidates=tuple(
-            Candidate(one, visible_token(tokenizer, one), *probabilities)
-            for one, *probabilities in zip(
-                token_ids, before[token_ids].tolist(), after[token_ids].tolist(), strict=True
-            )
-        ),
-    )
+    own = token_ids[:, None]  # (N, 1)
+    rank = 1 + (before > before.gather(-1, own)).sum(dim=-1)  # (N,)
+    likeliest = before.topk(min(SHOWN, before.shape[-1]), dim=-1).indices
+    shown = torch.cat([likeliest, own], dim=-1)  # (N, SHOWN + 1)
+    columns = (shown, before.gather(-1, shown), after.gather(-1, shown))
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    kept = (after > 0).sum(dim=-1).tolist()
+    found = []
+    for (ids, *probabilities), place, n_kept in zip(rows, rank.tolist(), kept, strict=True):
+        candidates = tuple(map(Candidate, ids, *probabilities))
+        after_filters = candidates[-1].after
+        if ids[-1] in ids[:-1]:
+            candidates = candidates[:-1]
+        found.append(Distribution(after_filters, place, n_kept, candidates))
+    return found
 
 
 def save_continuations(path: str | Path, continuations: list[Continuation]) -> Path:

@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 
 from horovod_lm.jupyter.continuation import Continuation, DrawnToken
-from horovod_lm.jupyter.visible import visible
+from horovod_lm.jupyter.visible import visible, visible_token
 
 # Orange of Okabe and Ito; its share of the background grows with surprise, so that it also differs
 # in lightness, and letters stay readable on it in a light and in a dark theme.
@@ -57,7 +57,7 @@ def distribution_table(token: DrawnToken) -> str:
     largest = max(max(one.before, one.after) for one in candidates)  # both columns' one scale
     rows = "".join(
         f"<tr{_mark(one.token_id == token.token_id)}><td><bdi style='white-space: pre'>"
-        f"{html.escape(one.text.replace(chr(10), ''))}</bdi></td>"
+        f"{html.escape(in_a_line(visible_token(token.tokenizer, one.token_id)))}</bdi></td>"
         f"{_bar(one.before, largest)}{_bar(one.after, largest)}</tr>"
         for one in candidates
     )
@@ -69,8 +69,9 @@ def distribution_table(token: DrawnToken) -> str:
         f"<th scope='col' style='text-align: left'>{name}</th>"
         for name in ("token", "as learned", "as drawn, after the filters")
     )
+    name = html.escape(in_a_line(token.text))
     words = (
-        f"<b><bdi>{html.escape(repr_of(token.text))}</bdi></b>: number {found.rank} by likelihood; "
+        f"<b>“<bdi>{name}</bdi>”</b>: number {found.rank} by likelihood; "
         f"as learned {token.before:.4f}, as drawn {found.after:.4f} among {found.n_kept:,} "
         f"token{'s' if found.n_kept != 1 else ''} that the filters left"
     )
@@ -80,9 +81,9 @@ def distribution_table(token: DrawnToken) -> str:
     )
 
 
-def repr_of(text: str) -> str:
-    """Return a token's text in quotes, in one line."""
-    return f"“{text.replace(chr(10), '')}”"
+def in_a_line(text: str) -> str:
+    """Return `visible` text without the ends of its lines; their pictures stay."""
+    return text.replace("\n", "")
 
 
 def side_by_side(continuations: Sequence[Continuation], names: Sequence[str]) -> str:

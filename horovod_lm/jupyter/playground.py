@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from horovod_lm.models.transformer_lm import TransformerLM
 
 LONGEST_HISTORY = 50
-SHOWING_SHARE = 10  # showing may cost one part in so many of the time
+# The browser, too, needs time to draw: ten times a second looks like a stream.
+SECONDS_BETWEEN_SHOWINGS = 0.1
+SHOWING_SHARE = 20  # and showing a very long text may cost one part in so many of the time
 NAME_OF_FILE = "continuations.jsonl"
 HINT = "Click a token, or step to it with the arrow keys, to see what it was drawn from."
 
@@ -168,13 +170,14 @@ class Playground(widgets.VBox):
         slices = write_in_slices(self._model, self._tokenizer, prompt, settings, self._device)
         try:
             with closing(slices):
-                shown_at, showing_took = 0.0, 0.0
+                due = 0.0
                 while (one := self._next_slice(slices, notes)) is not None:
                     self._shown = continuation = one
-                    if time.perf_counter() - shown_at > SHOWING_SHARE * showing_took:
-                        shown_at = time.perf_counter()
+                    started = time.perf_counter()
+                    if started > due:
                         self.view.show(continuation, self._number)
-                        showing_took = time.perf_counter() - shown_at
+                        took = time.perf_counter() - started
+                        due = started + max(SECONDS_BETWEEN_SHOWINGS, SHOWING_SHARE * took)
                     await asyncio.sleep(0)
         except asyncio.CancelledError:
             if continuation is not None:

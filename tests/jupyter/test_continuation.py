@@ -19,7 +19,7 @@ from horovod_lm.jupyter.continuation import (
     SHOWN,
     Continuation,
     DrawnToken,
-    find_distribution,
+    find_distributions,
     save_continuations,
     surprise,
     trace_text,
@@ -98,10 +98,13 @@ def test_each_distribution_is_the_one_that_the_model_gives(model):
 
 def test_the_drawn_token_is_a_candidate_even_when_it_was_unlikely():
     logits = torch.linspace(5, -5, 257)
-    found = find_distribution(logits, 200, SamplingSettings(1.0, None, None), TOKENIZER)
+    logits = logits.expand(2, -1)
+    ids = torch.tensor([200, 0])
+    found, likely = find_distributions(logits, ids, SamplingSettings(1.0, None, None))
+    assert len(likely.candidates) == SHOWN and likely.rank == 1
     assert len(found.candidates) == SHOWN + 1 and found.candidates[-1].token_id == 200
     assert found.rank == 201 and found.n_kept == 257
-    greedy = find_distribution(logits, 0, SamplingSettings(0.0), TOKENIZER)
+    _, greedy = find_distributions(logits, ids, SamplingSettings(0.0))
     assert (greedy.after, greedy.n_kept, len(greedy.candidates)) == (1.0, 1, SHOWN)
 
 
