@@ -100,7 +100,7 @@ def test_a_new_seed_each_time_is_shown_and_repeats_the_text(playground):
 
 
 def test_tokens_come_one_after_another_and_others_have_their_turn(playground):
-    playground.tokens.value = 400
+    playground.tokens.value = 2000
     lengths, turns = [], []
 
     async def watch() -> None:
