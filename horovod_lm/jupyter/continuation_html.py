@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from horovod_lm.jupyter.continuation import Continuation, DrawnToken
+from horovod_lm.jupyter.continuation import Continuation
+from horovod_lm.jupyter.drawn_token import DrawnToken
 from horovod_lm.jupyter.visible import visible, visible_token
 
 # Orange of Okabe and Ito; its share of the background grows with surprise, so that it also differs

@@ -16,15 +16,12 @@ from horovod_lm.data.tokenizers import ByteTokenizer
 from horovod_lm.generate import generate_text
 from horovod_lm.jupyter import continuation_html
 from horovod_lm.jupyter.continuation import (
-    SHOWN,
     Continuation,
-    DrawnToken,
-    find_distributions,
     save_continuations,
-    surprise,
     trace_text,
     write_in_slices,
 )
+from horovod_lm.jupyter.drawn_token import SHOWN, DrawnToken, find_distributions, surprise
 from horovod_lm.models.sampling import SamplingSettings, filtered_probabilities
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.config import GenerationConfig
