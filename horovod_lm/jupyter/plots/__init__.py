@@ -14,6 +14,14 @@ from horovod_lm.jupyter.plots.failures import plot_partings, plot_world
 from horovod_lm.jupyter.plots.generation import plot_cost_by_length, plot_next_words
 from horovod_lm.jupyter.plots.hosts import plot_allreduce_over_links
 from horovod_lm.jupyter.plots.model import plot_depth, plot_influence, plot_pieces
+from horovod_lm.jupyter.plots.performance import (
+    plot_batches,
+    plot_efficiency,
+    plot_message_times,
+    plot_predictions,
+    plot_settings,
+    plot_timeline,
+)
 from horovod_lm.jupyter.plots.ring import plot_ring_steps, plot_sent_by_workers
 from horovod_lm.jupyter.plots.scaling import Scene, plot_scaling
 from horovod_lm.jupyter.plots.style import RUN_STYLES, Plot
@@ -53,4 +61,16 @@ __all__ = [
     "plot_summary",
     "plot_tokens_per_character",
     "plot_world",
+    "plot_batches",
+    "plot_cost_by_length",
+    "plot_efficiency",
+    "plot_loss",
+    "plot_message_times",
+    "plot_next_words",
+    "plot_predictions",
+    "plot_settings",
+    "plot_speed",
+    "plot_step_parts",
+    "plot_summary",
+    "plot_timeline",
 ]
