@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -144,8 +144,13 @@ class HorovodCluster:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def restart_ranks(self) -> None:
+    def restart_ranks(self, env: Mapping[str, str] | None = None) -> None:
         """Start the ranks again on their engines; engines that died are replaced.
+
+        Args:
+            env: Horovod's settings for them, which it reads when it starts, such as
+                {"HOROVOD_CYCLE_TIME": "5"}. An engine that was once given a fusion threshold keeps
+                it until it is given another one.
 
         Raises:
             DistributedError: an engine or a rank did not come.
@@ -153,7 +158,7 @@ class HorovodCluster:
         if self._engines is None:
             raise DistributedError(NOT_RUNNING)
         self._engines.revive()
-        self._start_ranks()
+        self._start_ranks(env or {})
         self._broken = ""
 
     # ---- work -----------------------------------------------------------------------------------
@@ -233,7 +238,7 @@ class HorovodCluster:
 
     # ---- ranks ----------------------------------------------------------------------------------
 
-    def _start_ranks(self) -> None:
+    def _start_ranks(self, env: Mapping[str, str]) -> None:
         names = self._engines.host_names()
         if self.threads is None and self.n > 1:
             self._say_once()
@@ -241,7 +246,7 @@ class HorovodCluster:
         groups = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"} if self.process_sets else {}
         sent = {
             rank: self._engines.send(
-                rank, partial(engine_side.start_rank, {**settings, **groups}, threads)
+                rank, partial(engine_side.start_rank, {**env, **settings, **groups}, threads)
             )
             for rank, settings in enumerate(self._settings(names))
         }

@@ -15,6 +15,7 @@ from nbclient import NotebookClient
 
 from horovod_lm.jupyter.cluster import HorovodCluster
 from horovod_lm.jupyter.outcome import RankError
+from horovod_lm.timeline import read_timeline
 from horovod_lm.utils.errors import ConfigError, DistributedError
 from tests.jupyter.conftest import children, needs_horovod, wait_until
 
@@ -224,3 +225,26 @@ def held() -> tuple[int, int, int]:
         last = now
         time.sleep(0.5)
     return now
+
+
+def test_a_restart_takes_settings_of_horovod(cluster, tmp_path):
+    """Without fusion no tensor of a pair is copied into a buffer; by default both share one."""
+
+    def phases(path) -> set[str]:
+        cluster.restart_ranks({"HOROVOD_TIMELINE": str(path), **settings})
+        cluster.run(
+            "handles = [hvd.allreduce_async(torch.ones(9), name=name) for name in 'ab']\n"
+            "_ = [hvd.synchronize(handle) for handle in handles], time.sleep(1)"
+        )
+        cluster.restart_ranks()
+        assert cluster.run("os.environ.get('HOROVOD_TIMELINE')") == [None, None]
+        return {span.phase for span in read_timeline(path)}
+
+    cluster.run("import os, time")
+    settings = {"HOROVOD_FUSION_THRESHOLD": "0"}
+    alone = phases(tmp_path / "alone.json")
+    # Half a second between two looks: both tensors are there at the first one.
+    settings = {"HOROVOD_CYCLE_TIME": "500", "HOROVOD_FUSION_THRESHOLD": str(2**20)}
+    fused = phases(tmp_path / "fused.json")
+    assert "GLOO_ALLREDUCE" in alone & fused
+    assert "MEMCPY_IN_FUSION_BUFFER" in fused - alone
