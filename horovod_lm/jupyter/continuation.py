@@ -33,7 +33,7 @@ TOKENS_AT_ONCE = 32  # whose distributions are worked out together
 SECONDS_OF_A_SLICE = 0.05
 
 
-@dataclass
+@dataclass(repr=False)
 class Continuation:
     """A prompt and how it goes on; it grows while the model writes.
 
@@ -47,8 +47,8 @@ class Continuation:
 
     prompt: str
     settings: GenerationConfig
-    tokenizer: Tokenizer = field(repr=False)
-    samples: list[list[DrawnToken]] = field(default_factory=list, repr=False)
+    tokenizer: Tokenizer
+    samples: list[list[DrawnToken]] = field(default_factory=list)
     seconds: float = 0.0
     state: str = "writing"
 
@@ -88,7 +88,7 @@ class Continuation:
 
         return coloured_text(self)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return "\n\n".join(self.texts)
 
 

@@ -136,9 +136,9 @@ def tidy(notebook: NotebookNode) -> None:
             if output.output_type == "stream":
                 # A command after `!` runs on a terminal, whose lines end with a carriage return.
                 output.text = re.sub(r"\r+\n", "\n", output.text)
-            elif "image/png" in output.get("data", {}):
-                # A widget without its kernel is an error to readers; the picture beside it stays.
-                output.data.pop(WIDGET_VIEW, None)
+            else:
+                # A widget without its kernel is an error to readers; its picture or words stay.
+                output.get("data", {}).pop(WIDGET_VIEW, None)
 
 
 class _Run(NotebookClient):
