@@ -11,6 +11,8 @@ from horovod_lm.utils.errors import DistributedError
 
 LAST_LINES = 12  # of a failed command's output, in the error
 _LOST = "HorovodInternalError"  # Horovod: raised on the ranks that survive another one
+# Horovod: the same exception when the ranks are all there and their calls do not fit together.
+_DISAGREEMENT = re.compile(r"^(Mismatched |No \w+ operation enabled)")
 # Horovod: its stall check reports in three lines, and again at each look that it takes.
 _STALLED = ("Horovod: One or more tensors", "Missing ranks:", "One or more rank")
 _MISSING = re.compile(r"^(\d+)!?: \[(.+)\]")
@@ -128,7 +130,11 @@ class Outcome:
     # ---- causes, the surest first ---------------------------------------------------------------
 
     def _own_error(self) -> RankError | None:
-        own = {rank: error for rank, error in self._errors.items() if error["name"] != _LOST}
+        own = {
+            rank: error
+            for rank, error in self._errors.items()
+            if error["name"] != _LOST or _DISAGREEMENT.match(error["text"])
+        }
         if not own:
             return None
         rank, error = min(own.items())

@@ -210,6 +210,10 @@ FAILURES = {
         "1 / 0",
         r"every rank: ZeroDivisionError: division by zero \(line 7 of the cell\)$",
     ),
+    "shapes that differ": (
+        "hvd.allreduce(torch.ones(2 + hvd.rank()), name='both')",
+        r"every rank: HorovodInternalError: Mismatched ALLREDUCE tensor shapes.* \(line 7 of",
+    ),
     "SIGKILL of rank 0": (
         "if hvd.rank() == 0:\n    os.kill(os.getpid(), signal.SIGKILL)\n" + REDUCE,
         KILLED.format(0, 1),

@@ -57,6 +57,12 @@ def test_a_rank_that_was_ended_while_it_left_early_is_not_taken_for_a_killed_one
     assert str(said).endswith("because rank 1 had already come to the end")
 
 
+def test_what_horovod_says_of_calls_that_do_not_fit_is_passed_on():
+    shapes = "Mismatched ALLREDUCE tensor shapes: One rank sent [2], another rank sent [3]."
+    said = outcome(error(0, LOST, shapes), error(1, LOST, shapes)).error()
+    assert str(said) == f"every rank: {LOST}: {shapes} (line 3 of the cell)"
+
+
 def test_a_stop_by_the_reader_is_no_failure_whatever_the_codes():
     assert isinstance(outcome(ended(0, 143), reason="stopped").error(), RanksStopped)
 
