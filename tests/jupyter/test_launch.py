@@ -17,7 +17,7 @@ from horovod_lm.jupyter.launch import TrainingJob, launch
 from horovod_lm.jupyter.outcome import RankError
 from horovod_lm.utils.errors import ConfigError
 from tests.conftest import ROOT
-from tests.jupyter.conftest import children, needs_horovod, wait_until
+from tests.jupyter.conftest import children, is_left_over, needs_horovod, wait_until
 
 pytestmark = [pytest.mark.horovod, needs_horovod, pytest.mark.usefixtures("nothing_left")]
 
@@ -181,7 +181,7 @@ def test_a_job_ends_with_its_kernel(tiny_project, way):
 
 def test_ranks_end_when_the_supervisor_itself_is_killed(running):
     job = running(run_name="unwatched")
-    [supervisor] = psutil.Process().children()
+    [supervisor] = filter(is_left_over, psutil.Process().children())
     supervisor.kill()
     with pytest.raises(RankError, match="its supervisor was killed"):
         job.wait(SECONDS_TO_DETECT)

@@ -63,8 +63,9 @@ def test_warnings_stand_where_they_were_given(run):
 
 
 def test_rank_0_is_shown_while_it_runs(kernel):
-    kernel.start("%%horovodrun -np 2\nimport time\nprint('first')\ntime.sleep(60)")
-    kernel.read(lambda: "[0] first" in kernel.text)
+    body = INIT + "print('first')\nhvd.barrier()\nprint('both were there')\ntime.sleep(60)"
+    kernel.start(f"%%horovodrun -np 2\n{body}")
+    kernel.read(lambda: "[0] both were there" in kernel.text)
     assert "[1]" not in kernel.text
     kernel.manager.interrupt_kernel()
     kernel.read(lambda: False)
