@@ -165,3 +165,29 @@ def train(start):
         return finished
 
     return run
+
+
+# ---- the table of faults -------------------------------------------------------------------------
+
+FAULTS = pytest.StashKey[list[tuple[str, float, str]]]()
+
+
+@pytest.fixture
+def note_fault(request):
+    """Note a fault that a test has made: seconds until it was known, and what was said of it."""
+
+    def note(seconds: float, said: object) -> None:
+        rows = request.config.stash.setdefault(FAULTS, [])
+        rows.append((request.node.nodeid.partition("::")[2], seconds, str(said)))
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Show what the faults of this session came to; the tests hold that no process was left."""
+    rows = config.stash.get(FAULTS, [])
+    if rows:
+        terminalreporter.section("faults: seconds until known, test, what was said")
+    for name, seconds, said in rows:
+        first = said.strip().splitlines()[-1] if said.strip() else ""
+        terminalreporter.write_line(f"{seconds:6.1f}  {name}: {first}")

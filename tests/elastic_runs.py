@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -147,6 +148,13 @@ class ElasticRun:
         path = self.folder / name
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+
+
+def what_was_said(output: str, world: dict[str, Any]) -> str:
+    """Return what a run said of a change of its ranks, and the steps that it cost."""
+    said = re.search(r"(a rank was lost|ranks left or joined).*", output)
+    cost = f"{world['steps_lost']} steps lost, and taken again"
+    return f"{said.group() if said else 'nothing was said'}; {cost}"
 
 
 def assert_nothing_was_lost(run: ElasticRun, tiny_project: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tests.elastic_runs import (
     STEPS,
     ElasticRun,
     assert_nothing_was_lost,
+    what_was_said,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -85,7 +87,7 @@ def assert_same_end(one: Path, two: Path) -> None:
     ],
 )
 def test_a_run_goes_on_exactly_without_a_lost_rank(
-    elastic, tiny_project, train, fault, victim, optimizer
+    elastic, tiny_project, train, fault, victim, optimizer, note_fault
 ):
     settings = {"training.optimizer": optimizer}
     run = elastic(f"{fault}-{victim}-{optimizer}", 2, settings=settings)
@@ -94,10 +96,12 @@ def test_a_run_goes_on_exactly_without_a_lost_rank(
     world = run.wait_for_world(1)
     assert (world["ranks_before"], world["ranks"]) == (2, 1)
     limit = GLOO_TIMEOUT if fault == "stopped" else 0
-    assert world["time"] - world["seconds"] - at <= limit + 10
+    noticed = world["time"] - world["seconds"] - at
+    assert noticed <= limit + 10
     assert 0 <= world["steps_lost"] < COMMIT_INTERVAL and world["step"] % COMMIT_INTERVAL == 0
 
     output = assert_ended_well(run)
+    note_fault(noticed, what_was_said(output, world))
     assert f"a rank was lost: 2 -> 1 ranks, going on after step {world['step']}" in output
     assert_nothing_was_lost(run, tiny_project)
     taken = Counter((line["step"], line["world"]) for line in run.witnesses() if line["world"] == 0)
@@ -134,13 +138,14 @@ def test_a_rank_joins_and_another_leaves(elastic, tiny_project):
     assert_nothing_was_lost(run, tiny_project)
 
 
-def test_three_ranks_become_two(elastic, tiny_project, train):
+def test_three_ranks_become_two(elastic, tiny_project, train, note_fault):
     run = elastic("three-two", 3)
     run.wait_for_step(12)
-    run.signal(1, FAULTS["killed"])
+    at = run.signal(1, FAULTS["killed"])
     world = run.wait_for_world(1)
     assert (world["ranks_before"], world["ranks"]) == (3, 2)
-    assert_ended_well(run)
+    output = assert_ended_well(run)
+    note_fault(world["time"] - world["seconds"] - at, what_was_said(output, world))
     assert_nothing_was_lost(run, tiny_project)
     assert_equal_to_a_static_resume(run, world["step"], 2, train)
 
@@ -148,11 +153,12 @@ def test_three_ranks_become_two(elastic, tiny_project, train):
 TOO_FEW = {"training.elastic_timeout_seconds": 5}
 
 
-def test_too_few_ranks_end_with_a_checkpoint_and_one_sentence(elastic, train):
+def test_too_few_ranks_end_with_a_checkpoint_and_one_sentence(elastic, train, note_fault):
     run = elastic("too-few", 2, settings=TOO_FEW, min_np=2, timeout_seconds=12)
     run.wait_for_step(12)
-    run.signal(1, FAULTS["killed"])
+    at = run.signal(1, FAULTS["killed"])
     finished = run.command.wait(25)
+    seconds = time.time() - at
     assert finished.code != 0
     assert run.command.left_behind() == []
     said = re.search(
@@ -161,6 +167,7 @@ def test_too_few_ranks_end_with_a_checkpoint_and_one_sentence(elastic, train):
         finished.output,
     )
     assert said, finished.output[-4000:]
+    note_fault(seconds, said.group())
     resumed = train("--resume", said.group(2), ranks=2)
     step = re.search(r"going on at step (\d+)", resumed.output).group(1)
     assert f"_step{step}.pt" in said.group(1)

@@ -28,16 +28,23 @@ def cluster():
     wait_until(lambda: children() == [], 10, "the end of every process")
 
 
-def fails(cluster: HorovodCluster, source: str, error: type = RankError) -> BaseException:
+@pytest.fixture
+def fails(cluster, note_fault):
     """Run a cell that fails; the time to hear of it is part of every test."""
-    cluster.run("before = hvd.rank()")
-    started = time.monotonic()
-    with pytest.raises(error) as caught:
-        cluster.run_cell(source)
-    assert time.monotonic() - started < SECONDS_TO_DETECT
-    with pytest.raises(DistributedError, match=r"the ranks have ended \(.*\); cluster.restart"):
-        cluster.run("1")  # at once, instead of a wait
-    return caught.value
+
+    def run(cluster: HorovodCluster, source: str, error: type = RankError) -> BaseException:
+        cluster.run("before = hvd.rank()")
+        started = time.monotonic()
+        with pytest.raises(error) as caught:
+            cluster.run_cell(source)
+        seconds = time.monotonic() - started
+        note_fault(seconds, caught.value)
+        assert seconds < SECONDS_TO_DETECT
+        with pytest.raises(DistributedError, match=r"the ranks have ended \(.*\); cluster.restart"):
+            cluster.run("1")  # at once, instead of a wait
+        return caught.value
+
+    return run
 
 
 def works_again(cluster: HorovodCluster, keep: list[int]) -> None:
@@ -53,7 +60,7 @@ def works_again(cluster: HorovodCluster, keep: list[int]) -> None:
 
 
 @pytest.mark.parametrize("others", ["hvd.barrier()", "time.sleep(1); hvd.barrier()", "pass"])
-def test_an_exception_shows_its_own_traceback_once(cluster, others):
+def test_an_exception_shows_its_own_traceback_once(cluster, fails, others):
     source = f"import time\nif hvd.rank() == 1:\n    1 / 0\n{others}"
     error = fails(cluster, source)
     assert str(error) == (
@@ -66,7 +73,7 @@ def test_an_exception_shows_its_own_traceback_once(cluster, others):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank(cluster, rank):
+def test_a_killed_rank(cluster, fails, rank):
     source = f"import os\nif hvd.rank() == {rank}:\n    os.kill(os.getpid(), 9)\nhvd.barrier()"
     error = fails(cluster, source)
     assert error.rank == rank and error.code == 137
@@ -76,7 +83,7 @@ def test_a_killed_rank(cluster, rank):
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_frozen_rank(cluster, rank):
+def test_a_frozen_rank(cluster, fails, rank):
     source = f"import os, signal\nif hvd.rank() == {rank}:\n    os.kill(os.getpid(), signal.SIGSTOP)\nhvd.barrier()"  # noqa: E501
     error = fails(cluster, source)
     assert str(error).startswith(
@@ -101,7 +108,7 @@ def test_a_rank_frozen_for_a_moment_only_is_waited_for(cluster):
         "hvd.allreduce(torch.ones(1), name=f'of rank {hvd.rank()}')",
     ],
 )
-def test_an_interrupt_of_all(cluster, source):
+def test_an_interrupt_of_all(cluster, fails, source):
     threading.Timer(1, signal.raise_signal, (signal.SIGINT,)).start()
     error = fails(cluster, source, RanksStopped)
     assert str(error) == f"stopped by you: every rank of the cell was ended{HOW}"
@@ -120,7 +127,7 @@ def test_an_engine_that_is_missing_before_the_cell_runs(cluster):
     works_again(cluster, keep=[0, 1])
 
 
-def test_a_collective_that_one_rank_does_not_join(cluster):
+def test_a_collective_that_one_rank_does_not_join(cluster, fails):
     error = fails(cluster, "if hvd.rank() != 1: hvd.allreduce(torch.ones(1), name='lonely')")
     assert str(error) == (
         "rank 1 did not come to 'lonely', where ranks 0 and 2 waited for 6 s: every rank must make"
@@ -129,13 +136,13 @@ def test_a_collective_that_one_rank_does_not_join(cluster):
     works_again(cluster, keep=[0, 1, 2])
 
 
-def test_an_exit_in_a_cell_is_an_error_of_its_rank_and_keeps_the_engine(cluster):
+def test_an_exit_in_a_cell_is_an_error_of_its_rank_and_keeps_the_engine(cluster, fails):
     error = fails(cluster, "import sys\nif hvd.rank() == 2: sys.exit(3)\nhvd.barrier()")
     assert str(error).startswith("rank 2: SystemExit: 3 (line 3 of the cell)")
     works_again(cluster, keep=[0, 1, 2])
 
 
-def test_a_function_that_fails(cluster):
+def test_a_function_that_fails(cluster, fails):
     def divide(by: int) -> float:
         return 1 / by
 

@@ -21,7 +21,12 @@ from horovod_lm.jupyter.hosts import Hosts, kernel_can_delay, token_bucket, why_
 from horovod_lm.jupyter.namespaces import INTERFACE
 from horovod_lm.utils.config import Config, load_config, save_config
 from horovod_lm.utils.errors import DistributedError
-from tests.elastic_runs import GLOO_TIMEOUT, ElasticRun, assert_nothing_was_lost
+from tests.elastic_runs import (
+    GLOO_TIMEOUT,
+    ElasticRun,
+    assert_nothing_was_lost,
+    what_was_said,
+)
 from tests.test_job_files import log_in_as_clusters_do
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,7 +199,7 @@ LOSSES: dict[str, tuple[Callable[[Hosts], None], str]] = {
 
 
 @pytest.mark.parametrize("how", LOSSES)
-def test_a_lost_host_ends_the_job_and_is_named(how, tiny_project):
+def test_a_lost_host_ends_the_job_and_is_named(how, tiny_project, note_fault):
     lose, sentence = LOSSES[how]
     never = ("max_steps", "num_epochs", "eval_interval")
     endless = [f"training.{name}=1000000" for name in never]
@@ -214,6 +219,7 @@ def test_a_lost_host_ends_the_job_and_is_named(how, tiny_project):
         finally:
             job.kill()
         seconds = time.monotonic() - lost
+        note_fault(seconds, said)
         left = ranks_left(hosts)
     assert job.returncode == 2, said
     assert said.splitlines()[-1].startswith(f"error: {sentence}"), said[-3000:]
@@ -242,7 +248,7 @@ def test_a_stopped_job_saves_what_it_has_and_leaves_nothing_on_any_host(tiny_pro
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_elastic_training_goes_on_without_a_host_that_loses_power(count, tiny_project):
+def test_elastic_training_goes_on_without_a_host_that_loses_power(count, tiny_project, note_fault):
     with Hosts(count) as hosts:
         log_in_as_clusters_do(hosts)
         run = ElasticRun(
@@ -260,6 +266,7 @@ def test_elastic_training_goes_on_without_a_host_that_loses_power(count, tiny_pr
         left = ranks_left(hosts)
     assert finished.code == 0, finished.output[-6000:]
     assert (world["ranks_before"], world["ranks"]) == (count, count - 1)
+    note_fault(world["time"] - lost, what_was_said(finished.output, world))
     assert world["time"] - lost <= GLOO_TIMEOUT + TO_DETECT
     assert f"a rank was lost: {count} -> {count - 1} ranks" in finished.output
     assert_nothing_was_lost(run, tiny_project)
@@ -278,30 +285,37 @@ def until(words: str, job: subprocess.Popen[str]) -> str:
 # ---- hosts that cannot be reached ----------------------------------------------------------------
 
 
-def how_it_ends(hosts: Hosts, changes: dict | None = None, seconds: float = 20) -> str:
+@pytest.fixture
+def how_it_ends(note_fault):
     """Start a command on every host, which must end as a user's error in time; return the error."""
-    config = hosts.configure(Config()).with_overrides({"distributed": changes or {}})
-    started = time.monotonic()
-    done = hosts.run(explained(hosts, config, ["true"]), timeout=60)
-    assert done.returncode == 2 and time.monotonic() - started < seconds, done.stdout
-    assert "Traceback" not in done.stdout
-    return done.stdout.splitlines()[-1]
+
+    def start(hosts: Hosts, changes: dict | None = None, limit: float = 20) -> str:
+        config = hosts.configure(Config()).with_overrides({"distributed": changes or {}})
+        started = time.monotonic()
+        done = hosts.run(explained(hosts, config, ["true"]), timeout=60)
+        seconds = time.monotonic() - started
+        note_fault(seconds, done.stdout)
+        assert done.returncode == 2 and seconds < limit, done.stdout
+        assert "Traceback" not in done.stdout
+        return done.stdout.splitlines()[-1]
+
+    return start
 
 
-def test_a_wrong_key_names_the_host():
+def test_a_wrong_key_names_the_host(how_it_ends):
     with Hosts(2) as hosts:
         wrong = hosts.folder / "host_key"  # a key, and nobody's who may log in
         said = how_it_ends(hosts, {"ssh_identity_file": str(wrong)})
     assert said.startswith("error: host1 does not let ssh in (") and "Permission denied" in said
 
 
-def test_a_wrong_host_name_is_named():
+def test_a_wrong_host_name_is_named(how_it_ends):
     with Hosts(2) as hosts:
         said = how_it_ends(hosts, {"hosts": [{"name": "host0"}, {"name": "hots1"}]})
     assert said.startswith("error: hots1 has no address known here")
 
 
-def test_another_host_that_means_this_machine_is_refused():
+def test_another_host_that_means_this_machine_is_refused(how_it_ends):
     # horovodrun would start both ranks on host0, and nobody would notice.
     with Hosts(2, wrong_names={"host0": "127.0.1.1 host1"}) as hosts:
         said = how_it_ends(hosts)
@@ -316,7 +330,7 @@ def test_a_host_whose_own_name_is_loopback_works_as_debian_sets_it_up():
     assert "AT host1 1 0 1 1" in done.stdout
 
 
-def test_the_user_and_variables_of_one_host_and_of_all_reach_the_ranks():
+def test_the_user_and_variables_of_one_host_and_of_all_reach_the_ranks(how_it_ends):
     show = (
         "import os; print('AT', os.uname().nodename,"
         " *(os.environ[name] for name in ('OF_ALL', 'CUDA_VISIBLE_DEVICES', 'MINE')))"

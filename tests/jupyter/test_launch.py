@@ -114,14 +114,16 @@ def test_an_earlier_run_of_the_name_is_kept(running):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_dead_or_frozen_rank_is_named_in_time(running, rank, number):
+def test_a_dead_or_frozen_rank_is_named_in_time(running, rank, number, note_fault):
     job = running(run_name=f"dead{rank}{number}")
     wait_until(lambda: any(job.run.checkpoint_dir.glob("*.pt")), 30, "a checkpoint")
     os.kill(job.processes[rank], number)
     since = time.monotonic()
     with pytest.raises(RankError, match=f"rank {rank} was .*; rank {1 - rank} was ended") as caught:
         asyncio.run(until(job))
-    assert time.monotonic() - since < SECONDS_TO_DETECT
+    seconds = time.monotonic() - since
+    note_fault(seconds, caught.value)
+    assert seconds < SECONDS_TO_DETECT
     assert caught.value is job.error or str(caught.value) == str(job.error)
     assert job.status.startswith("failed after step ") and f"console-rank{rank}.log" in job.status
     assert children() == []

@@ -243,11 +243,13 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("event", FAILURES)
-def test_a_failing_rank_is_named_in_time(run, event):
+def test_a_failing_rank_is_named_in_time(run, event, note_fault):
     body, sentence = FAILURES[event]
     with pytest.raises(RankError, match=sentence) as caught:
         run("-np 2", READY + body)
-    assert seconds_since_ready(caught.value.shown) < SECONDS_TO_DETECT
+    seconds = seconds_since_ready(caught.value.shown)
+    note_fault(seconds, caught.value)
+    assert seconds < SECONDS_TO_DETECT
     assert children() == []
 
 
@@ -266,12 +268,14 @@ def test_the_traceback_is_the_rank_s_own_once_and_shows_the_cell_s_lines(run):
     assert caught.value.rank == 1
 
 
-def test_a_rank_that_stays_away_is_named_by_the_stall_check(run):
+def test_a_rank_that_stays_away_is_named_by_the_stall_check(run, note_fault):
     body = READY + "if hvd.rank() == 1:\n    time.sleep(120)\n" + REDUCE
     sentence = r"rank 1 did not come to 'together', where rank 0 waited for 4 s: every rank must"
     with pytest.raises(RankError, match=sentence) as caught:
         run("-np 2 --stall 4", body)
-    assert seconds_since_ready(caught.value.shown) < 4 + SECONDS_TO_DETECT
+    seconds = seconds_since_ready(caught.value.shown)
+    note_fault(seconds, caught.value)
+    assert seconds < 4 + SECONDS_TO_DETECT
     # Times, places in Horovod's source and the number of its reports would differ each time.
     report = caught.value.shown[caught.value.shown.index("[0] Horovod") :].splitlines()
     assert sum(line.startswith("[0]") for line in report) == 3
