@@ -7,6 +7,7 @@ Horovod on that rank, so that the other ranks hear of it instead of waiting for 
 from __future__ import annotations
 
 import builtins
+import json
 import linecache
 import os
 import signal
@@ -16,10 +17,13 @@ import threading
 import time
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from horovod_lm.jupyter import rank_cell
 
+CONNECTION = "security/ipcontroller-engine.json"  # in the profile's folder
+SECONDS_TO_BE_CALLED = 60.0
 SECONDS_TO_BE_INTERRUPTED = 0.5  # then it waits in Horovod, which has to be ended under it
 _busy = threading.Event()
 _ending = threading.Lock()
@@ -185,6 +189,16 @@ def _free_when_interrupted() -> None:
     threading.Thread(target=listen, daemon=True, name="interrupts").start()
 
 
+def whole_json(path: Path) -> str:
+    """Return a file's text once it is there and whole; "" until then."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        json.loads(text)
+    except (OSError, ValueError):
+        return ""
+    return text
+
+
 def _end_with_the_parent() -> None:
     parent = os.getppid()
 
@@ -200,7 +214,7 @@ def main(arguments: list[str]) -> None:
     """Run one engine until it is told to end.
 
     Args:
-        arguments: what this engine is called, then `ipengine`'s.
+        arguments: what this engine is called, then `ipengine`'s, the profile's folder first.
     """
     global _token
     _token = arguments[0]
@@ -208,6 +222,12 @@ def main(arguments: list[str]) -> None:
     # Imported while the controller starts, so that the first cell need not wait for it.
     import horovod.torch  # noqa: F401
     from ipyparallel.engine.app import IPEngine
+
+    # ipyparallel: it reads the controller's file as soon as it exists, even half written.
+    connection = Path(arguments[1].partition("=")[2], CONNECTION)
+    deadline = time.monotonic() + SECONDS_TO_BE_CALLED
+    while not whole_json(connection) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
     application = IPEngine.instance()
     application.initialize(arguments[1:])

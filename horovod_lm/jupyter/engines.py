@@ -67,7 +67,7 @@ class Engines:
                 self._start(rank)
         connection = self.processes.folder / "security" / "ipcontroller-client.json"
         if self._client is None:
-            self._wait(connection.exists, "the controller")
+            self._wait(lambda: engine_side.whole_json(connection) != "", "the controller")
             self._client = ipyparallel.Client(str(connection), timeout=SECONDS_TO_START)
         self._wait(self._all_came, "an engine")
 

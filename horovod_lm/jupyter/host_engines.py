@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -10,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from horovod_lm.host_facts import addresses
+from horovod_lm.jupyter.engine_side import CONNECTION, whole_json
 from horovod_lm.jupyter.engines import Engines, engine_command, name_of
 from horovod_lm.jupyter.processes import GUARDIAN, Processes
 from horovod_lm.utils.cluster import FORWARDED, checked_hosts, is_this_machine, ssh_command
@@ -19,7 +19,6 @@ from horovod_lm.utils.errors import DistributedError
 # ssh: how soon it takes a host that does not answer any more for lost.
 ALIVE = ["-o", "ServerAliveInterval=2", "-o", "ServerAliveCountMax=3", "-o", "LogLevel=ERROR"]
 LOST = 255  # ssh: how it ends itself when a connection does
-CONNECTION = "security/ipcontroller-engine.json"
 
 
 class HostEngines(Engines):
@@ -83,12 +82,7 @@ class HostEngines(Engines):
 
     def _connection(self) -> str:
         """Return what an engine has to know of the controller; empty while that is not there."""
-        try:
-            text = (self.processes.folder / CONNECTION).read_text(encoding="utf-8")
-            json.loads(text)
-        except (OSError, ValueError):  # not yet, or not yet all of it
-            return ""
-        return text
+        return whole_json(self.processes.folder / CONNECTION)
 
 
 class ProcessesElsewhere(Processes):

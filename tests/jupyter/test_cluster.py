@@ -14,6 +14,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from nbclient import NotebookClient
 
 from horovod_lm.jupyter.cluster import HorovodCluster
+from horovod_lm.jupyter.engine_side import whole_json
 from horovod_lm.jupyter.outcome import RankError
 from horovod_lm.timeline import read_timeline
 from horovod_lm.utils.errors import ConfigError, DistributedError
@@ -141,6 +142,14 @@ def test_mistakes_are_said_before_anything_is_sent(px, cluster):
         HorovodCluster(n=0)
     with pytest.raises(DistributedError, match=r"not running: cluster.start\(\) starts it"):
         HorovodCluster(n=1).run("1")
+
+
+def test_a_file_is_not_read_before_it_is_whole(tmp_path):
+    path = tmp_path / "connection.json"
+    assert whole_json(path) == ""
+    for text in ("", '{"port": 1', '{"port": 12}'):
+        path.write_text(text)
+        assert whole_json(path) == (text if text.endswith("}") else "")
 
 
 # ---- a notebook ----------------------------------------------------------------------------------
