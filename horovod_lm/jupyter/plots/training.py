@@ -118,7 +118,10 @@ def plot_step_parts(runs: Runs, title: str = "Where the time of a step goes") ->
     label_axes(axes, title, "milliseconds per step, median over the steps", "")
     axes.invert_yaxis()  # the first run on top
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=5, frameon=False, fontsize=8)
+    # Each entry lists the milliseconds of all runs: from the third on, five of them are too wide.
+    plot.legend(
+        loc="outside lower center", ncols=5 if len(runs) < 3 else 3, frameon=False, fontsize=8
+    )
     return plot
 
 
