@@ -8,6 +8,7 @@ from matplotlib.ticker import (
     EngFormatter,
     FuncFormatter,
     MaxNLocator,
+    NullFormatter,
     NullLocator,
     PercentFormatter,
 )
@@ -97,6 +98,7 @@ def plot_message_times(
     axes.set(xscale="log", yscale="log")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend(frameon=False, title="points: measured; lines: model")
     return plot
 
@@ -126,6 +128,7 @@ def plot_settings(
         axes.bar_label(bars, fmt="{:.3g}", fontsize=8)
     label_axes(axes, title, "", f"{what} (milliseconds)")
     axes.set_xticks(range(len(settings)), settings)
+    axes.margins(y=0.12)  # room for the numbers on top
     axes.grid(axis="x", visible=False)
     if len(seconds) > 1:
         axes.legend(frameon=False)
@@ -212,7 +215,7 @@ def plot_predictions(
         measured: the same cases -> efficiency, 0 to 1.
         title: the figure's title.
     """
-    plot = Plot(f"{title} of {' and '.join(predicted)}", height=1.5 + 0.45 * len(predicted))
+    plot = Plot(f"{title} of {' and '.join(predicted)}", height=1.9 + 0.45 * len(predicted))
     axes = plot.add_subplot()
     places = range(len(predicted))
     lows, highs = zip(*predicted.values(), strict=True)
@@ -230,7 +233,7 @@ def plot_predictions(
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0.4, 1.02)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.legend(frameon=False, loc="lower left")
+    plot.legend(loc="outside lower center", ncols=2, frameon=False)
     return plot
 
 
