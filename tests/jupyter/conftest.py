@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -42,6 +43,20 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> floa
             pytest.fail(f"{what} did not come within {seconds} s")
         time.sleep(0.05)
     return time.monotonic() - started
+
+
+def held() -> tuple[int, int, int]:
+    """Threads, listening ports, and open files of this process, when they have settled."""
+    deadline = time.monotonic() + 3
+    me, last = psutil.Process(), None
+    while time.monotonic() < deadline:
+        ports = [c for c in me.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        now = (threading.active_count(), len(ports), me.num_fds())
+        if now == last:
+            break
+        last = now
+        time.sleep(0.5)
+    return now
 
 
 @pytest.fixture

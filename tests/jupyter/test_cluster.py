@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
 
 import nbformat
 import psutil
@@ -18,7 +16,7 @@ from horovod_lm.jupyter.engine_side import whole_json
 from horovod_lm.jupyter.outcome import RankError
 from horovod_lm.timeline import read_timeline
 from horovod_lm.utils.errors import ConfigError, DistributedError
-from tests.jupyter.conftest import children, needs_horovod, wait_until
+from tests.jupyter.conftest import children, held, needs_horovod, wait_until
 
 pytestmark = [pytest.mark.horovod, needs_horovod]
 
@@ -216,24 +214,10 @@ def test_twenty_starts_and_stops_leave_nothing(nothing_left, tmp_path, monkeypat
         pass  # what is made once and kept: ZeroMQ's context, and imports
     before = held()
     for _ in range(20):
-        with HorovodCluster(n=1) as cluster:
-            assert cluster.run("hvd.size()") == [1]
+        with HorovodCluster(n=2) as cluster:
+            assert cluster.run("hvd.size()") == [2, 2]
     assert held() == before
     assert list(tmp_path.iterdir()) == []
-
-
-def held() -> tuple[int, int, int]:
-    """Threads, listening ports, and open files of this process, when they have settled."""
-    deadline = time.monotonic() + 3
-    me, last = psutil.Process(), None
-    while time.monotonic() < deadline:
-        ports = [c for c in me.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-        now = (threading.active_count(), len(ports), me.num_fds())
-        if now == last:
-            break
-        last = now
-        time.sleep(0.5)
-    return now
 
 
 def test_a_restart_takes_settings_of_horovod(cluster, tmp_path):

@@ -17,7 +17,13 @@ from horovod_lm.jupyter.launch import TrainingJob, launch
 from horovod_lm.jupyter.outcome import RankError
 from horovod_lm.utils.errors import ConfigError
 from tests.conftest import ROOT
-from tests.jupyter.conftest import children, is_left_over, needs_horovod, wait_until
+from tests.jupyter.conftest import (
+    children,
+    held,
+    is_left_over,
+    needs_horovod,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.horovod, needs_horovod, pytest.mark.usefixtures("nothing_left")]
 
@@ -179,6 +185,16 @@ def test_a_job_ends_with_its_kernel(tiny_project, way):
         process.kill()
     wait_until(lambda: not any(p.is_running() for p in family), SECONDS_TO_DETECT, "their end")
     process.communicate(timeout=30)
+
+
+@pytest.mark.slow
+def test_twenty_jobs_in_a_row_leave_nothing(running):
+    running(run_name="one-of-many-0").stop()  # what is made once and kept
+    before = held()
+    for number in range(1, 21):
+        launch(CONFIG, 2, overrides=LONG, run_name=f"one-of-many-{number}").stop()
+    assert held() == before
+    assert children() == []
 
 
 def test_ranks_end_when_the_supervisor_itself_is_killed(running):
