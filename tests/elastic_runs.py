@@ -151,10 +151,9 @@ class ElasticRun:
 
 
 def what_was_said(output: str, world: dict[str, Any]) -> str:
-    """Return what a run said of a change of its ranks, and the steps that it cost."""
+    """Return what a run said of a change of its ranks, and the steps that were lost."""
     said = re.search(r"(a rank was lost|ranks left or joined).*", output)
-    cost = f"{world['steps_lost']} steps lost, and taken again"
-    return f"{said.group() if said else 'nothing was said'}; {cost}"
+    return f"{said.group() if said else 'nothing was said'}; lost: {world['steps_lost']}"
 
 
 def assert_nothing_was_lost(run: ElasticRun, tiny_project: Path) -> None:

@@ -69,6 +69,7 @@ def assert_same_end(one: Path, two: Path) -> None:
     for number, state in a["optimizer"]["state"].items():
         for name, tensor in state.items():
             assert torch.equal(tensor, b["optimizer"]["state"][number][name]), (number, name)
+    assert a.get("scaler") == b.get("scaler")
     position = ("epoch", "step", "global_step", "samples_seen", "tokens")
     assert [a[key] for key in position] == [b[key] for key in position]
     losses = [[row["loss"] for row in read_metrics(run)] for run in (one, two)]
@@ -80,6 +81,7 @@ def assert_same_end(one: Path, two: Path) -> None:
     [
         ("killed", 0, "adamw"),
         ("killed", 1, "sgd"),
+        ("killed", 1, "adamw float16"),  # whose gradients are scaled
         ("exception", 0, "sgd"),
         ("exception", 1, "adamw"),
         ("stopped", 0, "adamw"),
@@ -89,8 +91,9 @@ def assert_same_end(one: Path, two: Path) -> None:
 def test_a_run_goes_on_exactly_without_a_lost_rank(
     elastic, tiny_project, train, fault, victim, optimizer, note_fault
 ):
-    settings = {"training.optimizer": optimizer}
-    run = elastic(f"{fault}-{victim}-{optimizer}", 2, settings=settings)
+    optimizer, _, dtype = optimizer.partition(" ")
+    settings = {"training.optimizer": optimizer, "training.amp_dtype": dtype or "auto"}
+    run = elastic(f"{fault}-{victim}-{optimizer}{dtype}", 2, settings=settings)
     run.wait_for_step(12)
     at = run.signal(victim, FAULTS[fault])
     world = run.wait_for_world(1)
