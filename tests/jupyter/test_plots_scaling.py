@@ -77,6 +77,18 @@ def test_it_can_be_read_without_colours_and_has_units():
     assert "seconds" in steps.get_ylabel() and "bytes" in links.get_xlabel()
 
 
+@pytest.mark.parametrize("seconds", [0.052, 0.4, 40.0])
+def test_the_axis_of_time_names_seconds_and_no_powers_of_ten(seconds):
+    plot = plots.plot_scaling(scene(job=Job(124e6, seconds)))
+    plot.canvas.draw()
+    for axes in (plot.axes[0], plot.axes[2]):
+        bottom, top = axes.get_ylim()
+        ticks = [*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks()]
+        names = [tick.label1.get_text() for tick in ticks if bottom <= tick.get_loc() <= top]
+        assert len([name for name in names if name]) >= 2
+        assert all(name.endswith("s") and "times" not in name for name in names if name)
+
+
 def test_it_shows_itself_the_same_at_every_execution():
     first, second = plots.plot_scaling(scene()), plots.plot_scaling(scene())
     assert repr(first) == repr(second) and first.png() == second.png()

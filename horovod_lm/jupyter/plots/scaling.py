@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter, StrMethodFormatter
 
 from horovod_lm.jupyter.plots.style import BLACK, BLUE, GREEN, ORANGE, PINK, Plot, label_axes
 from horovod_lm.scaling import Job, Measurement, Network, breaking_point, curve
@@ -75,7 +75,7 @@ def draw_steps(axes: Axes, scene: Scene, counts: Sequence[int]) -> None:
     _count_workers(axes)
     axes.set_yscale("log")
     label_axes(axes, "Time of a step", "workers", "time (seconds)")
-    axes.yaxis.set_major_formatter(EngFormatter(unit="s"))
+    _name_seconds(axes)
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -128,7 +128,7 @@ def draw_allreduces(axes: Axes, scene: Scene) -> None:
         axes, "One allreduce between nodes", "size of the gradients (bytes)", "time (seconds)"
     )
     axes.xaxis.set_major_formatter(EngFormatter(unit="B", sep=""))
-    axes.yaxis.set_major_formatter(EngFormatter(unit="s"))
+    _name_seconds(axes)
     if axes.lines:
         axes.legend(frameon=False, fontsize=8)
     else:
@@ -166,6 +166,19 @@ def _count_workers(axes: Axes) -> None:
 def _mark(axes: Axes, x: float, y: float, label: str) -> None:
     axes.plot([x], [y], "o", color="white", markeredgecolor=BLACK, markeredgewidth=2, markersize=9,
               label=label, zorder=5)  # fmt: skip
+
+
+class _LogSeconds(LogFormatter):
+    """Names the ticks that a logarithmic axis would name, as 50 ms and not as 5 x 10^-2."""
+
+    def __call__(self, value: float, position: int | None = None) -> str:
+        return EngFormatter(unit="s")(value) if super().__call__(value, position) else ""
+
+
+def _name_seconds(axes: Axes) -> None:
+    axes.yaxis.set_major_formatter(_LogSeconds())
+    # Named too where less than two decades are shown, as a decade alone may have one major tick.
+    axes.yaxis.set_minor_formatter(_LogSeconds(minor_thresholds=(2, 0.5)))
 
 
 def _seconds(value: float) -> str:
