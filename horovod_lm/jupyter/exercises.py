@@ -8,6 +8,7 @@ An exercise is three cells of a notebook, in this order:
 3. a cell of markdown with `<details><summary>Solution</summary>` around a block of Python.
 
 `with_solutions` puts each solution in its stub's place, so that a test can run what readers see.
+Cells that an exercise builds on have the tag `exercise-needs`: it can be run without the rest.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ if TYPE_CHECKING:  # a page that checks an answer needs no notebook format: it l
     from nbformat import NotebookNode
 
 STUB_TAG = "exercise"
+NEEDED_TAG = "exercise-needs"
 RIGHT = "right:"
-_SOLUTION = re.compile(
+SOLUTION = re.compile(
     r"<details>\s*<summary>Solution</summary>\s*```python\n(.*?)\n```.*?</details>", re.DOTALL
 )
 
@@ -63,7 +65,7 @@ def solutions(notebook: NotebookNode) -> dict[str, str]:
         if STUB_TAG not in cell.metadata.get("tags", []):
             continue
         following = cells[index + 1 : index + 3]
-        solution = _SOLUTION.search(following[1].source) if len(following) == 2 else None
+        solution = SOLUTION.search(following[1].source) if len(following) == 2 else None
         if solution is None or "check(" not in following[0].source:
             raise ExerciseError(
                 f"exercise {cell.id}: put a cell with check(...) and then one with its"
@@ -83,6 +85,22 @@ def with_solutions(notebook: NotebookNode) -> NotebookNode:
     for cell in solved.cells:
         cell.source = answers.get(cell.id, cell.source)
     return solved
+
+
+def exercises_alone(notebook: NotebookNode) -> NotebookNode:
+    """Return a copy of a notebook with nothing but its exercises and the cells they build on.
+
+    Raises:
+        ExerciseError: as `solutions`.
+    """
+    stubs, kept = solutions(notebook), []
+    alone = copy.deepcopy(notebook)
+    for index, cell in enumerate(alone.cells):
+        belongs = {above.id for above in alone.cells[max(0, index - 2) : index + 1]} & stubs.keys()
+        if belongs or NEEDED_TAG in cell.metadata.get("tags", []):
+            kept.append(cell)
+    alone.cells = kept
+    return alone
 
 
 def _first_wrong_call(answer: Any, reference: Callable, examples: Iterable[tuple]) -> str:

@@ -10,14 +10,13 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from horovod_lm.jupyter.exercises import RIGHT, STUB_TAG, with_solutions
+from horovod_lm.jupyter.exercises import RIGHT, STUB_TAG, exercises_alone, with_solutions
 from horovod_lm.jupyter.notebooks import execute, read_notebook
 
 ROOT = Path(__file__).resolve().parents[2]
 COURSE = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # The example trains for minutes, and its own test runs all of it with a smaller model.
 COMPARED = [ROOT / "horovod_transformer.API.ipynb", *COURSE]
-NEEDED = "exercise-needs"  # the tag of a cell that the exercises build on
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
@@ -45,20 +44,6 @@ def test_a_page_gives_its_stored_outputs_again(path):
     assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
 
 
-def exercises_of(path: Path) -> nbformat.NotebookNode:
-    """A page's exercises alone, with the cells that they say they build on."""
-    page = read_notebook(path)
-    above, kept = page.cells[0], []
-    for cell in page.cells:
-        tags = cell.metadata.get("tags", [])
-        is_check = STUB_TAG in above.metadata.get("tags", [])
-        if {STUB_TAG, NEEDED} & set(tags) or is_check or "<details>" in cell.source:
-            kept.append(cell)
-        above = cell
-    page.cells = kept
-    return page
-
-
 def said(page: nbformat.NotebookNode, folder: Path) -> list[str]:
     """Execute a page; return the lines of its checks."""
     (folder / "notebooks").mkdir()
@@ -72,7 +57,7 @@ def said(page: nbformat.NotebookNode, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", COURSE, ids=lambda path: path.name)
 def test_solutions_are_right_and_stubs_are_not(path, tmp_path):
-    page = exercises_of(path)
+    page = exercises_alone(read_notebook(path))
     stubs = [cell for cell in page.cells if STUB_TAG in cell.metadata.get("tags", [])]
     assert 2 <= len(stubs) <= 4
     for name, notebook in (("not yet:", page), (RIGHT, with_solutions(page))):
