@@ -82,7 +82,7 @@ def _stories(config: Config) -> Corpus:
 
 def _python(config: Config) -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(file for file in root.rglob("*.py") if not _is_left_out(file.relative_to(root)))
+    files = sorted(_library_files(root))
     if not files:
         raise DataError(
             f"the standard library has no source files in {root}; use data.source=stories instead"
@@ -90,9 +90,12 @@ def _python(config: Config) -> Corpus:
     return _file_corpus(f"the standard library of Python {sys.version.split()[0]}", files, root)
 
 
-def _is_left_out(file: Path) -> bool:
-    """True for what is not the library proper: tests, what tests read, and third-party packages."""
-    return not NOT_THE_LIBRARY.isdisjoint(file.parts[:-1])
+def _library_files(root: Path) -> Iterator[Path]:
+    """Yield the library proper: no tests, nothing that tests read, no third-party packages."""
+    for folder, folders, names in os.walk(root):
+        # What is taken out is never looked into: site-packages may hold a hundred thousand files.
+        folders[:] = [name for name in folders if name not in NOT_THE_LIBRARY]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def _files(config: Config) -> Corpus:

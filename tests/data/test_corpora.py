@@ -53,6 +53,17 @@ def test_the_python_corpus_is_the_standard_library_without_tests_and_packages(ma
     assert 5e6 < sum(document.size for document in documents) < 5e7
 
 
+def test_third_party_packages_are_not_even_looked_into(make_config, monkeypatch):
+    """Every preparation lists the library, and they may hold a hundred thousand files."""
+    looked_into, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked_into.append(Path(path)) or scandir(path))
+    open_corpus(make_config(source="python"))
+    root = Path(sysconfig.get_paths()["stdlib"])
+    assert {root, root / "json"} <= set(looked_into)
+    inside = {part for folder in looked_into for part in folder.relative_to(root).parts}
+    assert inside.isdisjoint({"test", "tests", "site-packages", "dist-packages"})
+
+
 def test_every_file_of_the_python_corpus_is_read_as_it_is(make_config):
     for document in open_corpus(make_config(source="python")).documents():
         assert "".join(document.pieces()).encode() == Path(document.name).read_bytes().removeprefix(
