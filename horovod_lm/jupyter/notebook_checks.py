@@ -29,10 +29,12 @@ def headings(notebook: NotebookNode) -> list[tuple[int, int, str]]:
 def table_of_contents(notebook: NotebookNode) -> str:
     """Return the lines that link to every heading below the title."""
     below = [(level, text) for _, level, text in headings(notebook) if level > 1]
-    # Jupyter's anchors are the headings themselves, with a dash for each space.
-    return "\n".join(
-        f"{'  ' * (level - 2)}- [{text}](#{text.replace(' ', '-')})" for level, text in below
-    )
+    return "\n".join(f"{'  ' * (level - 2)}- [{text}](#{anchor(text)})" for level, text in below)
+
+
+def anchor(heading: str) -> str:
+    """Return what a link calls a heading: Jupyter takes its words as shown, and dashes for spaces."""
+    return re.sub("[`*]", "", heading).replace(" ", "-")
 
 
 def renew_table_of_contents(notebook: NotebookNode) -> None:

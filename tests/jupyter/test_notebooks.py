@@ -263,3 +263,9 @@ def test_headings_in_code_blocks_are_not_headings():
     page = finished_page()
     page.cells[1].source = "## Part\n```\n# a comment\n```\n### Deeper"
     assert table_of_contents(page) == "- [Part](#Part)\n  - [Deeper](#Deeper)"
+
+
+def test_a_link_names_a_heading_as_it_is_shown():
+    page = finished_page()
+    page.cells[1].source = "## Forget `set_epoch`"
+    assert table_of_contents(page) == "- [Forget `set_epoch`](#Forget-set_epoch)"
