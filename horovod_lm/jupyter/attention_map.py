@@ -51,10 +51,8 @@ class AttentionMap:
         return entropy_of_rows(self.weights).mean(dim=-1)
 
     def __repr__(self) -> str:
-        return (
-            f"attention of {self.n_layers} layers with {self.n_heads} heads "
-            f"over {len(self.tokens)} tokens"
-        )
+        layers = f"{self.n_layers} layer{'s' if self.n_layers > 1 else ''}"
+        return f"attention of {layers} with {self.n_heads} heads over {len(self.tokens)} tokens"
 
 
 def read_attention(model: TransformerLM, tokenizer: Tokenizer, text: str) -> AttentionMap:

@@ -1,6 +1,9 @@
-"""The figure of attention's cost shows the times that it is given, beside the square of T."""
+"""The figures of attention: its cost beside the square of T, and all heads at a glance."""
 
 from __future__ import annotations
+
+import pytest
+import torch
 
 from horovod_lm.jupyter import plots
 
@@ -24,3 +27,16 @@ def test_it_has_a_title_axes_with_units_and_the_same_text_whatever_the_times():
     assert axes.get_title() == "Cost"
     assert "words" in axes.get_xlabel() and "milliseconds" in axes.get_ylabel()
     assert repr(plot) == repr(other) and plot.png() != other.png()
+
+
+@pytest.mark.parametrize(
+    "n_layers, n_heads, said", [(1, 4, "1 layer of 4"), (2, 12, "2 layers of 12")]
+)
+def test_maps_of_heads_fill_the_page_and_are_never_too_small_to_see(n_layers, n_heads, said):
+    weights = torch.eye(5).expand(n_layers, n_heads, 5, 5)
+    plot = plots.plot_all_heads(weights, torch.zeros(n_layers, n_heads), "Heads")
+    assert repr(plot) == f"figure: Heads: {said} heads"
+    assert plot.get_figwidth() == pytest.approx(8.0 if n_heads == 4 else 15.6)  # inches
+    plot.png()
+    for axes in plot.axes:
+        assert axes.get_window_extent().width / plot.dpi > 1.1

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from horovod_lm.jupyter.plots.style import BLACK, RUN_STYLES, Plot, label_axes
 
+PAGE_WIDTH, SMALLEST_MAP, LARGEST_MAP = 8.0, 1.3, 2.0  # inches; more heads than fit make it wider
 MOST_WITH_NUMBERS = 10  # words; a map of more has no room for a number in each cell
 
 
@@ -83,8 +84,10 @@ def plot_all_heads(weights: Tensor, entropy_bits: Tensor, title: str) -> Plot:
         title: the figure's title.
     """
     n_layers, n_heads = weights.shape[:2]
+    side = min(max(PAGE_WIDTH / n_heads, SMALLEST_MAP), LARGEST_MAP)  # inches
+    layers = f"{n_layers} layer{'s' if n_layers > 1 else ''}"
     plot = Plot(
-        f"{title}: {n_layers} layers of {n_heads} heads", 1.3 * n_heads, 0.7 + 1.5 * n_layers
+        f"{title}: {layers} of {n_heads} heads", side * n_heads, 0.5 + (side + 0.1) * n_layers
     )
     for layer, panels in enumerate(plot.subplots(n_layers, n_heads, squeeze=False)):
         for head, axes in enumerate(panels):
