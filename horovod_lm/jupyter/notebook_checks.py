@@ -33,7 +33,7 @@ def table_of_contents(notebook: NotebookNode) -> str:
 
 
 def anchor(heading: str) -> str:
-    """Return what a link calls a heading: Jupyter takes its words as shown, and dashes for spaces."""
+    """Return what a link calls a heading: its words as Jupyter shows them, dashes for spaces."""
     return re.sub("[`*]", "", heading).replace(" ", "-")
 
 
