@@ -43,8 +43,10 @@ def test_each_kind_of_waiting_has_a_name_in_the_legend():
 def test_messages_are_points_and_the_model_is_a_line():
     [axes] = plots.plot_message_times({"here": ROWS}, {"here": LINK}).axes
     points, line = axes.lines
-    assert list(points.get_xdata()) == list(line.get_xdata()) == [1000, 8000]
-    assert list(line.get_ydata()) == pytest.approx([3.0, 10.0])
+    sizes, modelled = line.get_data()
+    assert list(points.get_xdata()) == [1000, 8000]
+    assert (sizes[0], sizes[-1]) == pytest.approx((1000, 8000)) and len(sizes) > 20
+    assert modelled == pytest.approx([1000 * LINK.allreduce_seconds(size, 2) for size in sizes])
     assert list(points.get_ydata()) == pytest.approx([3.3, 11.0])
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
 
@@ -61,7 +63,8 @@ def test_batches_have_a_mark_where_communication_is_just_hidden():
     [axes] = plots.plot_batches([1, 2, 4], {"alone": [0.1, 0.2, 0.4]}, boundary=2.5).axes
     line, mark = axes.lines
     assert list(line.get_ydata()) == [100, 200, 400] and set(mark.get_xdata()) == {2.5}
-    assert [text.get_text() for text in axes.get_legend().get_texts()][0] == "alone"
+    named, marked = (text.get_text() for text in axes.get_legend().get_texts())
+    assert named == "alone" and marked.endswith(" 2.5")
 
 
 def test_efficiency_has_a_panel_for_each_assumption_on_one_scale():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib.ticker import (
     EngFormatter,
     FuncFormatter,
@@ -27,6 +28,7 @@ from horovod_lm.scaling import Measurement, Network
 from horovod_lm.timeline import NEGOTIATION, REDUCTION, Span
 
 MILLISECONDS = 1000  # in a second
+SIZES_OF_A_CURVE = 60  # enough for a line that bends smoothly
 # What a phase is to the reader: (how its name begins, label, colour, hatching). The first one that
 # fits counts, and what fits none of them is the sending itself: GLOO_ALLREDUCE, NCCL_ALLREDUCE ...
 PHASE_KINDS = (
@@ -92,8 +94,10 @@ def plot_message_times(
         axes.plot(
             sizes, [MILLISECONDS * row.seconds for row in rows], marker, color=colour, label=name
         )
-        modelled = [networks[name].allreduce_seconds(row.size, row.workers) for row in rows]
-        axes.plot(sizes, [MILLISECONDS * one for one in modelled], line, color=colour)
+        # Between the sizes too: straight pieces would not be the model on logarithmic axes.
+        between = np.geomspace(sizes[0], sizes[-1], SIZES_OF_A_CURVE)
+        modelled = [networks[name].allreduce_seconds(size, rows[0].workers) for size in between]
+        axes.plot(between, [MILLISECONDS * one for one in modelled], line, color=colour)
     label_axes(axes, title, "size of the message (bytes)", "time of an allreduce (milliseconds)")
     axes.set(xscale="log", yscale="log")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -158,7 +162,10 @@ def plot_batches(
         axes.plot(
             batches, milliseconds, line, color=colour, linewidth=width, marker=marker, label=name
         )
-    axes.axvline(boundary, color="0.45", linestyle=(0, (6, 3)), label="smallest batch, derived")
+    axes.axvline(
+        boundary, color="0.45", linestyle=(0, (6, 3)),
+        label=f"smallest batch, derived: {boundary:.1f}",
+    )  # fmt: skip
     label_axes(axes, title, "batch of each rank (samples)", "time of a step (milliseconds)")
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])
