@@ -80,6 +80,7 @@ def plot_world(rows: Rows, title: str = "A run whose ranks change") -> Plot:
     plot = Plot(f"{title}: training loss and number of ranks over the steps", height=4.6)
     above, below = plot.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     draw_loss(above, {"": rows}, title)
+    above.legend(facecolor="white", edgecolor="none", framealpha=1)  # no mark crosses it
     above.set_xlabel("")
     taken = [row for row in rows if row["phase"] == "train"]
     steps, ranks = [row["step"] for row in taken], [row["world_size"] for row in taken]
