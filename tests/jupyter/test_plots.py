@@ -116,6 +116,16 @@ def test_speed_draws_the_rate_and_the_tokens_per_second_from_zero():
     assert right.get_ylim()[0] == 0
 
 
+def test_learning_rates_of_all_runs_share_one_panel():
+    runs = {"kept": training_rows(), "doubled": training_rows(20)}
+    plot = plots.plot_learning_rate(runs, "Warm-up")
+    [axes] = plot.axes
+    assert [line.get_label() for line in axes.lines] == list(runs)
+    assert list(axes.lines[1].get_ydata()) == [step * 1e-4 for step in range(1, 21)]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(runs)
+    assert repr(plot) == "figure: Warm-up: learning rate over the steps of kept and doubled"
+
+
 def test_summary_shows_the_prompt_and_its_continuation_once_each():
     plot = plots.plot_summary(training_rows(), "def f(\n  a", ", b):\n    $return$ x", "It talks")
     bold, plain = (text.get_text().split("\n") for text in plot.axes[1].texts)

@@ -28,6 +28,7 @@ from horovod_lm.jupyter.plots.style import RUN_STYLES, Plot
 from horovod_lm.jupyter.plots.training import (
     PART_STYLES,
     draw_loss,
+    plot_learning_rate,
     plot_loss,
     plot_speed,
     plot_step_parts,
@@ -49,6 +50,7 @@ __all__ = [
     "plot_depth",
     "plot_efficiency",
     "plot_influence",
+    "plot_learning_rate",
     "plot_loss",
     "plot_losses_above_floor",
     "plot_message_times",

@@ -80,18 +80,30 @@ def plot_speed(runs: Runs, title: str = "Learning rate and speed") -> Plot:
     )
     left, right = plot.subplots(1, 2)
     plot.suptitle(title)
+    _draw_rates(left, runs, "")
+    left.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for (name, rows), (colour, line, width, _) in styled_runs(runs):
-        rates = _series(rows, "train", "learning_rate")
-        left.plot(*rates, line, color=colour, linewidth=width, label=name)
         speeds = _series(rows, "train", "tokens_per_second")
         _draw_noisy(right, speeds, line, colour, width, name)
-    label_axes(left, "", STEPS, "learning rate (per step)")
     label_axes(right, "", STEPS, "speed (tokens per second)")
-    left.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     right.yaxis.set_major_formatter(EngFormatter(sep=""))
     right.set_ylim(bottom=0)
     if len(runs) > 1:
         right.legend(frameon=False)
+    return plot
+
+
+def plot_learning_rate(runs: Runs, title: str = "Learning rate") -> Plot:
+    """Draw the learning rate of every run over the steps.
+
+    Args:
+        runs: name of a run -> its rows; those of the phase `train` count.
+        title: the figure's title.
+    """
+    plot = Plot(f"{title}: learning rate over the steps of {name_runs(runs)}")
+    axes = plot.add_subplot()
+    _draw_rates(axes, runs, title)
+    axes.legend(frameon=False)
     return plot
 
 
@@ -160,6 +172,13 @@ def _write(axes: Axes, prompt: str, continuation: str, columns: int = 58, lines:
             0.02, 0.97, "\n".join(text), transform=axes.transAxes, family="monospace", fontsize=9,
             weight=weight, color=colour, verticalalignment="top", parse_math=False,
         )  # fmt: skip
+
+
+def _draw_rates(axes: Axes, runs: Runs, title: str) -> None:
+    for (name, rows), (colour, line, width, _) in styled_runs(runs):
+        rates = _series(rows, "train", "learning_rate")
+        axes.plot(*rates, line, color=colour, linewidth=width, label=name)
+    label_axes(axes, title, STEPS, "learning rate (per step)")
 
 
 def _draw_noisy(
