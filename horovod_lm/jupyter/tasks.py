@@ -84,8 +84,8 @@ class Tasks:
             result.wait_for_output(SECONDS_FOR_OUTPUT)
             for line in _streams(result).splitlines():
                 text = readable(line)
-                # The error at the cell's end says a stall better.
-                if text and not (self._failed and is_of_a_stall(text)):
+                # The error at the cell's end says a stall better; one that has passed is no news.
+                if text and not is_of_a_stall(text):
                     print(f"[{rank}] {text}")
             for output in result.outputs:
                 _display(rank, output)

@@ -69,6 +69,14 @@ def test_a_cell_shows_every_rank_in_order_and_always_alike(px):
     assert [px("", body) for _ in range(5)] == [expected] * 5
 
 
+def test_a_wait_that_has_passed_is_not_reported(px):
+    body = (
+        "import time\ntime.sleep(3 * hvd.rank())\n"  # Horovod's stall check speaks after 2
+        "_ = hvd.allreduce(torch.ones(1), name='late')"
+    )
+    assert px("", body) == ""
+
+
 def test_what_a_cell_defines_is_there_for_the_next_one(px, cluster):
     px("", "kept = hvd.rank() * 10\ndef double(x):\n    return 2 * x")
     assert px("", "double(kept)") == "[0] 0\n[1] 20\n"
