@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from horovod_lm.utils.errors import DistributedError
@@ -219,6 +220,15 @@ class Outcome:
 def is_of_a_stall(line: str) -> bool:
     """Say whether a line, as it is shown, is one of the stall check's."""
     return line.startswith(_STALLED) or _MISSING.match(line) is not None
+
+
+def without_stalls(lines: Iterable[str]) -> Iterator[str]:
+    """Leave out what the stall check reports: its sentences, and the ranks listed right below."""
+    reporting = False
+    for line in lines:
+        reporting = line.startswith(_STALLED) or (reporting and is_of_a_stall(line))
+        if not reporting:
+            yield line
 
 
 def ranks(numbers: list[int]) -> str:

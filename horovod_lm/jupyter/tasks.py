@@ -12,7 +12,7 @@ from ipyparallel.error import RemoteError
 
 from horovod_lm.jupyter.engines import name_of
 from horovod_lm.jupyter.magics import readable
-from horovod_lm.jupyter.outcome import Outcome, RankError, RanksStopped, is_of_a_stall
+from horovod_lm.jupyter.outcome import Outcome, RankError, RanksStopped, without_stalls
 from horovod_lm.jupyter.processes import Processes
 
 SECONDS_BETWEEN_LOOKS = 0.02
@@ -82,10 +82,9 @@ class Tasks:
             if rank in self._gone:
                 continue
             result.wait_for_output(SECONDS_FOR_OUTPUT)
-            for line in _streams(result).splitlines():
-                text = readable(line)
-                # The error at the cell's end says a stall better; one that has passed is no news.
-                if text and not is_of_a_stall(text):
+            # The error at the cell's end says a stall better; one that has passed is no news.
+            for text in without_stalls(map(readable, _streams(result).splitlines())):
+                if text:
                     print(f"[{rank}] {text}")
             for output in result.outputs:
                 _display(rank, output)
