@@ -135,6 +135,12 @@ def test_summary_shows_the_prompt_and_its_continuation_once_each():
     plot.png()  # dollars are letters here, not mathematics
 
 
+def test_summary_marks_a_line_that_it_cuts_off():
+    [_, axes] = plots.plot_summary(training_rows(), "a", "b" * 100 + "\nc", "It talks").axes
+    cut, whole = axes.texts[1].get_text().split("\n")
+    assert cut.endswith("b…") and len(cut) < 70 and whole == "c"
+
+
 def every_plot() -> list[plots.Plot]:
     runs = {"run": training_rows()}
     return [plots.plot_loss(runs), plots.plot_speed(runs), plots.plot_step_parts(runs),

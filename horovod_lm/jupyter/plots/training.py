@@ -157,9 +157,12 @@ def plot_summary(rows: Rows, prompt: str, continuation: str, title: str) -> Plot
     return plot
 
 
-def _write(axes: Axes, prompt: str, continuation: str, columns: int = 58, lines: int = 17) -> None:
+def _write(axes: Axes, prompt: str, continuation: str, columns: int = 64, lines: int = 17) -> None:
     """Write a text into a panel, cut to what it holds; what was given is bold, what follows not."""
-    shown = [line[:columns] for line in (prompt + continuation).split("\n")[:lines]]
+    shown = [
+        line if len(line) <= columns else f"{line[: columns - 1]}…"
+        for line in (prompt + continuation).split("\n")[:lines]
+    ]
     given = prompt.count("\n")
     # Two texts over each other, each with spaces where the other one has letters.
     bold = [*prompt.split("\n"), *[""] * lines][: len(shown)]
