@@ -91,6 +91,7 @@ def test_the_files_that_the_example_names_exist():
 
 @pytest.mark.horovod
 @pytest.mark.slow
+@pytest.mark.timeout(500)
 def test_the_example_runs_from_its_first_cell_to_its_last(tmp_path):
     """All of its parts and commands, with a smaller model and fewer steps; `make example` is it."""
     if not Path(sys.executable).with_name("horovodrun").exists():
@@ -101,7 +102,7 @@ def test_the_example_runs_from_its_first_cell_to_its_last(tmp_path):
         [sys.executable, "-m", "horovod_lm.jupyter.notebooks", "execute", EXAMPLE.name,
          "--out", "executed.ipynb"],
         cwd=tmp_path, env={**os.environ, "HOROVOD_LM_FAST": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=280,
+        capture_output=True, text=True, timeout=480,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     for shown in (
