@@ -28,7 +28,12 @@ def headings(notebook: NotebookNode) -> list[tuple[int, int, str]]:
 
 def table_of_contents(notebook: NotebookNode) -> str:
     """Return the lines that link to every heading below the title."""
-    below = [(level, text) for _, level, text in headings(notebook) if level > 1]
+    below = [
+        (level, text)
+        for index, level, text in headings(notebook)
+        # The heading that the list itself stands under is not worth a link.
+        if level > 1 and TOC_START not in notebook.cells[index].source
+    ]
     return "\n".join(f"{'  ' * (level - 2)}- [{text}](#{anchor(text)})" for level, text in below)
 
 

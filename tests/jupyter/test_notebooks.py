@@ -265,6 +265,12 @@ def test_headings_in_code_blocks_are_not_headings():
     assert table_of_contents(page) == "- [Part](#Part)\n  - [Deeper](#Deeper)"
 
 
+def test_the_contents_do_not_list_themselves():
+    page = finished_page()
+    page.cells[0].source = "# A page\n\n## Contents\n<!-- toc -->\n<!-- tocstop -->"
+    assert table_of_contents(page) == "- [Part](#Part)"
+
+
 def test_a_link_names_a_heading_as_it_is_shown():
     page = finished_page()
     page.cells[1].source = "## Forget `set_epoch`"
