@@ -120,23 +120,6 @@ class Step:
     efficiency: float
 
 
-def communication_seconds(
-    job: Job,
-    network: Network,
-    workers: int,
-    workers_per_host: int = 1,
-    inside: Network | None = None,
-) -> float:
-    """The time in which all workers sum the gradients of a step; arguments as for `step`."""
-    hosts = -(-workers // workers_per_host)
-    # Inside each host first, between the hosts next, and inside again: NCCL's rings do as much.
-    seconds = network.allreduce_seconds(job.bytes_reduced, hosts)
-    if inside is not None:
-        neighbours = min(workers, workers_per_host)
-        seconds += inside.allreduce_seconds(job.bytes_reduced, neighbours)
-    return seconds
-
-
 def step(
     job: Job,
     network: Network,
@@ -157,10 +140,16 @@ def step(
         The prediction. It knows nothing of workers that are late now and then, of other traffic on
         the network, or of the time to negotiate: real steps are slower.
     """
-    communication = communication_seconds(job, network, workers, workers_per_host, inside)
+    hosts = -(-workers // workers_per_host)
+    # Inside each host first, between the hosts next, and inside again: NCCL's rings do as much.
+    communication = network.allreduce_seconds(job.bytes_reduced, hosts)
+    if inside is not None:
+        neighbours = min(workers, workers_per_host)
+        communication += inside.allreduce_seconds(job.bytes_reduced, neighbours)
     exposed = max(0.0, communication - job.seconds_to_hide_behind)
     seconds = job.seconds_per_step + exposed
-    return Step(seconds, communication, exposed, job.seconds_per_step / seconds)
+    efficiency = job.seconds_per_step / seconds if seconds else 1.0
+    return Step(seconds, communication, exposed, efficiency)
 
 
 def smallest_batch(
@@ -186,7 +175,7 @@ def smallest_batch(
         pass that hides it. Infinite where nothing is hidden.
     """
     hidden_per_sample = job.overlap * BACKWARD_SHARE * seconds_per_sample
-    communication = communication_seconds(job, network, workers, workers_per_host, inside)
+    communication = step(job, network, workers, workers_per_host, inside).communication
     return communication / hidden_per_sample if hidden_per_sample else float("inf")
 
 
