@@ -20,9 +20,9 @@ def test_next_words_draws_each_way_with_the_first_word_on_top():
     assert left.patches[0].get_hatch() != right.patches[0].get_hatch()
 
 
-@pytest.mark.parametrize("count", [0, 5])
+@pytest.mark.parametrize("count", [0, 6])
 def test_more_ways_than_styles_are_refused(count):
-    with pytest.raises(ValueError, match="1 to 4 ways"):
+    with pytest.raises(ValueError, match="1 to 5 ways"):
         plots.plot_next_words(["a"], {str(number): [1.0] for number in range(count)})
 
 

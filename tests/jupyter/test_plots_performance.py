@@ -40,6 +40,14 @@ def test_each_kind_of_waiting_has_a_name_in_the_legend():
     assert len(texts) == len(set(texts)) == 4 and "travels" in texts
 
 
+def test_no_line_is_left_out_for_want_of_a_style():
+    five = {str(number): [1.0, 2.0] for number in range(5)}
+    with pytest.raises(ValueError, match="1 to 4 lines, not 5"):
+        plots.plot_batches([1, 2], five, 1.5)
+    with pytest.raises(ValueError, match="1 to 4 networks, not 5"):
+        plots.plot_efficiency([1, 2], {"panel": five})
+
+
 def test_messages_are_points_and_the_model_is_a_line():
     [axes] = plots.plot_message_times({"here": ROWS}, {"here": LINK}).axes
     points, line = axes.lines

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from horovod_lm.jupyter.plots.style import BLACK, RUN_STYLES, Plot, label_axes
+from horovod_lm.jupyter.plots.style import BLACK, RUN_STYLES, Plot, label_axes, styled
 
 PAGE_WIDTH, SMALLEST_MAP, LARGEST_MAP = 8.0, 1.3, 2.0  # inches; more heads than fit make it wider
 MOST_WITH_NUMBERS = 10  # words; a map of more has no room for a number in each cell
@@ -54,15 +54,13 @@ def plot_attention_cost(
 
     Args:
         lengths: T, the words of a text, growing.
-        milliseconds: way of computing it -> its time at each length. The line of T^2 goes through
-            the last time of the first one.
+        milliseconds: way of computing it (1 to 4) -> its time at each length. The line of T^2 goes
+            through the last time of the first one.
         title: the figure's title.
     """
     plot = Plot(f"{title}: milliseconds over words, {' and '.join(milliseconds)}, beside T squared")
     axes = plot.add_subplot()
-    for (name, times), (colour, line, width, marker) in zip(
-        milliseconds.items(), RUN_STYLES, strict=False
-    ):
+    for (name, times), (colour, line, width, marker) in styled(milliseconds, RUN_STYLES, "ways"):
         axes.plot(lengths, times, line, color=colour, linewidth=width, marker=marker, label=name)
     last = next(iter(milliseconds.values()))[-1]
     squares = [last * (length / lengths[-1]) ** 2 for length in lengths]

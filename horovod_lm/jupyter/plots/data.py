@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 
-from horovod_lm.jupyter.plots.style import BLACK, BLUE, RUN_STYLES, Plot, label_axes
+from horovod_lm.jupyter.plots.style import BLACK, BLUE, RUN_STYLES, Plot, label_axes, styled
 
 RANK_SHADES = ("#FFFFFF", "#F0E442", "#56B4E9", "#0072B2")  # Okabe and Ito, from light to dark
 
@@ -24,15 +24,11 @@ def plot_tokens_per_character(
         tokens_per_character: 1 to 4 texts: name -> tokens per character after so many merges.
         title: the figure's title.
     """
-    if not 0 < len(tokens_per_character) <= len(RUN_STYLES):
-        raise ValueError(
-            f"a figure shows 1 to {len(RUN_STYLES)} texts, not {len(tokens_per_character)}"
-        )
+    styled_texts = styled(tokens_per_character, RUN_STYLES, "texts")
     names = " and ".join(tokens_per_character)
     plot = Plot(f"{title}: tokens per character after 0 to {merges[-1]} merges, {names}")
     axes = plot.add_subplot()
-    styled = zip(tokens_per_character.items(), RUN_STYLES, strict=False)
-    for (name, values), (colour, line, _, marker) in styled:
+    for (name, values), (colour, line, _, marker) in styled_texts:
         axes.plot(merges, values, line, color=colour, linewidth=1.8, marker=marker, label=name)
     label_axes(axes, title, "merges learned", "tokens per character")
     axes.set_ylim(bottom=0)

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from horovod_lm.jupyter.plots.style import BLUE, GREEN, ORANGE, PINK, RUN_STYLES, Plot, label_axes
-
-BAR_STYLES = ((BLUE, ""), (ORANGE, "//"), (GREEN, ".."), (PINK, "xx"))
+from horovod_lm.jupyter.plots.style import BAR_STYLES, RUN_STYLES, Plot, label_axes, styled
 
 
 def plot_next_words(
@@ -21,18 +19,16 @@ def plot_next_words(
 
     Args:
         words: the candidates, in the order in which they shall stand.
-        distributions: 1 to 4 ways of choosing: name -> one probability for each word, 0 to 1.
+        distributions: 1 to 5 ways of choosing: name -> one probability for each word, 0 to 1.
         title: the figure's title.
     """
-    if not 0 < len(distributions) <= len(BAR_STYLES):
-        raise ValueError(f"a figure shows 1 to {len(BAR_STYLES)} ways, not {len(distributions)}")
+    styled_ways = styled(distributions, BAR_STYLES, "ways")
     plot = Plot(
         f"{title}: probability of {len(words)} words, {' and '.join(distributions)}",
         height=1.3 + 0.22 * len(words),
     )
     panels = plot.subplots(1, len(distributions), sharex=True, sharey=True, squeeze=False)[0]
-    styled = zip(panels, distributions.items(), BAR_STYLES, strict=False)
-    for axes, (name, values), (colour, hatch) in styled:
+    for axes, ((name, values), (colour, hatch)) in zip(panels, styled_ways, strict=True):
         heights = [float(value) for value in values]
         positions = range(len(words))
         axes.barh(positions, heights, color=colour, hatch=hatch, edgecolor="white")
@@ -55,14 +51,12 @@ def plot_cost_by_length(
 
     Args:
         lengths: tokens of the text.
-        milliseconds: way of generating -> time of one token at each length, in milliseconds.
+        milliseconds: way of generating (1 to 4) -> milliseconds of one token at each length.
         title: the figure's title.
     """
     plot = Plot(f"{title}: milliseconds over tokens so far, {' and '.join(milliseconds)}")
     axes = plot.add_subplot()
-    for (name, times), (colour, line, width, marker) in zip(
-        milliseconds.items(), RUN_STYLES, strict=False
-    ):
+    for (name, times), (colour, line, width, marker) in styled(milliseconds, RUN_STYLES, "ways"):
         axes.plot(lengths, times, line, color=colour, linewidth=width, marker=marker, label=name)
     label_axes(
         axes, title, "length of the text so far (tokens)", "time of one token (milliseconds)"

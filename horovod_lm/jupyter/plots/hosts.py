@@ -6,7 +6,7 @@ from itertools import groupby
 
 from matplotlib.ticker import EngFormatter
 
-from horovod_lm.jupyter.plots.style import RUN_STYLES, Plot, Rows, label_axes
+from horovod_lm.jupyter.plots.style import RUN_STYLES, Plot, Rows, label_axes, styled
 
 
 def plot_allreduce_over_links(
@@ -19,20 +19,21 @@ def plot_allreduce_over_links(
             `formula_seconds`, as tests/benchmarks/allreduce_over_links.csv has them.
         title: the figure's title.
     """
-    links = [
-        (rate, list(group)) for rate, group in groupby(rows, lambda row: row["megabits_per_second"])
-    ]
-    if not 0 < len(links) <= len(RUN_STYLES):
-        raise ValueError(f"a figure shows 1 to {len(RUN_STYLES)} rates, not {len(links)}")
-    rates = ", ".join(f"{rate:g}" for rate, _ in links)
-    plot = Plot(f"{title}: seconds over bytes at {rates} Mbit/s, measured and by the formula")
+    links = {
+        f"{rate:g}": list(group)
+        for rate, group in groupby(rows, lambda row: row["megabits_per_second"])
+    }
+    styled_links = styled(links, RUN_STYLES, "rates")
+    plot = Plot(
+        f"{title}: seconds over bytes at {', '.join(links)} Mbit/s, measured and by the formula"
+    )
     axes = plot.add_subplot()
-    for (rate, points), (colour, line, _, marker) in zip(links, RUN_STYLES, strict=False):
+    for (rate, points), (colour, line, _, marker) in styled_links:
         sizes = [row["bytes"] for row in points]
         axes.plot(sizes, [row["formula_seconds"] for row in points], line, color=colour)
         axes.plot(
             sizes, [row["seconds"] for row in points], marker, color=colour, linestyle="none",
-            label=f"{rate:g} Mbit/s",
+            label=f"{rate} Mbit/s",
         )  # fmt: skip
     label_axes(axes, title, "size of the message (bytes)", "time (seconds)")
     axes.set(xscale="log", yscale="log")

@@ -8,18 +8,13 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from horovod_lm.jupyter.plots.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    ORANGE,
-    PINK,
+    BAR_STYLES,
     RUN_STYLES,
     Plot,
     label_axes,
+    name_rows,
+    styled,
 )
-
-# Neighbours differ by colour, by lightness and by hatching.
-PIECE_STYLES = ((BLUE, ""), (ORANGE, "//"), (GREEN, ".."), (PINK, "xx"), (BLACK, ""))
 
 
 def plot_pieces(bars: Mapping[str, Mapping[str, float]], title: str, unit: str) -> Plot:
@@ -30,26 +25,23 @@ def plot_pieces(bars: Mapping[str, Mapping[str, float]], title: str, unit: str) 
         title: the figure's title.
         unit: what the lengths are, with the unit.
     """
-    names = list(dict.fromkeys(name for pieces in bars.values() for name in pieces))
-    if not 0 < len(names) <= len(PIECE_STYLES):
-        raise ValueError(f"a bar shows 1 to {len(PIECE_STYLES)} pieces, not {len(names)}")
+    names = dict.fromkeys(name for pieces in bars.values() for name in pieces)
+    sizes = {name: [pieces.get(name, 0.0) for pieces in bars.values()] for name in names}
+    styled_sizes = styled(sizes, BAR_STYLES, "pieces")
     plot = Plot(
         f"{title}: {unit} of {' and '.join(bars)}, in {', '.join(names)}",
         height=1.9 + 0.45 * len(bars),
     )
     axes = plot.add_subplot()
     ends = [0.0] * len(bars)
-    for name, (colour, hatch) in zip(names, PIECE_STYLES, strict=False):
-        sizes = [pieces.get(name, 0.0) for pieces in bars.values()]
+    for (name, lengths), (colour, hatch) in styled_sizes:
         axes.barh(
-            range(len(bars)), sizes, 0.6, ends, label=name, color=colour, hatch=hatch,
+            range(len(bars)), lengths, 0.6, ends, label=name, color=colour, hatch=hatch,
             edgecolor="white",
         )  # fmt: skip
-        ends = [end + size for end, size in zip(ends, sizes, strict=True)]
-    axes.set_yticks(range(len(bars)), list(bars))
+        ends = [end + length for end, length in zip(ends, lengths, strict=True)]
     label_axes(axes, title, unit, "")
-    axes.invert_yaxis()  # the first bar stands on top
-    axes.grid(visible=False, axis="y")
+    name_rows(axes, list(bars))
     axes.tick_params(axis="y", length=0)
     plot.legend(loc="outside lower center", ncols=3, frameon=False)
     return plot
@@ -62,11 +54,10 @@ def plot_depth(streams: Mapping[str, Sequence[float]], title: str) -> Plot:
         streams: 1 to 4 models: name -> the standard deviation before any block, after the first...
         title: the figure's title.
     """
-    if not 0 < len(streams) <= len(RUN_STYLES):
-        raise ValueError(f"a figure shows 1 to {len(RUN_STYLES)} models, not {len(streams)}")
+    styled_streams = styled(streams, RUN_STYLES, "models")
     plot = Plot(f"{title}: standard deviation over blocks passed, {' and '.join(streams)}")
     axes = plot.add_subplot()
-    for (name, sizes), (colour, line, _, marker) in zip(streams.items(), RUN_STYLES, strict=False):
+    for (name, sizes), (colour, line, _, marker) in styled_streams:
         axes.plot(
             range(len(sizes)), sizes, line, color=colour, linewidth=1.6, marker=marker,
             markersize=4, label=name,

@@ -15,14 +15,16 @@ from matplotlib.ticker import (
 )
 
 from horovod_lm.jupyter.plots.style import (
+    BAR_STYLES,
     BLACK,
     BLUE,
-    GREEN,
     ORANGE,
     PINK,
     RUN_STYLES,
     Plot,
     label_axes,
+    name_rows,
+    styled,
 )
 from horovod_lm.scaling import Measurement, Network
 from horovod_lm.timeline import NEGOTIATION, REDUCTION, Span
@@ -38,7 +40,6 @@ PHASE_KINDS = (
     ("INIT_FUSION_BUFFER", "copied into or out of the fusion buffer", ORANGE, "//"),
     ("", "travels", BLUE, ""),
 )
-BAR_STYLES = ((BLUE, ""), (ORANGE, "//"), (GREEN, ".."), (PINK, "xx"))
 
 
 def plot_timeline(spans: Sequence[Span], title: str = "One step in Horovod's timeline") -> Plot:
@@ -82,13 +83,13 @@ def plot_message_times(
     """Draw measured allreduces as points and the cost model as lines, both axes logarithmic.
 
     Args:
-        measured: name -> allreduces of one number of workers, at several sizes.
+        measured: name (1 to 4) -> allreduces of one number of workers, at several sizes.
         networks: the same names -> what the model takes the link for.
         title: the figure's title.
     """
     plot = Plot(f"{title}: milliseconds over bytes, {' and '.join(measured)}", height=4)
     axes = plot.add_subplot()
-    for (name, rows), (colour, line, _, marker) in zip(measured.items(), RUN_STYLES, strict=False):
+    for (name, rows), (colour, line, _, marker) in styled(measured, RUN_STYLES, "links"):
         rows = sorted(rows, key=lambda row: row.size)
         sizes = [row.size for row in rows]
         axes.plot(
@@ -113,7 +114,7 @@ def plot_settings(
     """Draw a time under several settings as bars in groups.
 
     Args:
-        seconds: name of a series (1 to 4) -> setting -> seconds; the same settings in each.
+        seconds: name of a series (1 to 5) -> setting -> seconds; the same settings in each.
         title: the figure's title.
         what: what took the time.
     """
@@ -122,7 +123,7 @@ def plot_settings(
     settings = list(next(iter(seconds.values())))
     width = 0.8 / len(seconds)
     for number, ((name, times), (colour, hatch)) in enumerate(
-        zip(seconds.items(), BAR_STYLES, strict=False)
+        styled(seconds, BAR_STYLES, "series")
     ):
         places = [group - 0.4 + width * (number + 0.5) for group in range(len(settings))]
         heights = [MILLISECONDS * times[setting] for setting in settings]
@@ -155,9 +156,7 @@ def plot_batches(
     """
     plot = Plot(f"{title}: milliseconds of a step over the batch, {' and '.join(seconds)}")
     axes = plot.add_subplot()
-    for (name, times), (colour, line, width, marker) in zip(
-        seconds.items(), RUN_STYLES, strict=False
-    ):
+    for (name, times), (colour, line, width, marker) in styled(seconds, RUN_STYLES, "lines"):
         milliseconds = [MILLISECONDS * one for one in times]
         axes.plot(
             batches, milliseconds, line, color=colour, linewidth=width, marker=marker, label=name
@@ -192,9 +191,7 @@ def plot_efficiency(
     for axes, (panel, lines) in zip(
         plot.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
     ):
-        for (name, values), (colour, line, width, marker) in zip(
-            lines.items(), RUN_STYLES, strict=False
-        ):
+        for (name, values), (colour, line, width, marker) in styled(lines, RUN_STYLES, "networks"):
             axes.plot(
                 workers, values, line, color=colour, linewidth=min(width, 2), marker=marker,
                 markersize=4, label=name,
@@ -231,13 +228,9 @@ def plot_predictions(
         places, widths, left=lows, height=0.5, color="0.8", edgecolor=BLACK,
         label="predicted, from no overlap to full overlap",
     )  # fmt: skip
-    axes.plot(
-        [measured[name] for name in predicted], places, "D", color=BLUE, label="measured"
-    )  # fmt: skip
+    axes.plot([measured[name] for name in predicted], places, "D", color=BLUE, label="measured")
     label_axes(axes, title, "efficiency (% of a worker alone)", "")
-    axes.set_yticks(places, list(predicted))
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
+    name_rows(axes, list(predicted))
     axes.set_xlim(0.4, 1.02)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     plot.legend(loc="outside lower center", ncols=2, frameon=False)

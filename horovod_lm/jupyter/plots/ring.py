@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from horovod_lm.jupyter.plots.style import RUN_STYLES, Plot, label_axes
+from horovod_lm.jupyter.plots.style import RUN_STYLES, Plot, label_axes, styled
 from horovod_lm.ring import RingState
 
 PANELS_IN_A_ROW = 4
@@ -69,14 +69,12 @@ def plot_sent_by_workers(
 
     Args:
         workers: how many, for each point.
-        sent: name of a way -> what its busiest worker sends, in multiples of its data.
+        sent: name of a way (1 to 4) -> what its busiest worker sends, in multiples of its data.
         title: the figure's title.
     """
     plot = Plot(f"{title}: multiples of its data over workers, {' and '.join(sent)}")
     axes = plot.add_subplot()
-    for (name, values), (colour, line, width, marker) in zip(
-        sent.items(), RUN_STYLES, strict=False
-    ):
+    for (name, values), (colour, line, width, marker) in styled(sent, RUN_STYLES, "ways"):
         axes.plot(workers, values, line, color=colour, linewidth=width, marker=marker, label=name)
     label_axes(axes, title, "workers", "sent in one allreduce\n(multiples of one worker's data)")
     axes.set_xticks(workers)

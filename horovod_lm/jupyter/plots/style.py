@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,6 +19,8 @@ from matplotlib.ticker import MaxNLocator
 
 Rows = Sequence[Mapping[str, Any]]
 Runs = Mapping[str, Rows]
+Thing = TypeVar("Thing")
+Style = TypeVar("Style")
 
 BLUE, ORANGE, GREEN, PINK, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000"
 # How runs differ: colour, line style, line width, marker. Runs may lie exactly over each other, so
@@ -29,6 +31,8 @@ RUN_STYLES = (
     (GREEN, "-.", 1.5, "^"),
     (PINK, ":", 1.5, "D"),
 )
+# How bars differ: colour and hatching. Neighbours differ by lightness, too.
+BAR_STYLES = ((BLUE, ""), (ORANGE, "//"), (GREEN, ".."), (PINK, "xx"), (BLACK, ""))
 ALONE = (BLUE, "-", 1.6, "o")
 DOTS_PER_INCH = 110
 STEPS = "optimizer step"
@@ -68,14 +72,29 @@ class Plot(Figure):
 
 def styled_runs(runs: Runs) -> Iterator[tuple[tuple[str, Rows], tuple[str, str, float, str]]]:
     """Return each run, as (name, rows), with its style."""
-    if not 0 < len(runs) <= len(RUN_STYLES):
-        raise ValueError(f"a figure shows 1 to {len(RUN_STYLES)} runs, not {len(runs)}")
-    styles = [ALONE] if len(runs) == 1 else RUN_STYLES[: len(runs)]
-    return zip(runs.items(), styles, strict=True)
+    return styled(runs, [ALONE] if len(runs) == 1 else RUN_STYLES, "runs")
+
+
+def styled(
+    things: Mapping[str, Thing], styles: Sequence[Style], what: str
+) -> Iterator[tuple[tuple[str, Thing], Style]]:
+    """Return each thing, as (name, thing), with a style that no other has.
+
+    Args:
+        things: what a figure tells apart, by name.
+        styles: as many as it can tell apart.
+        what: the things are called, in the plural.
+
+    Raises:
+        ValueError: there are none, or more than styles.
+    """
+    if not 0 < len(things) <= len(styles):
+        raise ValueError(f"a figure shows 1 to {len(styles)} {what}, not {len(things)}")
+    return zip(things.items(), styles, strict=False)
 
 
 def label_axes(axes: Axes, title: str, x: str, y: str) -> None:
-    """Write a panel\'s title and its axes\' names with units, and take away what says nothing."""
+    """Write a panel's title and its axes' names with units, and take away what says nothing."""
     axes.set(title=title, xlabel=x, ylabel=y)
     if x == STEPS:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -84,6 +103,13 @@ def label_axes(axes: Axes, title: str, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Name the rows of a panel with horizontal bars, the first one on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+
+
 def name_runs(runs: Runs) -> str:
-    """Return the names of runs as a figure\'s text lists them."""
+    """Return the names of runs as a figure's text lists them."""
     return " and ".join(name or "one run" for name in runs)
