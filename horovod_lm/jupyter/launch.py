@@ -76,8 +76,7 @@ def launch(
     if not resume:
         run.set_aside_earlier_run()
         save_config(config, run.run_dir / "config.yaml")
-    call = _elastic_call if elastic else _call
-    return TrainingJob(run, call(config, run, np, resume, threads, env or {}))
+    return TrainingJob(run, _call(config, run, np, resume, elastic, threads, env or {}))
 
 
 class TrainingJob:
@@ -255,73 +254,59 @@ class TrainingJob:
         return self.run.log_dir / f"console-rank{rank or 0}.log"
 
 
-def _training(run: RunFolder, resume: bool) -> list[str]:
-    """Return the command of each rank of a run whose configuration stands in its folder."""
-    new = ["--config", str(run.run_dir / "config.yaml"), "--run-name", run.name]
-    what = ["--resume", str(run.run_dir)] if resume else new
-    return [sys.executable, "-m", "horovod_lm.train", *what]
-
-
-def _elastic_call(
-    config: Config,
-    run: RunFolder,
-    np: int | None,
-    resume: bool,
-    threads: int | None,
-    env: Mapping[str, str],
-) -> Call:
-    """Return the call of horovodrun for a run whose ranks may come and go, on this host."""
-    size = 2 if np is None else np
-    if size < 1:
-        raise ConfigError(f"np={size}: there must be at least one rank")
-    places = [f"{loopback_name(number)}:1" for number in range(size)]
-    hosts_file = write_hosts(run.run_dir / HOSTS_FILE, places)
-    return Call(
-        size=size,
-        hosts=None,
-        launcher=elastic_command([*_training(run, resume), "--elastic"], hosts_file),
-        command=[],
-        # The ranks share the cores anew whenever their number changes, unless told otherwise.
-        env={**({"OMP_NUM_THREADS": str(threads)} if threads else {}), **env},
-        what=f"run {run.name}",
-        elastic=True,
-        patience=COMMANDS_PATIENCE,
-        log_dir=str(run.log_dir),
-        cwd=str(config.project_root),
-    )
-
-
 def _call(
     config: Config,
     run: RunFolder,
     np: int | None,
     resume: bool,
+    elastic: bool,
     threads: int | None,
     env: Mapping[str, str],
 ) -> Call:
     """Return the call of horovodrun for a run whose configuration stands in its folder."""
-    hosts = {host.name: host.slots for host in config.distributed.hosts} or None
-    slots = sum(hosts.values()) if hosts else None
-    size = np if np is not None else slots or 2
-    if size < 1 or (slots is not None and slots != size):
-        raise ConfigError(f"np={size} does not fit the hosts' {slots or 'slots'}: leave np out")
-    command = _training(run, resume)
-    launcher = ["horovodrun", "-np", str(size)]
-    if hosts:  # then the whole call follows from the configuration
+    # Elastic ranks come and go on this host, each in a place of its own.
+    hosts = {} if elastic else {host.name: host.slots for host in config.distributed.hosts}
+    size = _size(np, sum(hosts.values()))
+    launcher, command = ["horovodrun", "-np", str(size)], _training(run, resume)
+    if elastic:
+        places = [f"{loopback_name(number)}:1" for number in range(size)]
+        hosts_file = write_hosts(run.run_dir / HOSTS_FILE, places)
+        launcher, command = elastic_command([*command, "--elastic"], hosts_file), []
+    elif hosts:  # then the whole call follows from the configuration
         check_names(config)
         hostfile = write_hostfile(config, run.run_dir / "hostfile")
         launcher, command = horovodrun_command(config, command, hostfile), []
-    given = config.distributed.threads_per_rank
-    threads = threads or (None if given == "auto" else given)
-    share = share_the_cores(max(hosts.values()) if hosts else size, threads)
+    if not elastic:
+        given = config.distributed.threads_per_rank
+        threads = threads or (None if given == "auto" else given)
+        threads = share_the_cores(max(hosts.values(), default=size), threads)
     return Call(
         size=size,
-        hosts=hosts,
+        hosts=hosts or None,
         launcher=launcher,
         command=command,
-        env={"OMP_NUM_THREADS": str(share), **env},
+        # Elastic ranks share the cores anew whenever their number changes, unless told otherwise.
+        env={**({"OMP_NUM_THREADS": str(threads)} if threads else {}), **env},
         what=f"run {run.name}",
+        elastic=elastic,
         patience=COMMANDS_PATIENCE,
         log_dir=str(run.log_dir),
         cwd=str(config.project_root),
     )
+
+
+def _size(np: int | None, slots: int) -> int:
+    """Return how many ranks to start: what is asked for, or as many as the hosts have slots."""
+    size = np if np is not None else slots or 2
+    if size < 1:
+        raise ConfigError(f"np={size}: there must be at least one rank")
+    if slots and slots != size:
+        raise ConfigError(f"np={size} does not fit the hosts' {slots} slots: leave np out")
+    return size
+
+
+def _training(run: RunFolder, resume: bool) -> list[str]:
+    """Return the command of each rank of a run whose configuration stands in its folder."""
+    new = ["--config", str(run.run_dir / "config.yaml"), "--run-name", run.name]
+    what = ["--resume", str(run.run_dir)] if resume else new
+    return [sys.executable, "-m", "horovod_lm.train", *what]

@@ -209,7 +209,12 @@ def test_ranks_end_when_the_supervisor_itself_is_killed(running):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"np": 0}, "np=0 "),
+        ({"np": 0}, "np=0: there must be at least one rank"),
+        ({"np": 0, "elastic": True}, "np=0: there must be at least one rank"),
+        (
+            {"np": 3, "overrides": {"distributed.hosts": [{"name": "localhost", "slots": 2}]}},
+            "np=3 does not fit the hosts' 2 slots",
+        ),
         ({"run_name": "nobody", "resume": True}, "there is no run 'nobody' to resume"),
         ({"run_name": "a/b"}, "the run name 'a/b' must be the name of a folder"),
         ({"overrides": {"training.epochs": 3}}, "training.epochs"),
