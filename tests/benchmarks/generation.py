@@ -10,15 +10,18 @@ busy one it leaves out the turns of others (but not their traffic on the memory 
 
 from __future__ import annotations
 
-import argparse
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from horovod_lm.models.gpt2 import from_gpt2
 from horovod_lm.models.layout import store_by_column
+from tests.benchmarks.options import parser_of
 
 SIZES = {
     "5M": {"vocab_size": 4096, "n_embd": 240, "n_layer": 6, "n_head": 6},
@@ -84,10 +87,8 @@ def compare(name: str, new_tokens: int, rounds: int, bytes_per_second: float) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser = parser_of(__doc__, SIZES, rounds=5)
     parser.add_argument("--new-tokens", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -12,7 +12,6 @@ which include the working out of every distribution, says what streaming itself 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -23,6 +22,7 @@ import nbformat
 from playwright.sync_api import sync_playwright
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.benchmarks.options import parser_of
 from tests.browser.conftest import CHROMIUM, FLAGS, Lab, Page
 
 SIZES = {
@@ -112,10 +112,8 @@ def measure(lab: Lab, browser, size: str, new_tokens: int, rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser = parser_of(__doc__, SIZES, rounds=9)
     parser.add_argument("--new-tokens", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         lab = Lab(Path(folder))

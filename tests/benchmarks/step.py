@@ -22,8 +22,12 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.benchmarks.options import parser_of
 
 SHAPES = {  # vocabulary, width, heads, layers, batch, length
     "5M": (4096, 240, 6, 6, 8, 256),
@@ -144,9 +148,7 @@ def memory(names: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = parser_of(__doc__, SHAPES, rounds=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--nanogpt", metavar="PATH", help="nanoGPT's model.py, to compare with too")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
