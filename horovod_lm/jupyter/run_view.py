@@ -19,6 +19,7 @@ from horovod_lm.jupyter.run_reader import RunReader
 from horovod_lm.utils.errors import ConfigError
 from horovod_lm.utils.metrics import PARTS_OF_A_STEP
 from horovod_lm.utils.progress import format_seconds
+from horovod_lm.utils.run_folder import read_sessions
 
 RECENT = 20  # steps that "now" is the mean of
 SECONDS_OF_SILENCE = 10  # after which a rank's silence is worth a word
@@ -99,11 +100,8 @@ class RunView:
     @property
     def is_of_this_host(self) -> bool:
         """Whether the run's processes are, or were, on this machine."""
-        try:
-            record = json.loads((self.run_dir / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return record.get("host") == platform.node()
+        sessions = read_sessions(self.run_dir)
+        return bool(sessions) and sessions[-1]["host"] == platform.node()
 
     def headline(self) -> str:
         """Step, loss, perplexity, speed and the time that is left, in a line."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,11 +63,13 @@ class RunFolder:
     def describe(self, config: Config, world_size: int) -> None:
         """Make the folder and write `config.yaml` and `run.json`: what was run, where, on what.
 
+        `run.json` tells of every session: each time that ranks began, went on with the run, or
+        went on in another number.
+
         Raises:
             ConfigError: the folder cannot be written.
         """
-        record = {
-            "name": self.name,
+        session = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": sys.argv,
             "host": platform.node(),
@@ -77,13 +81,28 @@ class RunFolder:
             "threads_per_rank": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         }
+        record = {"name": self.name, "sessions": [*read_sessions(self.run_dir), session]}
+        path = self.run_dir / "run.json"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             save_config(config, self.run_dir / "config.yaml")
-            (self.run_dir / "run.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+            temporary.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+            temporary.replace(path)  # a reader, or a death, finds the earlier sessions whole
         except OSError as error:
             raise ConfigError(
                 f"the run's folder {self.run_dir} cannot be written: {error.strerror}"
             ) from None
+
+
+def read_sessions(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Return what `run.json` tells of each session of a run, the first one first.
+
+    Empty where there is no such file, or it cannot be read.
+    """
+    try:
+        return json.loads((Path(run_dir) / "run.json").read_text(encoding="utf-8"))["sessions"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
 
 
 def default_run_name(prefix: str = "run") -> str:

@@ -15,7 +15,12 @@ import torch
 
 from horovod_lm.utils.config import Config, config_from_dict, load_config
 from horovod_lm.utils.errors import ConfigError
-from horovod_lm.utils.run_folder import RunFolder, default_run_name, newest_run
+from horovod_lm.utils.run_folder import (
+    RunFolder,
+    default_run_name,
+    newest_run,
+    read_sessions,
+)
 
 
 @pytest.fixture
@@ -41,8 +46,9 @@ def test_a_run_tells_what_was_run_where_and_with_which_versions(config, monkeypa
     monkeypatch.setattr(sys, "argv", ["train", "--config", "x.yaml"])
     run = described(config, "first")
     assert load_config(run.run_dir / "config.yaml").to_dict() == config.to_dict()
-    told = json.loads((run.run_dir / "run.json").read_text())
-    assert told["name"] == "first" and told["world_size"] == 2
+    record = json.loads((run.run_dir / "run.json").read_text())
+    [told] = record["sessions"]
+    assert record["name"] == "first" and told["world_size"] == 2
     assert told["command"] == ["train", "--config", "x.yaml"]
     assert told["host"] == platform.node() and told["python"] == platform.python_version()
     assert told["threads_per_rank"] == torch.get_num_threads()
@@ -58,8 +64,29 @@ def test_the_commit_is_told_where_there_is_one(config, tmp_path):
     for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "x"]):
         subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
     run = described(config, "first")
-    told = json.loads((run.run_dir / "run.json").read_text())["git_commit"]
+    [session] = read_sessions(run.run_dir)
+    told = session["git_commit"]
     assert len(told) == 40 and set(told) <= set("0123456789abcdef")
+
+
+def test_a_run_that_goes_on_keeps_what_its_earlier_sessions_told(config, monkeypatch):
+    calls = (["train", "--config", "x.yaml"], ["train", "--resume", "auto"])
+    run = RunFolder.of(config, "first")
+    run.run_dir.mkdir(parents=True)
+    for number, call in enumerate(calls, start=1):
+        monkeypatch.setattr(sys, "argv", call)
+        run.describe(config, world_size=number)
+    sessions = read_sessions(run.run_dir)
+    assert [one["command"] for one in sessions] == list(calls)
+    assert [one["world_size"] for one in sessions] == [1, 2]
+    assert sorted(path.name for path in run.run_dir.iterdir()) == ["config.yaml", "run.json"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"name": "a"}', "7"])
+def test_a_file_that_tells_nothing_of_sessions_has_none(tmp_path, text):
+    assert read_sessions(tmp_path) == []
+    (tmp_path / "run.json").write_text(text)
+    assert read_sessions(tmp_path) == []
 
 
 def test_an_earlier_run_is_set_aside_and_never_overwritten(config):
