@@ -11,9 +11,9 @@ again, and on one machine the first death would end the job. So on one machine e
 name of its own for it (`localhost`, `127.0.0.1`, `127.0.0.01`, ...), and horovodrun takes them for
 as many hosts. To let a worker join after one has died, add a name that was not used before.
 
-On several hosts, horovodrun logs in with ssh's own settings, and counts a rank among those of the
-next world for as long as its ssh lives. A host that loses power ends no connection: `~/.ssh/config`
-on the first host must let ssh ask (`ServerAliveInterval 2`, `ServerAliveCountMax 3`).
+On several hosts, horovodrun counts a rank among those of the next world for as long as its ssh
+lives. A host that loses power ends no connection: `~/.ssh/config` on the first host must let ssh
+ask (`ServerAliveInterval 2`, `ServerAliveCountMax 3`).
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ def elastic_command(
     np: int | None = None,
     timeout_seconds: int = 75,
     interface: str | None = None,
+    ssh_port: int | None = None,
+    ssh_identity_file: str | Path | None = None,
 ) -> list[str]:
     """Return horovodrun's call that starts `command` on ranks that may come and go.
 
@@ -92,6 +94,8 @@ def elastic_command(
             The job has ended when this time is over.
         interface: network interface for all traffic; None: the loopback's, if every host is a name
             of this machine as `loopback_name` gives it, else horovodrun's choice.
+        ssh_port: of the other hosts; None: as ssh itself is set up.
+        ssh_identity_file: the private key for them; None: as ssh itself is set up.
     """
     hosts = read_hosts(hosts_file)
     if interface is None and all(is_loopback(host) for host in hosts):
@@ -103,6 +107,11 @@ def elastic_command(
     call += ["--elastic-timeout", str(timeout_seconds)]
     if interface is not None:
         call += ["--network-interfaces", interface]
+    if ssh_port is not None:
+        call += ["--ssh-port", str(ssh_port)]
+    if ssh_identity_file is not None:
+        # horovodrun puts it into a line of shell as it stands.
+        call += ["--ssh-identity-file", shlex.quote(str(ssh_identity_file))]
     return [*call, *command]
 
 
@@ -130,12 +139,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="on this machine (default: 2)")
     parser.add_argument("--min-np", type=int, default=1, help="with fewer, save and end")
     parser.add_argument("--max-np", type=int, help="never start more")
+    parser.add_argument("--interface", help="the network interface that other hosts share")
+    parser.add_argument("--ssh-port", type=int, help="of other hosts")
+    parser.add_argument("--ssh-identity-file", help="the private key for other hosts")
     arguments = parser.parse_args(argv)
     if not Path(arguments.hosts_file).exists():
         names = [f"{loopback_name(number)}:1" for number in range(arguments.workers)]
         write_hosts(arguments.hosts_file, names)
     training = ["python", "-m", "horovod_lm.train", "--elastic", "--config", "configs/tiny.yaml"]
-    call = elastic_command(training, arguments.hosts_file, arguments.min_np, arguments.max_np)
+    call = elastic_command(
+        training,
+        arguments.hosts_file,
+        arguments.min_np,
+        arguments.max_np,
+        interface=arguments.interface,
+        ssh_port=arguments.ssh_port,
+        ssh_identity_file=arguments.ssh_identity_file,
+    )
     print(shlex.join(call))
     return 0
 

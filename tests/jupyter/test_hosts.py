@@ -18,7 +18,7 @@ import torch
 from horovod_lm.checkpoint import read_checkpoint
 from horovod_lm.jupyter import hosts as hosts_module
 from horovod_lm.jupyter.hosts import Hosts, kernel_can_delay, token_bucket, why_not_here
-from horovod_lm.jupyter.namespaces import INTERFACE
+from horovod_lm.jupyter.namespaces import INTERFACE, SSH_PORT
 from horovod_lm.utils.config import Config, load_config, save_config
 from horovod_lm.utils.errors import DistributedError
 from tests.elastic_runs import (
@@ -27,7 +27,6 @@ from tests.elastic_runs import (
     assert_nothing_was_lost,
     what_was_said,
 )
-from tests.test_job_files import log_in_as_clusters_do
 
 ROOT = Path(__file__).resolve().parents[2]
 WHY_NOT = why_not_here()
@@ -250,10 +249,10 @@ def test_a_stopped_job_saves_what_it_has_and_leaves_nothing_on_any_host(tiny_pro
 @pytest.mark.parametrize("count", [2, 3])
 def test_elastic_training_goes_on_without_a_host_that_loses_power(count, tiny_project, note_fault):
     with Hosts(count) as hosts:
-        log_in_as_clusters_do(hosts)
         run = ElasticRun(
             tiny_project, f"elastic-{count}-hosts", count,
             hosts=hosts.names, enter=hosts.enter(folder=tiny_project), interface=INTERFACE,
+            ssh_port=SSH_PORT, ssh_identity_file=hosts.folder / "key",
         )  # fmt: skip
         try:
             run.wait_for_step(12)

@@ -47,14 +47,24 @@ def test_the_call_fits_the_hosts(tmp_path, hosts, np, on_loopback):
     assert ("--network-interfaces" in options) == on_loopback
 
 
+def test_the_call_says_how_to_log_in_where_it_is_told(tmp_path):
+    hosts_file = write_hosts(tmp_path / "hosts", ["node0:1", "node1:1"])
+    key = tmp_path / "my key"
+    call = elastic_command(["true"], hosts_file, ssh_port=2222, ssh_identity_file=key)
+    assert call[-5:] == ["--ssh-port", "2222", "--ssh-identity-file", f"'{key}'", "true"]
+    assert not any(word.startswith("--ssh") for word in elastic_command(["true"], hosts_file))
+
+
 def test_the_printed_call_is_one_that_horovodrun_takes(tmp_path, capsys):
     hosts_file = tmp_path / "hosts"
-    assert main([str(hosts_file), "--workers", "3"]) == 0
+    options = ["--workers", "3", "--ssh-port", "2222", "--ssh-identity-file", "key"]
+    assert main([str(hosts_file), *options]) == 0
     call = shlex.split(capsys.readouterr().out)
     assert read_hosts(hosts_file) == {"localhost": 1, "127.0.0.1": 1, "127.0.0.01": 1}
     launch = pytest.importorskip("horovod.runner.launch")
-    parse = f"import sys; from {launch.__name__} import parse_args; print(parse_args().num_proc)"
+    parse = f"""from {launch.__name__} import parse_args; told = parse_args()
+print(told.num_proc, told.ssh_port, told.ssh_identity_file)"""
     run = subprocess.run(
         [sys.executable, "-c", parse, *call[1:]], capture_output=True, text=True, timeout=60
     )
-    assert run.stdout.strip() == "3", run.stderr
+    assert run.stdout.split() == ["3", "2222", "key"], run.stderr
