@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import torch
 
 from horovod_lm.evaluate import Evaluation, perplexity
 from horovod_lm.utils.config import Config
-from horovod_lm.utils.distributed import barrier
+from horovod_lm.utils.distributed import barrier, elastic_launcher, gather_objects
 from horovod_lm.utils.metrics import MetricsRecorder, StepTimer
 from horovod_lm.utils.progress import ProgressLine, format_seconds
 from horovod_lm.utils.run_folder import RunFolder
@@ -84,6 +87,9 @@ class RunReport:
                 progress.say(f"an earlier run of this name is now {shown(earlier)}")
             run.describe(config, world_size)
         barrier()  # Horovod: no rank may write into a folder that is about to be renamed
+        # Horovod: what horovodrun calls each rank's host; asked now, while all ranks are there.
+        host = os.environ.get("HOROVOD_HOSTNAME", platform.node())
+        self._hosts = gather_objects(host, name="hosts_of_ranks")
         self.recorder = MetricsRecorder(
             run.run_dir, run.log_dir, run.tensorboard_dir, rank, resume_step
         )
@@ -182,11 +188,9 @@ class RunReport:
 
     def interrupted(self, why: str, position: Position, saved: Path) -> None:
         """Say where training stands, what was saved, and how to go on."""
-        ranks = f"horovodrun -np {self.world_size} " if self.world_size > 1 else ""
         self.progress.say(f"{why} after step {position.global_step}; saved {shown(saved)}")
-        self.progress.say(
-            f"to go on: {ranks}python -m horovod_lm.train --resume {shown(self.run.run_dir)}"
-        )
+        call = call_to_go_on(self.config, self.run.run_dir, self._hosts, elastic_launcher())
+        self.progress.say(f"to go on: {call}")
 
     def close(self) -> None:
         """Finish the files."""
@@ -204,6 +208,28 @@ class RunReport:
             perplexity=perplexity(loss),
             **values,
         )
+
+
+def call_to_go_on(config: Config, run_dir: Path, hosts: Sequence[str], elastic: bool) -> str:
+    """Return what to type to go on with a run, on as many ranks and on the same hosts.
+
+    Args:
+        config: the run's.
+        run_dir: its folder.
+        hosts: the name of each rank's host, in the order of ranks.
+        elastic: whether ranks may come and go: then horovodrun's call is the user's own.
+    """
+    if elastic:
+        return f"start the same call again with --resume {shown(run_dir)}"
+    resume = f"python -m horovod_lm.train --resume {shown(run_dir)}"
+    slots = Counter(hosts)
+    if len(slots) == 1:
+        return f"horovodrun -np {len(hosts)} {resume}" if len(hosts) > 1 else resume
+    if config.distributed.hosts:  # then port, key and interface stand there, too
+        settings = shown(run_dir / "config.yaml")
+        return f"python -m horovod_lm.utils.cluster --config {settings} --run -- {resume}"
+    named = ",".join(f"{name}:{count}" for name, count in slots.items())
+    return f"horovodrun -np {len(hosts)} -H {named} {resume}"
 
 
 def shown(path: Path) -> str:

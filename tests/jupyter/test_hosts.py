@@ -244,6 +244,7 @@ def test_a_stopped_job_saves_what_it_has_and_leaves_nothing_on_any_host(tiny_pro
             assert time.monotonic() < deadline
             time.sleep(0.2)
     assert list((tiny_project / "runs" / "stopped" / "checkpoints").glob("*.pt")), said
+    assert "to go on: horovodrun -np 2 -H host0:1,host1:1 python -m horovod_lm.train" in said
 
 
 @pytest.mark.parametrize("count", [2, 3])
