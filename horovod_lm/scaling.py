@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -254,11 +254,6 @@ def breaking_point(
         return None
     # Each worker more makes the ring longer, and never faster: halving the range finds the first.
     return bisect.bisect_left(range(most + 1), True, lo=1, key=breaks)
-
-
-def with_batch(job: Job, factor: float) -> Job:
-    """The same job with `factor` times the samples per worker, taking as much longer."""
-    return replace(job, seconds_per_step=job.seconds_per_step * factor)
 
 
 def flops_per_token(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -20,7 +21,6 @@ from horovod_lm.scaling import (
     relative_errors,
     smallest_batch,
     step,
-    with_batch,
 )
 
 LATENCIES = st.floats(1e-7, 1e-2)
@@ -90,6 +90,11 @@ def test_a_step_is_never_faster_than_its_parts(workers, latency, bandwidth, over
     assert found.seconds >= max(seconds, found.communication * (1 - 1e-12)) - 1e-12
     assert found.seconds <= seconds + found.communication + 1e-12
     assert 0 < found.efficiency <= 1
+
+
+def with_batch(job: Job, factor: float) -> Job:
+    """Return the job with `factor` times the samples per worker, taking as much longer."""
+    return replace(job, seconds_per_step=job.seconds_per_step * factor)
 
 
 @given(LATENCIES, BANDWIDTHS, st.floats(0, 1))

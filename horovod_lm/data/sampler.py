@@ -69,11 +69,6 @@ class ShardedBatchSampler(Sampler[list[int]]):
         """Optimizer steps that iterating will give: fewer than an epoch's after `set_start`."""
         return -(-(self.num_samples - self.start) // self.samples_per_step)
 
-    def samples_in_step(self, step: int) -> int:
-        """Return how many samples all ranks see in step `step`, counted from the start."""
-        left = self.num_samples - self.start - step * self.samples_per_step
-        return max(0, min(self.samples_per_step, left))
-
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's permutation, from its first sample on."""
         self.epoch, self.start = epoch, 0

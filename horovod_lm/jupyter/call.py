@@ -49,6 +49,7 @@ class Call:
         timeout: seconds; 0: without end.
         patience: seconds that ranks have to end by themselves.
         log_dir: where the ranks' output is kept, if anywhere.
+        cwd: the folder that it is started in.
     """
 
     size: int

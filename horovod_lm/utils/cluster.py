@@ -24,7 +24,8 @@ from horovod_lm.utils.config import Config, HostConfig, load_config
 from horovod_lm.utils.errors import ConfigError
 
 DEFAULT_HOSTFILE = "runs/hostfile"
-FORWARDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")  # horovodrun forwards all
+# What our own ssh takes along to another host; horovodrun takes the whole environment.
+FORWARDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 # Variables that horovodrun keeps from other hosts (horovod/runner/common/util/env.py).
 _NOT_PASSED_ON = re.compile("BASH_FUNC_.*|OLDPWD|.*CUDA_VISIBLE_DEVICES|_HOROVOD_SECRET_KEY")
 

@@ -38,20 +38,13 @@ def _horovod() -> Any | None:
     """Return `horovod.torch`, or None where it is not installed or does not load."""
     try:
         import horovod.torch as hvd
-    except (
-        Exception
-    ) as error:  # a Horovod built for another torch fails with OSError, not ImportError
+    except Exception as error:  # one built for another torch fails with OSError, not ImportError
         if not isinstance(error, ModuleNotFoundError):
             _say_once(
                 f"Horovod is installed but does not load ({_first_line(error)}): {_HOW_TO_INSTALL}"
             )
         return None
     return hvd
-
-
-def horovod_is_installed() -> bool:
-    """Return whether Horovod can be imported for the torch that is installed."""
-    return _horovod() is not None
 
 
 def is_distributed() -> bool:

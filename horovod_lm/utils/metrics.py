@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = (
-    "phase",  # train, validation or stories
+    "phase",  # train or validation
     "epoch",
     "step",  # optimizer steps since the start of the run
     "tokens",  # tokens predicted since the start of the run, by all ranks
@@ -60,17 +60,16 @@ class MetricsRecorder:
             self._table = _open_table(run_dir / "metrics.csv", resume_step)
             self._events = _open_events(tensorboard_dir, resume_step)
 
-    def record(self, phase: str, *, everywhere: bool = False, **values: Any) -> None:
+    def record(self, phase: str, **values: Any) -> None:
         """Record one measurement.
 
         Args:
-            phase: `train`, `validation` or `stories`.
-            everywhere: write it to this rank's JSON lines only.
+            phase: `train` or `validation`.
             **values: some of `COLUMNS`; others go to the JSON lines alone.
         """
         row = {"phase": phase, **values}
         self.event("metrics", **row)
-        if self._table is None or everywhere:
+        if self._table is None:
             return
         writer = csv.DictWriter(self._table, COLUMNS, extrasaction="ignore", restval="")
         writer.writerow(row)

@@ -46,7 +46,6 @@ assert (d.get_rank(), d.get_world_size(), d.get_local_rank(), d.get_local_size()
 assert d.is_main_process() and not d.is_distributed() and done == [1]
 assert d.metric_average(2.5, name="c") == d.metric_average(torch.tensor(2.5), "d") == 2.5
 assert d.broadcast_object([1], "e") == [1] and d.gather_objects("x", "f") == ["x"]
-assert d.horovod_is_installed() is {installed}
 assert d.setup_horovod(require_distributed=False)[:3] == (1, 0, 0)
 assert d.setup_horovod(False)[:3] == (1, 0, 0)
 assert not d.is_distributed()
@@ -79,7 +78,7 @@ def run_python(tmp_path):
 def test_every_helper_works_before_init(run_python):
     # Fault 4: Horovod before init raises ValueError, not ImportError, at every question.
     pytest.importorskip("horovod.torch")
-    done = run_python("import horovod.torch\n" + HELPERS.format(installed=True))
+    done = run_python("import horovod.torch\n" + HELPERS)
     assert (done.returncode, done.stdout, done.stderr) == (0, "all well\n", "")
 
 
@@ -93,7 +92,7 @@ def test_every_helper_works_before_init(run_python):
     ],
 )  # fmt: skip
 def test_every_helper_works_without_horovod_and_says_so_once(run_python, horovod, says):
-    done = run_python(HELPERS.format(installed=False), horovod)
+    done = run_python(HELPERS, horovod)
     assert (done.returncode, done.stdout) == (0, "all well\n"), done.stderr
     assert done.stderr.splitlines() == says
 

@@ -133,13 +133,6 @@ def test_other_ranks_write_their_own_lines_and_nothing_else(tmp_path, open_recor
     assert all(line["rank"] == 1 and line["time"] > 0 for line in lines(tmp_path, 1))
 
 
-def test_what_every_rank_records_for_itself_stays_out_of_the_table(tmp_path, open_recorder):
-    recorder = open_recorder()
-    recorder.record("train", everywhere=True, step=1, loss=1.0)
-    recorder.close()
-    assert read_metrics(tmp_path) == [] and len(lines(tmp_path)) == 1
-
-
 def test_tensorboard_shows_the_same_numbers(tmp_path, open_recorder):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     recorder = open_recorder()
