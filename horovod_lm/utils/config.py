@@ -1,4 +1,4 @@
-"""YAML to typed, frozen settings, and back.
+"""Typed, frozen settings, read from YAML and written to it.
 
 One class per section of a configuration file. Every field states its meaning, unit and default
 here; the files under `configs/` repeat the meaning beside each key that they set.
@@ -9,8 +9,6 @@ same file works from the root and from `notebooks/`.
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticSerializationError
 
 from horovod_lm.utils.config_errors import describe, sentence
+from horovod_lm.utils.config_text import apply_overrides, one_line, read_yaml, write_yaml
 from horovod_lm.utils.errors import ConfigError
 
 RUN_NAME = "${run_name}"
@@ -311,7 +310,7 @@ class Config(Section):
     def with_overrides(self, overrides: Iterable[str] | Mapping[str, Any]) -> Config:
         """Return a copy with some settings changed; `load_config` says what `overrides` may be."""
         return config_from_dict(
-            _apply_overrides(self.to_dict(), overrides), self.project_root, "the configuration"
+            apply_overrides(self.to_dict(), overrides), self.project_root, "the configuration"
         )
 
 
@@ -350,11 +349,11 @@ def load_config(
     """
     file = _find_file(path)
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+        content = read_yaml(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from None
+        raise ConfigError(f"{path} is not valid YAML: {one_line(error)}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read: {_one_line(error)}") from None
+        raise ConfigError(f"{path} cannot be read: {one_line(error)}") from None
     if content is None:
         content = {}
     if not isinstance(content, dict):
@@ -365,7 +364,7 @@ def load_config(
     root = next(
         (parent for parent in folder.parents if (parent / "configs").is_dir()), folder.parent
     )
-    return config_from_dict(_apply_overrides(content, overrides or {}), root, str(path))
+    return config_from_dict(apply_overrides(content, overrides or {}), root, str(path))
 
 
 def config_from_dict(
@@ -405,42 +404,8 @@ def save_config(config: Config, path: str | Path) -> Path:
     """Write `config` as YAML; `load_config` gives an equal one back. Return the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        yaml.dump(config.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True),
-        encoding="utf-8",
-    )
+    path.write_text(write_yaml(config.to_dict()), encoding="utf-8")
     return path
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `3e-4` as text and keeps the last of two equal keys; this one does neither."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for number, (key, _) in enumerate(node.value):
-            if keys[number] in keys[:number]:
-                line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"the key {keys[number]!r} stands there twice (line {line})")
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """PyYAML writes Unicode's line breaks raw and reads them as spaces; this escapes them."""
-
-    def represent_text(self, text: str) -> yaml.ScalarNode:
-        breaks = any(character in text for character in "\x85\u2028\u2029")
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if breaks else None)
-
-
-_Dumper.add_representer(str, _Dumper.represent_text)
-_Loader.yaml_implicit_resolvers = copy.deepcopy(yaml.SafeLoader.yaml_implicit_resolvers)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-# What the loader takes for a number, the dumper must write in quotes when it is a text.
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def _valid_keys() -> list[str]:
@@ -464,7 +429,7 @@ def _absolute(path: str | Path, root: Path) -> Path:
     try:
         return (root / Path(path).expanduser()).resolve()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, ~nobody
-        raise ConfigError(f"{describe(str(path))} cannot be a path: {_one_line(error)}") from None
+        raise ConfigError(f"{describe(str(path))} cannot be a path: {one_line(error)}") from None
 
 
 def _find_file(path: str | Path) -> Path:
@@ -472,7 +437,7 @@ def _find_file(path: str | Path) -> Path:
         given = Path(path).expanduser()
         candidates = [file for file in (given, find_project_root() / given) if file.is_file()]
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{describe(str(path))} cannot be a path: {_one_line(error)}") from None
+        raise ConfigError(f"{describe(str(path))} cannot be a path: {one_line(error)}") from None
     if candidates:
         return candidates[0]
     folder = given.parent if given.parent.is_dir() else find_project_root() / given.parent
@@ -483,48 +448,3 @@ def _find_file(path: str | Path) -> Path:
     )
     hint = f"; there are {', '.join(names)}" if names else ""
     raise ConfigError(f"there is no configuration file {path}{hint}")
-
-
-def _apply_overrides(
-    content: Mapping[str, Any], overrides: Iterable[str] | Mapping[str, Any]
-) -> dict[str, Any]:
-    result = copy.deepcopy(dict(content))
-    if isinstance(overrides, str):
-        overrides = [overrides]
-    items = overrides.items() if isinstance(overrides, Mapping) else map(_parse_override, overrides)
-    for key, value in items:
-        _set(result, str(key).split("."), value)
-    return result
-
-
-def _parse_override(text: str) -> tuple[str, Any]:
-    key, equals, value = str(text).partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(
-            f"--set takes KEY=VALUE, for example training.learning_rate=1e-3, not {text!r}"
-        )
-    try:
-        return key.strip(), yaml.load(value, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"--set {key.strip()}: the value {value!r} cannot be read: {_one_line(error)}"
-        ) from None
-
-
-def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        below = content.get(key)
-        content[key] = below = dict(below) if isinstance(below, Mapping) else {}
-        content = below
-    last = keys[-1]
-    if isinstance(value, Mapping):
-        below = content.get(last)
-        content[last] = dict(below) if isinstance(below, Mapping) else {}
-        for key, inner in value.items():
-            _set(content[last], str(key).split("."), inner)
-    else:
-        content[last] = value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
