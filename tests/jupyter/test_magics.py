@@ -335,11 +335,11 @@ def test_twenty_cells_in_a_row_leave_nothing(run, tmp_path, monkeypatch):
 def test_elastic_ranks_go_on_when_one_of_them_dies(kernel, tiny_project):
     train = (
         "python -m horovod_lm.train --elastic --config configs/tiny.yaml --run-name elastic_cell"
-        " --set training.max_steps=1500 --set training.num_epochs=1000"
+        " --set training.max_steps=400 --set training.num_epochs=1000"
         " --set training.commit_interval=5 --set distributed.gloo_timeout_seconds=8"
     )
     kernel.start(f"%horovodrun --elastic runs/places -np 2 {train}")
-    kernel.read(lambda: "step 5/1500" in kernel.text, 90)
+    kernel.read(lambda: "step 5/400" in kernel.text, 90)
     ranks = {
         process.environ()["HOROVOD_RANK"]: process
         for process in reversed(psutil.Process(kernel.pid).children(recursive=True))
@@ -348,5 +348,5 @@ def test_elastic_ranks_go_on_when_one_of_them_dies(kernel, tiny_project):
     ranks["1"].kill()
     kernel.read(lambda: False, 150)
     assert kernel.error is None
-    assert "a rank was lost: 2 -> 1 ranks" in kernel.text and "1500 steps" in kernel.text
+    assert "a rank was lost: 2 -> 1 ranks" in kernel.text and "400 steps" in kernel.text
     assert (tiny_project / "runs" / "places").read_text() == "localhost:1\n127.0.0.1:1\n"
