@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 HOROVOD_OPTIONS ?=
+JOBS ?= 1
 
 # A relative VENV is meant from this folder, also when make is called from another one.
 override VENV := $(abspath $(VENV))
@@ -15,7 +16,7 @@ help:  ## list the commands
 	@echo "make COMMAND, one of:"
 	@sed -n 's/^\([a-z]*\):.*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 	@echo "Options: VENV=PATH (an environment, for example \$$VIRTUAL_ENV or \$$CONDA_PREFIX; default .venv),"
-	@echo "PYTHON=python3.12, TORCH_INDEX_URL=URL (where torch's CPU build is), HOROVOD_OPTIONS=--mpi"
+	@echo "JOBS=2 (tests at a time), PYTHON=python3.12, TORCH_INDEX_URL=URL (where torch's CPU build is), HOROVOD_OPTIONS=--mpi"
 
 setup:  ## make the environment: torch, this package, Horovod built for it
 	@$(PYTHON) horovod_lm/installation/bootstrap.py --venv "$(VENV)" --horovod-options="$(HOROVOD_OPTIONS)"
@@ -33,7 +34,7 @@ notebooks: setup  ## execute every notebook and store its outputs
 
 test: setup  ## run every test
 	@$(RUN) -m ruff check .
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadgroup)
 
 doctor: setup  ## say what works on this machine, and how to mend what does not
 	@$(RUN) -m horovod_lm.doctor

@@ -97,7 +97,7 @@ class Command:
                 self.kill()
                 pytest.fail(f"it did not come so far:\n{self.output()[-4000:]}")
             self.family()
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def left_behind(self, patience: float = 10) -> list[int]:
         """Process ids of the family that still live after `patience` seconds."""
@@ -169,25 +169,47 @@ def train(start):
 
 # ---- the table of faults -------------------------------------------------------------------------
 
-FAULTS = pytest.StashKey[list[tuple[str, float, str]]]()
+FAULT = "fault"
 
 
 @pytest.fixture
-def note_fault(request):
+def note_fault(record_property):
     """Note a fault that a test has made: seconds until it was known, and what was said of it."""
 
     def note(seconds: float, said: object) -> None:
-        rows = request.config.stash.setdefault(FAULTS, [])
-        rows.append((request.node.nodeid.partition("::")[2], seconds, str(said)))
+        record_property(FAULT, (seconds, str(said)))
 
     return note
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter):
     """Show what the faults of this session came to; the tests hold that no process was left."""
-    rows = config.stash.get(FAULTS, [])
+    ended = [
+        one for outcome in ("passed", "failed") for one in terminalreporter.getreports(outcome)
+    ]
+    rows = [
+        (report.nodeid.partition("::")[2], *value)
+        for report in ended
+        for name, value in report.user_properties
+        if name == FAULT and report.when == "call"
+    ]
     if rows:
         terminalreporter.section("faults: seconds until known, test, what was said")
     for name, seconds, said in rows:
-        first = said.strip().splitlines()[-1] if said.strip() else ""
-        terminalreporter.write_line(f"{seconds:6.1f}  {name}: {first}")
+        last = said.strip().splitlines()[-1] if said.strip() else ""
+        terminalreporter.write_line(f"{seconds:6.1f}  {name}: {last}")
+
+
+# ---- several workers -----------------------------------------------------------------------------
+
+# Only one worker makes hosts of network namespaces at a time: each test sees that none are left.
+MAKE_HOSTS = ("test_hosts", "test_cluster_hosts", "test_doctor_hosts", "test_job_files",
+              "test_hosts_page")  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """With `-n 2 --dist loadgroup`, keep each file's tests together: they share what they made."""
+    for item in items:
+        makes_hosts = item.path.stem in MAKE_HOSTS or "09_beyond_one_machine" in item.name
+        item.add_marker(pytest.mark.xdist_group("hosts" if makes_hosts else str(item.path)))
