@@ -1,4 +1,7 @@
-"""Run by horovodrun: train every case of a JSON file, one after the other, on these ranks."""
+"""Run by horovodrun: train every case of a JSON file, one after the other, on these ranks.
+
+A case is the run's settings; what stands under `resume` is the checkpoint that it goes on from.
+"""
 
 import json
 import sys
@@ -9,6 +12,7 @@ from horovod_lm.utils.distributed import setup_horovod, shutdown
 
 world_size, rank, local_rank, _ = setup_horovod()
 for name, overrides in json.load(open(sys.argv[2])).items():
+    checkpoint = overrides.pop("resume", None)
     config = load_config(sys.argv[1], overrides)
-    run_distributed_training(config, rank, world_size, local_rank, run_name=name)
+    run_distributed_training(config, rank, world_size, local_rank, checkpoint, name)
 shutdown()

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -64,14 +65,13 @@ def steps_done(run_dir: Path) -> int:
 def uninterrupted(tiny_project, start_for_module):
     """Runs that nothing interrupts, each made when it is first asked for."""
 
-    def run(ranks: int, *settings: str) -> Path:
-        name = "-".join(["whole", str(ranks), *(re.sub(r"\W", "", part) for part in settings)])
-        folder = tiny_project / "runs" / name
-        if not folder.exists():
-            arguments = ["-m", "horovod_lm.train", *RUN, "--run-name", name, *settings]
-            finished = start_for_module(arguments, ranks).wait(180)
-            assert finished.code == 0, finished.output[-4000:]
-        return folder
+    @cache
+    def run(ranks: int) -> Path:
+        name = f"whole-{ranks}"
+        arguments = ["-m", "horovod_lm.train", *RUN, "--run-name", name]
+        finished = start_for_module(arguments, ranks).wait(180)
+        assert finished.code == 0, finished.output[-4000:]
+        return tiny_project / "runs" / name
 
     return run
 
@@ -96,30 +96,63 @@ def test_killed_in_an_epoch_and_resumed_is_bit_equal(
     assert_same_run(uninterrupted(ranks), folder)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "settings", "tolerance"),
-    [
-        (3, ("--set", "distributed.reduction_groups=1"), 0.0),
-        (4, ("--set", "distributed.reduction_groups=1"), 0.0),
+# ranks -> name: (settings, largest difference allowed)
+MORE_RANKS = {
+    3: {
+        "groups": ({"distributed.reduction_groups": 1}, 0.0),
         # Without groups the ring's order of summation follows the timing. AdamW in float32 is not
         # here: it divides by the size of the gradient, and the keys' biases have none but rounding.
-        (3, ("--set", "training.optimizer=sgd"), 1e-6),
-        (3, ("--set", "training.dtype=float64"), 1e-6),
-    ],
+        "sgd": ({"training.optimizer": "sgd"}, 1e-6),
+        "float64": ({"training.dtype": "float64"}, 1e-6),
+    },
+    4: {"groups": ({"distributed.reduction_groups": 1}, 0.0)},
+}
+
+
+@pytest.fixture(scope="module")
+def resumed(tiny_project, start_for_module, request):
+    """Train every case on so many ranks in one launch, and resume each near its end in another."""
+
+    def train_cases(ranks: int, cases: dict[str, dict]) -> str:
+        (tiny_project / "cases.json").write_text(json.dumps(cases))
+        script = request.path.with_name("ranks_train_cases.py")
+        arguments = [str(script), "configs/tiny.yaml", "cases.json"]
+        finished = start_for_module(arguments, ranks).wait(240)
+        assert finished.code == 0, finished.output[-4000:]
+        return finished.output
+
+    @cache
+    def run(ranks: int) -> Path:
+        few = {"training.max_steps": FEW_STEPS, "training.num_epochs": 20,
+               "training.eval_interval": 50}  # fmt: skip
+        cases = {
+            f"{name}-on-{ranks}": {**few, **settings}
+            for name, (settings, _) in MORE_RANKS[ranks].items()
+        }
+        train_cases(ranks, cases)
+        again = {}
+        for name, settings in cases.items():
+            folder = tiny_project / "runs" / f"{name}-again"
+            shutil.copytree(folder.with_name(name), folder)
+            [checkpoint] = folder.glob(f"checkpoints/*_step{FEW_STEPS - 10}.pt")
+            for later in set(folder.glob("checkpoints/*.pt")) - {checkpoint}:
+                later.unlink()
+            again[folder.name] = {**settings, "resume": str(checkpoint)}
+        output = train_cases(ranks, again)
+        assert output.count(f"going on at step {FEW_STEPS - 10} of {FEW_STEPS}") == len(cases)
+        return tiny_project / "runs"
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("ranks", "case"), [(ranks, case) for ranks, cases in MORE_RANKS.items() for case in cases]
 )
-def test_more_ranks_resume_bit_equal_with_fixed_groups_and_nearly_without(
-    tiny_project, train, uninterrupted, ranks, settings, tolerance
-):
-    whole = uninterrupted(ranks, *settings, "--set", f"training.max_steps={FEW_STEPS}")
-    name = f"{whole.name}-again"
-    again = tiny_project / "runs" / name
-    shutil.copytree(whole, again)
-    for path in again.glob("checkpoints/*.pt"):
-        if not path.name.endswith(f"_step{FEW_STEPS - 10}.pt"):
-            path.unlink()
-    resumed = train("--resume", f"runs/{name}", ranks=ranks)
-    assert f"going on at step {FEW_STEPS - 10} of {FEW_STEPS}" in resumed.output
-    assert_same_run(whole, again, tolerance, FEW_STEPS)
+def test_more_ranks_resume_bit_equal_with_fixed_groups_and_nearly_without(resumed, ranks, case):
+    _, tolerance = MORE_RANKS[ranks][case]
+    name = f"{case}-on-{ranks}"
+    runs = resumed(ranks)
+    assert_same_run(runs / name, runs / f"{name}-again", tolerance, FEW_STEPS)
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
