@@ -14,6 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+# Threads that spin while they wait for one another take the cores that ranks and kernels need: on a
+# busy machine small products then take fifty times as long. The numbers are the same. OpenMP reads
+# this when torch is loaded, here and in every process that a test starts.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 ROOT = Path(__file__).resolve().parent.parent
 # Jobs of several hosts start `python` and `horovodrun` by name, also when no environment is active.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
