@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_lm.jupyter import rank_cell
+from horovod_lm.utils.endings import end_at_once
 
 CONNECTION = "security/ipcontroller-engine.json"  # in the profile's folder
 SECONDS_TO_BE_CALLED = 60.0
@@ -219,6 +220,7 @@ def main(arguments: list[str]) -> None:
     global _token
     _token = arguments[0]
     _end_with_the_parent()
+    end_at_once()
     # Imported while the controller starts, so that the first cell need not wait for it.
     import horovod.torch  # noqa: F401
     from ipyparallel.engine.app import IPEngine

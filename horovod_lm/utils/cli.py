@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from horovod_lm.utils.endings import end_at_once
 from horovod_lm.utils.errors import LostRankError, UserError
 
 EXIT_USER_ERROR = 2
@@ -41,6 +42,7 @@ def run_cli(
     main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
 ) -> None:
     """Run `main(argv)` and exit: 0 when all went well, 2 with a sentence on a user's error."""
+    end_at_once()
     try:
         sys.exit(main(argv) or 0)
     except UserError as error:
