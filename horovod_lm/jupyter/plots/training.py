@@ -101,6 +101,8 @@ def plot_progress(rows: Rows, name: str, entropy: float | None = None) -> Plot:
     levels = {"exact entropy of the stories": entropy} if entropy is not None else None
     draw_loss(loss, {name: rows}, name, levels)
     _draw_rate_and_speed(rate, speed, {name: rows})
+    for axes in (rate, speed):
+        axes.locator_params(axis="x", nbins=4)  # these panels are narrow
     return plot
 
 
