@@ -144,6 +144,7 @@ class Dashboard(widgets.VBox):
         live = True
         while live:
             await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+            self._presence.ask()
             with self.message.errors_shown():
                 live = self.is_live  # asked first: the last look is at a run that has ended
                 self.look()

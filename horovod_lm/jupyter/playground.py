@@ -177,6 +177,7 @@ class Playground(widgets.VBox):
                     started = time.perf_counter()
                     if started > due:
                         self.view.show(continuation, self._number)
+                        self.view.ask()
                         took = time.perf_counter() - started
                         due = started + max(SECONDS_BETWEEN_SHOWINGS, SHOWING_SHARE * took)
                     await asyncio.sleep(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import html
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import contextmanager
 from importlib.resources import files
@@ -15,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import anywidget
 import ipywidgets as widgets
+import traitlets
 
 if TYPE_CHECKING:
     from horovod_lm.jupyter.plots import Plot
 
+SECONDS_BETWEEN_QUESTIONS, SECONDS_TO_ANSWER = 5.0, 20.0
 WRAPPED = {"flex_flow": "row wrap", "align_items": "center"}  # a row that fits a narrow page
 
 
@@ -57,12 +60,16 @@ def with_still(bundle: dict[str, Any], still: Plot) -> dict[str, Any]:
 class Presence(anywidget.AnyWidget):
     """Knows whether a page shows it, and with it the widget that it is a part of.
 
+    A page says when it begins and ends to show it, but who closes a tab or a browser says nothing:
+    what works in the background asks now and then whether somebody is still there.
+
     Args:
         on_closed: called when the last place that showed it is gone.
         on_opened: called when a place shows it and none did.
     """
 
     _esm = frontend("presence.js")
+    question = traitlets.Int(0, help="a page answers each new one").tag(sync=True)
 
     def __init__(
         self, on_closed: Callable[[], None], on_opened: Callable[[], None] = lambda: None
@@ -70,14 +77,35 @@ class Presence(anywidget.AnyWidget):
         super().__init__()
         self._on_opened, self._on_closed = on_opened, on_closed
         self._views = 0
+        self._asked_at = 0.0
+        self._unanswered_since: float | None = None
         self.on_msg(self._heard)
 
+    def ask(self) -> None:
+        """Ask a page that has shown it, if it is time; where no answer comes, it is gone.
+
+        To be called often.
+        """
+        now = time.monotonic()
+        if not self._views or now - self._asked_at < SECONDS_BETWEEN_QUESTIONS:
+            return
+        if self._unanswered_since is None:
+            self._unanswered_since = now
+        if now - self._unanswered_since > SECONDS_TO_ANSWER:
+            self._views = 0
+            self._on_closed()
+            return
+        self._asked_at = now
+        self.question += 1
+
     def _heard(self, _: Any, content: dict[str, Any], buffers: Any) -> None:
-        if content.get("kind") == "opened":
+        self._unanswered_since = None
+        is_back = content.get("kind") == "here" and not self._views  # after a lost connection
+        if content.get("kind") == "opened" or is_back:
             self._views += 1
             if self._views == 1:
                 self._on_opened()
-        elif content.get("kind") == "closed":
+        elif content.get("kind") == "closed" and self._views:
             self._views -= 1
             if self._views == 0:
                 self._on_closed()

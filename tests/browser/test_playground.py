@@ -163,7 +163,7 @@ def test_closing_the_notebook_s_tab_ends_its_text_and_the_kernel_stays(page):
         ".then(() => app.commands.execute('application:close')); }"
     )
     page.page.wait_for_selector(".jp-NotebookPanel", state="detached")
-    wait_until(lambda: page.ask_kernel("print(play.is_writing)") == "False", 20, "the text's end")
+    wait_until(lambda: page.ask_kernel("print(play.is_writing)") == "False", 60, "the text's end")
 
 
 def test_an_error_in_a_callback_is_visible(page):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from horovod_lm.jupyter import widget_parts
 from horovod_lm.jupyter.dashboard import Dashboard, rank_table
 from horovod_lm.jupyter.launch import launch
 from horovod_lm.jupyter.run_view import RunView, entropy_per_token, open_run
@@ -166,6 +167,26 @@ def test_an_error_inside_is_shown_and_not_lost(past_run, monkeypatch):
         error = "<b role='alert'>RuntimeError: the disk is &lt;gone&gt;</b>"
         await seen(lambda: dashboard.message.value == error, 10)
         assert dashboard.is_watching  # the next look may succeed
+        dashboard.close()
+
+    asyncio.run(watch())
+
+
+def test_a_page_that_does_not_answer_is_gone_until_it_answers(past_run, monkeypatch):
+    monkeypatch.setattr(widget_parts, "SECONDS_BETWEEN_QUESTIONS", 0.0)
+    monkeypatch.setattr(widget_parts, "SECONDS_TO_ANSWER", 2.0)
+
+    async def watch() -> None:
+        monkeypatch.setattr(Dashboard, "is_live", True)
+        dashboard = Dashboard(past_run)
+        hear(dashboard, "opened")
+        for _ in range(3):
+            await asyncio.sleep(1)
+            hear(dashboard, "here")
+        assert dashboard.is_watching and dashboard._presence.question > 1
+        await seen(lambda: not dashboard.is_watching, 10)
+        hear(dashboard, "here")  # the connection was lost, and is back
+        assert dashboard.is_watching
         dashboard.close()
 
     asyncio.run(watch())

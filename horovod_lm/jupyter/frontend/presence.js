@@ -2,8 +2,13 @@
 
 function render({ model, el }) {
   el.hidden = true;
+  const answer = () => model.send({ kind: "here" });
+  model.on("change:question", answer);
   model.send({ kind: "opened" });
-  return () => model.send({ kind: "closed" });
+  return () => {
+    model.off("change:question", answer);
+    model.send({ kind: "closed" });
+  };
 }
 
 export default { render };
