@@ -57,8 +57,8 @@ def measure(page: Page, updates: int, rounds: int) -> None:
     """Print the shares of every round and their medians."""
     page.run_cell(0)
     page.ask_kernel("job.status")  # when the first cell has ended
-    folder = page.lab.folder / "runs" / "watched" / "logs" / "rank0.jsonl"
-    while not folder.exists() or folder.stat().st_size < 10_000:
+    log = page.lab.folder / "runs" / "watched" / "logs" / "rank0.jsonl"
+    while not log.exists() or log.stat().st_size < 10_000:
         time.sleep(0.2)
     alone, watched, frames, steps = [], [], [], []
     for _ in range(rounds):
