@@ -18,7 +18,7 @@ import traitlets
 
 from horovod_lm.jupyter.attention_map import AttentionMap, read_attention, thumbnails
 from horovod_lm.jupyter.plots import Plot, plot_all_heads, plot_attention
-from horovod_lm.jupyter.widget_parts import Message, frontend, labelled
+from horovod_lm.jupyter.widget_parts import WRAPPED, Message, button, frontend, labelled
 
 if TYPE_CHECKING:
     from horovod_lm.data.tokenizers import Tokenizer
@@ -96,15 +96,14 @@ class AttentionExplorer(widgets.VBox):
         self.sentence = labelled(
             widgets.Textarea, "Sentence", value=sentence, rows=2, layout={"width": "auto"}
         )
-        self.read = widgets.Button(
-            description="Show", icon="eye", tooltip="read the sentence, and show where heads look"
+        self.read = button(
+            self.message, "Show", "eye", "read the sentence, and show where heads look", self.start
         )
-        self.read.on_click(self.message.guarded(lambda _: self.start()))
         self.attention = read_attention(model, tokenizer, sentence)
         self.layer = self._chooser("Layer", self.attention.n_layers)
         self.head = self._chooser("Head", self.attention.n_heads)
         self.view = AttentionView(on_head=self.message.guarded(self.choose))
-        row = widgets.HBox([self.read, self.layer, self.head], layout={"flex_flow": "row wrap"})
+        row = widgets.HBox([self.read, self.layer, self.head], layout=WRAPPED)
         super().__init__([self.sentence, row, self.message, self.view])
         self._show()
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import asyncio
 import html
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
-from horovod_lm.jupyter.plots import Plot, draw_loss
+from horovod_lm.jupyter.plots import Plot, plot_progress
 from horovod_lm.jupyter.run_view import RunView, open_run
+from horovod_lm.jupyter.widget_parts import WRAPPED, Message, Presence, button, with_still
 
 if TYPE_CHECKING:
     from horovod_lm.jupyter.launch import TrainingJob
@@ -30,33 +30,8 @@ DRAWING_SHARE = 30
 LAST_LINES = 12
 
 
-def plot_progress(view: RunView, title: str = "") -> Plot:
-    """Draw a run's loss, learning rate and speed so far, side by side.
-
-    Args:
-        view: the run.
-        title: its name.
-    """
-    plot = Plot(f"loss, learning rate and speed of {title or view.run_dir.name}", 10.0, 3.0)
-    loss, rate, speed = plot.subplots(1, 3, width_ratios=(2, 1, 1))
-    training = [row for row in view.rows if row["phase"] == "train"]
-    if not training:
-        return plot
-    steps = [row["step"] for row in training]
-    levels = {"entropy of the stories": view.floor} if view.floor else None
-    draw_loss(loss, {view.run_dir.name: view.rows}, "Loss", levels)
-    for axes, name, label in (
-        (rate, "learning_rate", "learning rate (per step)"),
-        (speed, "tokens_per_second", "speed (tokens per second)"),
-    ):
-        axes.plot(steps, [row[name] for row in training], linewidth=1.2, color="#0072B2")
-        axes.set(xlabel="optimizer step", ylabel=label)
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
-    return plot
-
-
 def rank_table(rows: list[dict[str, str]]) -> str:
-    """Return the ranks' rows as a table in HTML; the times are milliseconds of a step."""
+    """Return the ranks' rows as a table in HTML."""
     if not rows:
         return "<p>no rank has said anything yet</p>"
     head = "".join(f"<th scope='col'>{html.escape(name)}</th>" for name in rows[0])
@@ -65,13 +40,17 @@ def rank_table(rows: list[dict[str, str]]) -> str:
         for row in rows
     )
     return (
-        "<table aria-label='ranks: step, milliseconds of a step by phase, memory, state'>"
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        "<div style='overflow-x: auto'>"
+        "<table aria-label='ranks: step, milliseconds of a step by phase, memory, state'"
+        " style='text-align: right; border-spacing: 1em 0; font-variant-numeric: tabular-nums'>"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
 class Dashboard(widgets.VBox):
     """A run, watched; it shows itself at the end of a cell.
+
+    It looks at the run's files as long as a page shows it; the run needs no dashboard to go on.
 
     Args:
         run: a `TrainingJob`, or the folder of a run.
@@ -80,107 +59,129 @@ class Dashboard(widgets.VBox):
         ConfigError: the folder holds no run.
     """
 
+    _task: asyncio.Task[None] | None = None  # while it watches, and after
+
     def __init__(self, run: TrainingJob | str | Path) -> None:
         self._job = None if isinstance(run, (str, Path)) else run
         if self._job is None:
             self.view = open_run(run)
         else:
             self.view = RunView(self._job.run.run_dir, self._job.run.log_dir)
-        self.bar = widgets.IntProgress(
-            min=0, max=1, description="progress", layout=widgets.Layout(width="60%")
-        )
-        self.headline = widgets.HTML("waiting for the first step")
-        # Hidden until there is something to draw: a browser shows an empty picture as a broken one.
-        self.picture = widgets.Image(
-            format="png", layout=widgets.Layout(max_width="100%", display="none")
-        )
-        self.ranks = widgets.HTML()
-        self.message = widgets.HTML()
-        self.stop = widgets.Button(
-            description="Stop", icon="stop", tooltip="end every rank after its step, and save"
-        )
-        self.stop.on_click(self._shown(self._stop))
         self._drawn_at, self._drawing_took, self._drawn_step = 0.0, 0.0, -1
-        self._open = True
-        row = widgets.HBox([self.bar, self.stop])
-        super().__init__([row, self.headline, self.picture, self.ranks, self.message])
+        self._make_parts()
+        row = widgets.HBox([self.bar, self.stop], layout=WRAPPED)
+        super().__init__(
+            [row, self.headline, self.picture, self.ranks, self.message, self._presence]
+        )
         self.look()
-        if self.is_live:
-            self._task = asyncio.ensure_future(self._watch())
+        self._watch()
 
     @property
     def is_live(self) -> bool:
         """Whether the run may still change."""
-        return self._job.is_running if self._job is not None else self.view.is_running
+        if self._job is not None:
+            return self._job.is_running
+        return self.view.is_running or self.view.is_starting
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether it looks again and again."""
+        return self._task is not None and not self._task.done()
 
     def look(self) -> None:
         """Show how the run stands now."""
         live = self.is_live  # asked first: what comes after it is the last word
         self.view.update()
         self.bar.max, self.bar.value = max(1, self.view.total_steps), self.view.step
-        self._set(self.headline, html.escape(self.view.headline()).replace("   ", " &emsp; "))
-        self._set(self.ranks, rank_table(self.view.rank_rows()))
+        self.headline.value = html.escape(self.view.headline()).replace("   ", " &emsp; ")
+        self.ranks.value = rank_table(self.view.rank_rows())
         if not live:
             self._end()
         due = time.monotonic() - self._drawn_at > DRAWING_SHARE * self._drawing_took
         if self.view.rows and self.view.step != self._drawn_step and (due or not live):
             self._draw()
 
+    def still(self) -> Plot:
+        """Return the curves so far, for readers without a kernel."""
+        return plot_progress(self.view.rows, self.view.run_dir.name, self.view.floor)
+
     def close(self) -> None:
         """Stop watching; the run goes on."""
-        self._open = False
+        self._leave()
         super().close()
+
+    def __repr__(self) -> str:
+        """Say what it is, the same at every execution."""
+        return f"dashboard of the run {self.view.run_dir.name}"
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        """Give a page the widget, and the picture of it that stays when there is no kernel."""
+        bundle = super()._repr_mimebundle_(**kwargs)
+        return with_still(bundle, self.still()) if self.view.rows else bundle
 
     # ---- inside ---------------------------------------------------------------------------------
 
-    async def _watch(self) -> None:
-        """Look again and again until the run has ended or nobody shows the dashboard."""
-        while self._open and self.is_live:
-            self._guard(self.look)
+    def _make_parts(self) -> None:
+        self.bar = widgets.IntProgress(
+            min=0, max=1, description="progress", layout={"width": "60%"}
+        )
+        self.headline, self.ranks, self.message = widgets.HTML(), widgets.HTML(), Message()
+        # Hidden until there is something to draw: a browser shows an empty picture as a broken one.
+        self.picture = widgets.Image(format="png", layout={"max_width": "100%", "display": "none"})
+        self.stop = button(
+            self.message, "Stop", "stop", "end every rank after its step, and save", self._stop
+        )
+        self._presence = Presence(
+            on_opened=self.message.guarded(self._come_back), on_closed=self._leave
+        )
+
+    def _watch(self) -> None:
+        """Begin to look again and again, unless it does or there will be nothing new."""
+        if self.is_live and not self.is_watching:
+            self._task = asyncio.ensure_future(self._look_again_and_again())
+
+    async def _look_again_and_again(self) -> None:
+        live = True
+        while live:
             await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
-        if self._open:
-            self._guard(self.look)
+            self._presence.ask()
+            with self.message.errors_shown():
+                live = self.is_live  # asked first: the last look is at a run that has ended
+                self.look()
+
+    def _come_back(self) -> None:
+        """A page shows it, perhaps again: what has happened meanwhile is to be seen."""
+        if not self.is_watching:
+            self.look()
+            self._watch()
+
+    def _leave(self) -> None:
+        """No page shows it any more."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
 
     def _draw(self) -> None:
-        started = time.perf_counter()
-        self.picture.value = plot_progress(self.view).png()
+        started = time.thread_time()  # of this thread: how busy the machine is does not count
+        self.picture.value = self.still().png()
         self.picture.layout.display = ""
-        self._drawing_took = time.perf_counter() - started
+        self._drawing_took = time.thread_time() - started
         self._drawn_at, self._drawn_step = time.monotonic(), self.view.step
 
     def _stop(self) -> None:
-        self.stop.disabled, self.stop.description = True, "Stopping"
-        self._set(self.message, "asked to stop: every rank finishes its step, and rank 0 saves")
         if self._job is not None:
             self._job.ask_to_stop()
         else:
-            for rank in self.view.ranks.values():
-                process = rank.process()
-                if process is not None:
-                    process.terminate()
+            self.view.ask_to_stop()
+        # After the asking: where that fails, the button can be pressed again.
+        self.stop.disabled, self.stop.description = True, "Stopping"
+        self.message.say("asked to stop: every rank finishes its step, and rank 0 saves")
 
     def _end(self) -> None:
         self.stop.disabled, self.stop.description = True, "Ended"
         error = self._job.error if self._job is not None else None
-        words = self._job.status if self._job is not None else "this run has ended"
-        text = f"<b>{html.escape(words)}</b>"
-        if error is not None and error.trace:
-            last = "\n".join(error.trace.splitlines()[-LAST_LINES:])
-            text += f"<pre>{html.escape(last)}</pre>"
-        self.bar.bar_style = "danger" if error is not None else "success"
-        self._set(self.message, text)
-
-    @staticmethod
-    def _set(widget: widgets.HTML, text: str) -> None:
-        if widget.value != text:  # an equal value would be sent all the same
-            widget.value = text
-
-    def _shown(self, act: Callable[[], None]) -> Callable[[object], None]:
-        return lambda _: self._guard(act)
-
-    def _guard(self, act: Callable[[], None]) -> None:
-        """Show a callback's error in the widget: nobody would see it otherwise."""
-        try:
-            act()
-        except Exception as error:
-            self._set(self.message, f"<b>{html.escape(f'{type(error).__name__}: {error}')}</b>")
+        words = self._job.status if self._job is not None else self.view.end_in_words()
+        last = error.trace.splitlines()[-LAST_LINES:] if error is not None else []
+        self.message.say(words, printed="\n".join(last))
+        is_whole = self.view.step >= self.view.total_steps > 0
+        self.bar.bar_style = "danger" if error is not None else "success" if is_whole else "warning"

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING
 
 import ipywidgets as widgets
@@ -29,7 +30,7 @@ from horovod_lm.jupyter.continuation_html import (
 )
 from horovod_lm.jupyter.token_view import TokenView
 from horovod_lm.jupyter.visible import visible
-from horovod_lm.jupyter.widget_parts import Message, labelled
+from horovod_lm.jupyter.widget_parts import WRAPPED, Message, button, labelled
 from horovod_lm.utils.config import Config, GenerationConfig
 from horovod_lm.utils.errors import ConfigError
 
@@ -176,6 +177,7 @@ class Playground(widgets.VBox):
                     started = time.perf_counter()
                     if started > due:
                         self.view.show(continuation, self._number)
+                        self.view.ask()
                         took = time.perf_counter() - started
                         due = started + max(SECONDS_BETWEEN_SHOWINGS, SHOWING_SHARE * took)
                     await asyncio.sleep(0)
@@ -258,21 +260,17 @@ class Playground(widgets.VBox):
         self.file = labelled(widgets.Text, "File", value=NAME_OF_FILE, layout={"width": "22em"})
 
     def _make_buttons(self) -> None:
-        def button(name: str, icon: str, tip: str, act) -> widgets.Button:
-            made = widgets.Button(description=name, icon=icon, tooltip=tip)
-            made.on_click(self.message.guarded(lambda _: act()))
-            return made
-
-        self.generate = button("Generate", "play", "continue the prompt", self.start)
-        self.stop_button = button("Stop", "stop", "end the text here", self.stop)
+        make = partial(button, self.message)
+        self.generate = make("Generate", "play", "continue the prompt", self.start)
+        self.stop_button = make("Stop", "stop", "end the text here", self.stop)
         self.stop_button.disabled = True
-        self.back = button("Previous token", "", "what it was drawn from", lambda: self.step(-1))
-        self.forward = button("Next token", "", "what it was drawn from", lambda: self.step(1))
-        self.save_button = button("Save", "save", "add the chosen texts to the file", self.save)
+        self.back = make("Previous token", "", "what it was drawn from", lambda: self.step(-1))
+        self.forward = make("Next token", "", "what it was drawn from", lambda: self.step(1))
+        self.save_button = make("Save", "save", "add the chosen texts to the file", self.save)
 
     def _rows(self) -> list[widgets.Widget]:
         def row(*parts: widgets.Widget) -> widgets.HBox:
-            return widgets.HBox(parts, layout={"flex_flow": "row wrap", "align_items": "center"})
+            return widgets.HBox(parts, layout=WRAPPED)
 
         return [
             self.prompt,

@@ -8,9 +8,8 @@ It needs no ranks: `horovod_lm.ring` has computed every state before the first o
 from __future__ import annotations
 
 import asyncio
-import base64
 import html
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ipywidgets as widgets
@@ -18,6 +17,7 @@ import torch
 
 from horovod_lm.jupyter.plots import Plot, plot_ring_steps
 from horovod_lm.jupyter.ring_picture import ring_svg
+from horovod_lm.jupyter.widget_parts import WRAPPED, Message, button, labelled, with_still
 from horovod_lm.ring import (
     ALLGATHER,
     REDUCE_SCATTER,
@@ -36,7 +36,6 @@ WHAT_HAPPENS = {
     REDUCE_SCATTER: "each worker has sent one chunk, and added the one that came to its own",
     ALLGATHER: "each worker has sent one finished sum, and keeps the one that came",
 }
-WIDE_LABELS = {"description_width": "initial"}  # else a browser cuts them off
 
 
 def headline(state: RingState, steps: int) -> str:
@@ -84,26 +83,24 @@ class RingStepper(widgets.VBox):
                     " is something to see"
                 )
         self.states: list[RingState] = []
-        self._make_controls(workers, numbers)
-        self.headline, self.picture, self.account, self.message = (widgets.HTML() for _ in range(4))
-        moves = widgets.HBox([self.back, self.forward, self.play, self.step])
+        self.message = Message()
+        self._make_inputs(workers, numbers)
+        self._make_buttons()
+        self.headline, self.picture, self.account = (widgets.HTML() for _ in range(3))
         super().__init__(
             [
-                widgets.HBox([self.workers, self.numbers]),
-                moves,
-                self.headline,
-                self.picture,
-                self.account,
-                self.message,
+                widgets.HBox([self.workers, self.numbers], layout=WRAPPED),
+                widgets.HBox([self.back, self.forward, self.play, self.step], layout=WRAPPED),
+                self.headline, self.picture, self.account, self.message,
             ]
-        )
+        )  # fmt: skip
         self._start_again()
         for control, act in (
             (self.step, self.look),
             (self.workers, self._start_again),
             (self.numbers, self._start_again),
         ):
-            control.observe(self._shown(act), "value")
+            control.observe(self.message.guarded(lambda _, act=act: act()), "value")
 
     @property
     def state(self) -> RingState:
@@ -135,37 +132,31 @@ class RingStepper(widgets.VBox):
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         """Give a page the widget, and the picture of it that stays when there is no kernel."""
-        still = self.still()
-        return {
-            **super()._repr_mimebundle_(**kwargs),
-            "text/plain": repr(still),
-            "image/png": base64.b64encode(still.png()).decode(),
-        }
+        return with_still(super()._repr_mimebundle_(**kwargs), self.still())
 
     # ---- inside ---------------------------------------------------------------------------------
 
-    def _make_controls(self, workers: int, numbers: int) -> None:
-        self.workers = widgets.BoundedIntText(
-            value=workers, min=FEWEST, max=MOST_WORKERS, description="workers", style=WIDE_LABELS,
-            layout=widgets.Layout(width="130px"),
+    def _make_inputs(self, workers: int, numbers: int) -> None:
+        self.workers = labelled(
+            widgets.BoundedIntText, "workers", value=workers, min=FEWEST, max=MOST_WORKERS,
+            layout={"width": "130px"},
         )  # fmt: skip
-        self.numbers = widgets.BoundedIntText(
-            value=numbers, min=1, max=MOST_NUMBERS, description="numbers of each",
-            style=WIDE_LABELS, layout=widgets.Layout(width="220px"),
+        self.numbers = labelled(
+            widgets.BoundedIntText, "numbers of each", value=numbers, min=1, max=MOST_NUMBERS,
+            layout={"width": "220px"},
         )  # fmt: skip
-        self.step = widgets.IntSlider(
-            value=0, min=0, max=2 * (workers - 1), description="step", style=WIDE_LABELS,
-            layout=widgets.Layout(width="280px"),
+        self.step = labelled(
+            widgets.IntSlider, "step", value=0, min=0, max=2 * (workers - 1),
+            layout={"width": "280px"},
         )  # fmt: skip
-        self.back = _button("Back", "step-backward", "one step back")
-        self.forward = _button("Forward", "step-forward", "one step forward")
-        self.play = _button("Play", "play", "step forward once a second, to the end")
-        for button, act in (
-            (self.back, lambda: self._move(-1)),
-            (self.forward, lambda: self._move(1)),
-            (self.play, self._play_or_pause),
-        ):
-            button.on_click(self._shown(act))
+
+    def _make_buttons(self) -> None:
+        make = partial(button, self.message, width="110px")
+        self.back = make("Back", "step-backward", "one step back", lambda: self._move(-1))
+        self.forward = make("Forward", "step-forward", "one step forward", lambda: self._move(1))
+        self.play = make(
+            "Play", "play", "step forward once a second, to the end", self._play_or_pause
+        )
 
     def _start_again(self) -> None:
         """Compute the steps of as many workers and numbers as are asked for now."""
@@ -202,19 +193,3 @@ class RingStepper(widgets.VBox):
     def _pause(self) -> None:
         if self.is_playing:
             self._task.cancel()
-
-    def _shown(self, act: Callable[[], None]) -> Callable[[object], None]:
-        return lambda _: self._guard(act)
-
-    def _guard(self, act: Callable[[], None]) -> None:
-        """Show a callback's error in the widget: nobody would see it otherwise."""
-        try:
-            act()
-        except Exception as error:
-            self.message.value = f"<b>{html.escape(f'{type(error).__name__}: {error}')}</b>"
-
-
-def _button(description: str, icon: str, tooltip: str) -> widgets.Button:
-    return widgets.Button(
-        description=description, icon=icon, tooltip=tooltip, layout=widgets.Layout(width="110px")
-    )

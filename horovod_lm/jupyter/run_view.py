@@ -10,6 +10,7 @@ import math
 import platform
 import time
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from horovod_lm.utils.run_folder import read_sessions
 
 RECENT = 20  # steps that "now" is the mean of
 SECONDS_OF_SILENCE = 10  # after which a rank's silence is worth a word
+SECONDS_TO_START = 60  # from a run's folder to the first word of its ranks, at most
 
 
 @dataclass
@@ -98,17 +100,57 @@ class RunView:
         return self.is_of_this_host and any(rank.process() for rank in self.ranks.values())
 
     @property
+    def is_starting(self) -> bool:
+        """Whether its folder is so new that its ranks may not have come to say anything yet."""
+        try:
+            described_at = (self.run_dir / "run.json").stat().st_mtime
+        except OSError:
+            return False
+        heard_at = max((rank.heard_at for rank in self.ranks.values()), default=0.0)
+        is_new = heard_at < described_at and time.time() - described_at < SECONDS_TO_START
+        return is_new and self.is_of_this_host
+
+    @property
+    def host(self) -> str | None:
+        """The machine on which rank 0 was started; None where the folder does not say."""
+        sessions = read_sessions(self.run_dir)
+        return sessions[-1]["host"] if sessions else None
+
+    @property
     def is_of_this_host(self) -> bool:
         """Whether the run's processes are, or were, on this machine."""
-        sessions = read_sessions(self.run_dir)
-        return bool(sessions) and sessions[-1]["host"] == platform.node()
+        return self.host == platform.node()
+
+    def ask_to_stop(self) -> None:
+        """Ask every rank on this host to end after the step it is at; return at once.
+
+        Raises:
+            ConfigError: there is none.
+            psutil.AccessDenied: a rank is another user's.
+        """
+        found = [rank.process() for rank in self.ranks.values()] if self.is_of_this_host else []
+        processes = [process for process in found if process is not None]
+        if not processes:
+            raise ConfigError(f"no rank of {self.run_dir.name} runs on this host: nothing to stop")
+        for process in processes:
+            process.terminate()
+
+    def end_in_words(self) -> str:
+        """Say how far a run came whose ranks are not, or no longer, to be seen on this host."""
+        if self.host is not None and not self.is_of_this_host:
+            return f"the ranks are on {self.host}: from here only what they have written is seen"
+        if self.step >= self.total_steps > 0:
+            return f"this run has ended after its last step, {self.step}"
+        return f"this run has ended at step {self.step} of {self.total_steps}, before its last one"
 
     def headline(self) -> str:
         """Step, loss, perplexity, speed and the time that is left, in a line."""
-        training = [row for row in self.rows if row["phase"] == "train"]
-        if not training:
+        # From the end: a long run has far more rows than a line says.
+        backwards = (row for row in reversed(self.rows) if row["phase"] == "train")
+        recent = list(islice(backwards, RECENT))
+        if not recent:
             return "waiting for the first step"
-        now, recent = training[-1], training[-RECENT:]
+        now = recent[0]
         speed = sum(row["tokens_per_second"] for row in recent) / len(recent)
         words = [
             f"step {self.step} of {self.total_steps}",
@@ -160,10 +202,10 @@ class RunView:
             silent = f"silent for {silence:.0f} s" if silence > SECONDS_OF_SILENCE else "running"
             state = "stopped (SIGSTOP)" if frozen else silent
         parts = {
-            part.removeprefix("seconds_"): f"{1000 * rank.seconds(part):.1f}"
+            f"{part.removeprefix('seconds_')} (ms)": f"{1000 * rank.seconds(part):.1f}"
             for part in PARTS_OF_A_STEP
         }
-        return {"rank": str(rank.rank), "step": str(rank.step), **parts, "MiB": memory,
+        return {"rank": str(rank.rank), "step": str(rank.step), **parts, "memory (MiB)": memory,
                 "state": state}  # fmt: skip
 
 

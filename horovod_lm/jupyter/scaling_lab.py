@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from horovod_lm.jupyter.scaling_view import (
     read_measurements,
     sentences,
 )
+from horovod_lm.jupyter.widget_parts import Message
 from horovod_lm.scaling import GBIT, Measurement, Network, fit_network
 
 __all__ = ["Choices", "ScalingLab", "prediction_table", "read_measurements"]
@@ -96,11 +97,13 @@ class ScalingLab(widgets.VBox):
             self._start.overlap, min=0, max=1, step=0.05, continuous_update=False, style=STYLE,
             description="overlap (share of backward)", layout=_WIDE,
         )  # fmt: skip
+        self.table, self.words, self.message = widgets.HTML(), widgets.HTML(), Message()
         for slider in self.sliders.values():
-            slider.observe(self._changed, "value")
-        self.table, self.words, self.message = widgets.HTML(), widgets.HTML(), widgets.HTML()
+            slider.observe(self.message.guarded(self._changed), "value")
         self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
-        grid = widgets.Layout(grid_template_columns="repeat(auto-fit, minmax(32em, 1fr))")
+        grid = widgets.Layout(
+            grid_template_columns="repeat(auto-fit, minmax(min(32em, 100%), 1fr))"
+        )
         sliders = widgets.GridBox(list(self.sliders.values()), layout=grid)
         super().__init__([sliders, self.table, self.words, self.picture, self.message])
         self.look()
@@ -147,27 +150,20 @@ class ScalingLab(widgets.VBox):
 
     def _changed(self, _: Any) -> None:
         """Write at once; draw when the sliders rest, because a picture takes far longer."""
-        self._guard(self.look)
+        self.look()
         if self._drawing is not None:
             self._drawing.cancel()
         try:
             asyncio.get_running_loop()
         except RuntimeError:  # no kernel's event loop: a plain script
-            self._guard(self.draw)
+            self.draw()
         else:
             self._drawing = asyncio.ensure_future(self._draw_soon())
 
     async def _draw_soon(self) -> None:
         await asyncio.sleep(SECONDS_OF_QUIET)
-        self._guard(self.draw)
-
-    def _guard(self, act: Callable[[], None]) -> None:
-        """Show a callback's error in the widget: nobody would see it otherwise."""
-        try:
-            act()
-        except Exception as error:
-            text = html.escape(f"{type(error).__name__}: {error}")
-            self.message.value = f"<b>{text}</b>"
+        with self.message.errors_shown():
+            self.draw()
 
 
 _WIDE = widgets.Layout(width="auto")

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import anywidget
 import traitlets
 
 from horovod_lm.jupyter.continuation import Continuation
 from horovod_lm.jupyter.visible import visible
-from horovod_lm.jupyter.widget_parts import frontend
+from horovod_lm.jupyter.widget_parts import Presence, frontend
 
 
-class TokenView(anywidget.AnyWidget):
+class TokenView(Presence):
     """A continuation's tokens.
 
     Args:
@@ -32,10 +31,8 @@ class TokenView(anywidget.AnyWidget):
     def __init__(
         self, on_select: Callable[[int, int], None], on_closed: Callable[[], None]
     ) -> None:
-        super().__init__()
-        self._on_select, self._on_closed = on_select, on_closed
-        self._views = 0
-        self.on_msg(self._heard)
+        super().__init__(on_closed=on_closed)
+        self._on_select = on_select
 
     def show(self, continuation: Continuation, number: int) -> None:
         """Show a continuation as far as it is; `number` says whether it is still the same one."""
@@ -50,13 +47,7 @@ class TokenView(anywidget.AnyWidget):
             if continuation.state != "writing":
                 self.texts = [visible(text).replace("↵", "") for text in continuation.texts]
 
-    def _heard(self, _: Any, content: dict[str, Any], buffers: Any) -> None:
-        kind = content.get("kind")
-        if kind == "select":
+    def _heard(self, widget: Any, content: dict[str, Any], buffers: Any) -> None:
+        super()._heard(widget, content, buffers)
+        if content.get("kind") == "select":
             self._on_select(int(content["sample"]), int(content["index"]))
-        elif kind == "opened":
-            self._views += 1
-        elif kind == "closed":
-            self._views -= 1
-            if self._views <= 0:
-                self._on_closed()

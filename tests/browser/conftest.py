@@ -37,6 +37,7 @@ SETTINGS = {
     "@jupyterlab/docmanager-extension/plugin.jupyterlab-settings": {"autosave": False},
 }  # fmt: skip
 TOKEN = "only-this-machine"
+PATIENCE = 90  # seconds for whatever must come: other tests may keep the machine busy
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
@@ -64,13 +65,14 @@ class Lab:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "lab.log"
+        self.runtime = folder / "runtime"
         env = {
             **os.environ,
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONPATH": str(ROOT),
             "JUPYTERLAB_SETTINGS_DIR": str(settings),
             "JUPYTER_CONFIG_DIR": str(folder / "config"),
-            "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
+            "JUPYTER_RUNTIME_DIR": str(self.runtime),
             "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
             "IPYTHONDIR": str(folder / "ipython"),
         }
@@ -85,7 +87,7 @@ class Lab:
         self._wait()
 
     def _wait(self) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 requests.get(f"{self.url}/api/status", params={"token": TOKEN}, timeout=5)
@@ -104,6 +106,10 @@ class Lab:
         )
         session.raise_for_status()
         return session.json()["kernel"]["id"]
+
+    def kernels(self) -> list[psutil.Process]:
+        """Every kernel's process."""
+        return [one for one in self.children() if any("ipykernel" in w for w in one.cmdline())]
 
     def end_kernels(self) -> None:
         for session in requests.get(
@@ -152,6 +158,11 @@ def chromium():
         browser.close()
 
 
+def asked_for_pictures() -> str | None:
+    """Return the folder that the widgets' pictures are to go to, if any."""
+    return os.environ.get("HOROVOD_LM_SCREENSHOTS")
+
+
 class Page:
     """One notebook, open in the lab.
 
@@ -165,12 +176,12 @@ class Page:
         self.complaints: list[str] = []
         self.kernel_id = lab.start_kernel(name)
         self.page = chromium.new_page(viewport={"width": 1300, "height": 1000})
+        self.page.set_default_timeout(1000 * PATIENCE)
         self.page.on("console", self._listen)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.goto(f"{lab.url}/lab/tree/{name}?token={TOKEN}&reset")
         self.page.wait_for_function(
             "() => window.jupyterapp?.shell?.currentWidget?.sessionContext !== undefined",
-            timeout=60_000,
         )
         self.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.ready")
         self.page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell")
@@ -185,19 +196,53 @@ class Page:
             "() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }"
         )
 
+    def run_cell(self, number: int) -> None:
+        """Run one more cell, without waiting for its end."""
+        self.page.evaluate(
+            """number => { const app = window.jupyterapp;
+                app.shell.currentWidget.content.activeCellIndex = number;
+                app.commands.execute('notebook:run-cell'); }""",
+            number,
+        )
+
     def interrupt(self) -> None:
         """Press the Stop button."""
         self.page.evaluate(
             "() => { window.jupyterapp.commands.execute('notebook:interrupt-kernel'); }"
         )
 
-    def wait_for(self, text: str, seconds: float = 60) -> None:
+    def wait_for(self, text: str, seconds: float = PATIENCE) -> None:
         """Wait until an output shows a text."""
         self.page.wait_for_function(
             "text => [...document.querySelectorAll('.jp-OutputArea-output')]"
             ".some(output => output.innerText.includes(text))",
             arg=text, timeout=seconds * 1000,
         )  # fmt: skip
+
+    def wait_until_idle(self, seconds: float = PATIENCE) -> None:
+        """Wait until the kernel is ready and has nothing to do."""
+        self.page.wait_for_function(
+            "() => window.jupyterapp.shell.currentWidget.sessionContext"
+            ".session?.kernel?.status === 'idle'",
+            timeout=seconds * 1000,
+        )
+
+    def ask_kernel(self, code: str) -> str:
+        """Run code past the page, as another program would; return what it prints."""
+        from jupyter_client.blocking import BlockingKernelClient
+
+        client = BlockingKernelClient()
+        client.load_connection_file(self.lab.runtime / f"kernel-{self.kernel_id}.json")
+        client.start_channels()
+        said: list[str] = []
+        try:
+            client.execute_interactive(
+                code, timeout=30,
+                output_hook=lambda message: said.append(message["content"].get("text", "")),
+            )  # fmt: skip
+        finally:
+            client.stop_channels()
+        return "".join(said).strip()
 
     def outputs(self) -> list[str]:
         """Return the text that each code cell shows."""
@@ -211,29 +256,52 @@ class Page:
         """A widget's button, by what is written on it."""
         return self.page.locator("button.jupyter-button").filter(has_text=name)
 
+    def choose_theme(self, name: str) -> None:
+        """Change JupyterLab's colours: to `Light` or `Dark`."""
+        self.page.evaluate(
+            "name => { window.jupyterapp.commands.execute('apputils:change-theme',"
+            " {theme: `JupyterLab ${name}`}); }",
+            name,
+        )
+        self.page.wait_for_function(
+            "isLight => document.body.dataset.jpThemeLight === isLight",
+            arg="true" if name == "Light" else "false",
+        )
+
     def screenshot(self, name: str) -> None:
-        """Take a picture of the first output, into the folder that HOROVOD_LM_SCREENSHOTS names."""
-        folder = os.environ.get("HOROVOD_LM_SCREENSHOTS")
-        if folder:
+        """Take pictures of the first output, light and dark, where they are asked for.
+
+        HOROVOD_LM_SCREENSHOTS names the folder that they go to, as `name.png` and `name_dark.png`.
+        """
+        folder = asked_for_pictures()
+        if not folder:
+            return
+        self.page.set_viewport_size({"width": 1300, "height": 1700})
+        for theme, ending in (("Dark", "_dark"), ("Light", "")):
+            self.choose_theme(theme)
+            self.page.wait_for_timeout(500)  # the theme's colours fade in
             output = self.page.locator(".jp-OutputArea-output").first
-            output.screenshot(path=Path(folder) / f"{name}.png")
+            output.screenshot(path=Path(folder) / f"{name}{ending}.png")
 
     def close(self) -> None:
         self.page.close()
         self.lab.end_kernels()
 
 
+def open_page(lab: Lab, chromium, *cells: str) -> Page:
+    """Open cells of code as a notebook in JupyterLab."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbformat.write(notebook, lab.folder / "page.ipynb")
+    return Page(lab, chromium, "page.ipynb")
+
+
 @pytest.fixture
 def open_notebook(lab, chromium):
-    """Open cells of code as a notebook in JupyterLab."""
+    """What opens cells of code as a notebook, for the time of a test."""
     opened: list[Page] = []
 
-    def open_cells(*cells: str, name: str = "page.ipynb") -> Page:
-        notebook = nbformat.v4.new_notebook(
-            cells=[nbformat.v4.new_code_cell(cell) for cell in cells]
-        )
-        nbformat.write(notebook, lab.folder / name)
-        opened.append(Page(lab, chromium, name))
+    def open_cells(*cells: str) -> Page:
+        opened.append(open_page(lab, chromium, *cells))
         return opened[-1]
 
     yield open_cells

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.browser.test_playground import fill, picture
+from tests.browser.test_playground import fill
 
 SHOW = """
 from horovod_lm.jupyter.attention_explorer import AttentionExplorer
@@ -21,7 +21,7 @@ def page(open_notebook, storyteller):
     def open_explorer(*cells: str, code: str = SHOW):
         page = open_notebook(code.replace("STORYTELLER", str(storyteller)), *cells)
         page.run_all()
-        page.page.locator(".lm-head").first.wait_for(timeout=60_000)
+        page.page.locator(".lm-head").first.wait_for()
         return page
 
     return open_explorer
@@ -39,7 +39,7 @@ def test_a_head_is_chosen_hovered_over_and_stepped_through(page):
     assert page.page.locator(".lm-head").count() == 2 * 4
     page.page.locator(".lm-head").nth(5).click()
     page.page.wait_for_selector(".lm-head:nth-child(6)[aria-pressed=true]")
-    page.wait_for("layer 2, head 2: entropy", 10)
+    page.wait_for("layer 2, head 2: entropy")
     page.page.wait_for_timeout(300)
     canvas = page.page.locator(".lm-canvas")
     size = page.page.locator(".lm-query").count()
@@ -62,8 +62,8 @@ def test_a_head_is_chosen_hovered_over_and_stepped_through(page):
     page.page.locator(".lm-head").nth(5).focus()
     page.page.keyboard.press("ArrowRight")
     page.page.keyboard.press("Enter")
-    page.wait_for("layer 2, head 3: entropy", 10)
-    picture(page, "attention_explorer")
+    page.wait_for("layer 2, head 3: entropy")
+    page.screenshot("attention_explorer")
     assert page.complaints == []
 
 
@@ -73,12 +73,12 @@ def test_another_sentence_is_read_and_a_long_one_refused(page):
     page.button("Show").click()
     page.page.wait_for_function(
         "() => [...document.querySelectorAll('.lm-query')].map(one => one.textContent).join('')"
-        ".includes('<i>')", timeout=10_000
+        ".includes('<i>')"
     )  # fmt: skip
     assert page.page.locator(".lm-links i").count() == 0
     fill(page, "Sentence", "word " * 500)
     page.button("Show").click()
-    page.wait_for("DataError: the text has", 20)
+    page.wait_for("DataError: the text has")
     assert not page.button("Show").is_disabled()
     assert page.complaints == []
 
@@ -88,4 +88,4 @@ def test_an_error_in_a_callback_is_visible(page):
         code=SHOW.rstrip() + "\n" + "model.attention_weights = lambda *_: 1 / 0\nexplorer\n"
     )
     page.button("Show").click()
-    page.wait_for("ZeroDivisionError: division by zero", 20)
+    page.wait_for("ZeroDivisionError: division by zero")

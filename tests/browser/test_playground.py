@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
+import time
 
+import psutil
 import pytest
+
+from tests.jupyter.conftest import wait_until
 
 MODEL = """
 from horovod_lm.load import load_model_for_generation
@@ -36,7 +38,7 @@ def page(open_notebook, storyteller):
         code = (MODEL + first).replace("STORYTELLER", str(storyteller))
         page = open_notebook(code, *others)
         page.run_all()
-        page.button("Generate").wait_for(timeout=60_000)
+        page.button("Generate").wait_for()
         return page
 
     return open_playground
@@ -53,31 +55,11 @@ def fill(page, label: str, text: str) -> None:
     box.press("Tab")
 
 
-def picture(page, name: str) -> None:
-    """Take the picture of the widget in the light and in the dark theme."""
-    if not os.environ.get("HOROVOD_LM_SCREENSHOTS"):
-        return
-    for theme in ("Dark", "Light"):
-        page.page.evaluate(
-            "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})",
-            f"JupyterLab {theme}",
-        )
-        page.page.wait_for_function(
-            "light => document.body.dataset.jpThemeLight === light",
-            arg="true" if theme == "Light" else "false",
-        )
-        page.page.set_viewport_size({"width": 1300, "height": 1700})
-        page.page.wait_for_timeout(500)
-        output = page.page.locator(".jp-OutputArea-output").first
-        folder = Path(os.environ["HOROVOD_LM_SCREENSHOTS"])
-        output.screenshot(path=folder / f"{name}{'' if theme == 'Light' else '_dark'}.png")
-
-
 def test_a_text_is_written_looked_into_and_compared(page):
     page = page()
     fill(page, "Prompt", "<b>Once</b> \N{SLIGHTLY SMILING FACE} שלום")
     page.button("Generate").click()
-    page.wait_for("done: ", 30)
+    page.wait_for("done: ")
     prompt = page.page.locator(".lm-prompt").inner_text()
     assert prompt == "<b>Once</b> \N{SLIGHTLY SMILING FACE} שלום"
     fill(page, "Prompt", "Once upon a time")
@@ -87,24 +69,24 @@ def test_a_text_is_written_looked_into_and_compared(page):
     count = tokens(page).count()
     assert 5 < count <= 40
     tokens(page).nth(3).click()
-    page.wait_for("as drawn", 10)
-    page.page.wait_for_selector(".lm-chosen[data-index='3'][aria-selected=true]", timeout=10_000)
+    page.wait_for("as drawn")
+    page.page.wait_for_selector(".lm-chosen[data-index='3'][aria-selected=true]")
     for key, place in (("ArrowRight", 4), ("ArrowLeft", 3), ("End", count - 1), ("Home", 0)):
         page.page.keyboard.press(key)
-        page.page.wait_for_selector(f".lm-chosen[data-index='{place}']", timeout=10_000)
+        page.page.wait_for_selector(f".lm-chosen[data-index='{place}']")
     page.button("Next token").click()
-    page.page.wait_for_selector(".lm-chosen[data-index='1']", timeout=10_000)
+    page.page.wait_for_selector(".lm-chosen[data-index='1']")
     fill(page, "Seed", "2")
     page.button("Generate").focus()
     page.page.keyboard.press("Space")
     page.page.wait_for_function(OPTIONS_OF_THE_HISTORY, arg=3)
     page.page.locator("select[multiple]").select_option(index=[1, 2])
-    page.wait_for("text 3", 10)
+    page.wait_for("text 3")
     tokens(page).nth(5).click()
-    page.wait_for("as drawn", 10)
-    picture(page, "playground")
+    page.wait_for("as drawn")
+    page.screenshot("playground")
     page.button("Save").click()
-    page.wait_for("saved 2 to continuations.jsonl", 10)
+    page.wait_for("saved 2 to continuations.jsonl")
     lines = (page.lab.folder / "continuations.jsonl").read_text().splitlines()
     assert [json.loads(line)["settings"]["seed"] for line in lines] == [1, 2]
     assert page.complaints == []
@@ -114,20 +96,16 @@ def test_stop_ends_a_text_and_other_cells_run_meanwhile(page):
     page = page(ENDLESS + SHOW, "print('the kernel', 'is free')")
     fill(page, "Tokens", "90000")
     page.button("Generate").click()
-    tokens(page).nth(30).wait_for(timeout=30_000)
+    tokens(page).nth(30).wait_for()
     assert page.button("Generate").is_disabled()
-    page.page.evaluate(
-        "() => { const app = window.jupyterapp;"
-        " app.shell.currentWidget.content.activeCellIndex = 1;"
-        " app.commands.execute('notebook:run-cell'); }"
-    )
-    page.wait_for("the kernel is free", 10)
+    page.run_cell(1)
+    page.wait_for("the kernel is free")
     before = tokens(page).count()
     page.page.wait_for_function(
         "count => document.querySelectorAll('.lm-sample .lm-token').length > count", arg=before
     )
     page.button("Stop").click()
-    page.wait_for("stopped: ", 10)
+    page.wait_for("stopped: ")
     assert page.button("Stop").is_disabled() and not page.button("Generate").is_disabled()
     assert page.complaints == []
 
@@ -137,24 +115,65 @@ def test_leaving_the_widget_ends_its_text(page):
     page = page(ENDLESS + SHOW, look)
     fill(page, "Tokens", "90000")
     page.button("Generate").click()
-    tokens(page).nth(5).wait_for(timeout=30_000)
+    tokens(page).nth(5).wait_for()
     page.page.evaluate(
         "() => { const app = window.jupyterapp; const notebook = app.shell.currentWidget.content;"
         " notebook.activeCellIndex = 0; app.commands.execute('notebook:clear-cell-output')"
         " .then(() => { notebook.activeCellIndex = 1;"
         " app.commands.execute('notebook:run-cell'); }); }"
     )
-    page.wait_for("writing False", 20)
+    page.wait_for("writing False")
+
+
+@pytest.mark.parametrize("how", ["restart", "kill"])
+def test_a_kernel_that_ends_while_it_writes_leaves_nothing_and_the_page_shows_it(page, how):
+    page = page(ENDLESS + SHOW)
+    fill(page, "Tokens", "90000")
+    page.button("Generate").click()
+    tokens(page).nth(5).wait_for()
+    [old] = page.lab.kernels()
+    if how == "restart":
+        page.page.evaluate(
+            "() => { window.jupyterapp.commands.execute('notebook:restart-kernel'); }"
+        )
+        page.page.locator(".jp-Dialog button.jp-mod-accept").click()
+    else:
+        old.kill()
+        page.page.get_by_text("appears to have died").wait_for()
+        page.page.locator(".jp-Dialog button.jp-mod-accept").click()
+    page.page.locator(".jupyter-widgets-disconnected").first.wait_for()
+    wait_until(lambda: not old.is_running() or old.status() == psutil.STATUS_ZOMBIE, 10, "the end")
+    wait_until(lambda: len(page.lab.kernels()) == 1, 20, "a new kernel")
+    [new] = page.lab.kernels()
+    written = tokens(page).count()
+    page.wait_until_idle()
+    busy = sum(new.cpu_times()[:2])
+    time.sleep(1)
+    assert sum(new.cpu_times()[:2]) - busy < 0.3  # nothing goes on in it
+    assert tokens(page).count() == written
+
+
+def test_closing_the_notebook_s_tab_ends_its_text_and_the_kernel_stays(page):
+    page = page(ENDLESS + SHOW)
+    fill(page, "Tokens", "90000")
+    page.button("Generate").click()
+    tokens(page).nth(5).wait_for()
+    page.page.evaluate(
+        "() => { const app = window.jupyterapp; app.commands.execute('docmanager:save')"
+        ".then(() => app.commands.execute('application:close')); }"
+    )
+    page.page.wait_for_selector(".jp-NotebookPanel", state="detached")
+    wait_until(lambda: page.ask_kernel("print(play.is_writing)") == "False", 60, "the text's end")
 
 
 def test_an_error_in_a_callback_is_visible(page):
     page = page(SHOW.replace("play\n", "model.hidden_states = lambda *_: 1 / 0\nplay\n"))
     page.button("Generate").click()
-    page.wait_for("ZeroDivisionError: division by zero", 20)
+    page.wait_for("ZeroDivisionError: division by zero")
     assert not page.button("Generate").is_disabled()
     fill(page, "Seed", "seven")
     page.button("Generate").click()
-    page.wait_for("the seed must be a whole number, not 'seven'", 20)
+    page.wait_for("the seed must be a whole number, not 'seven'")
 
 
 def test_the_contract_s_call_shows_it(page):
@@ -162,7 +181,7 @@ def test_the_contract_s_call_shows_it(page):
         "from horovod_lm.generate import interactive_generation\n"
         "interactive_generation(model=model, tokenizer=tokenizer, config=config, device='cpu')"
     )
-    page.wait_for("It needs a kernel", 10)
+    page.wait_for("It needs a kernel")
     page.button("Generate").click()
-    page.wait_for("done: ", 30)
+    page.wait_for("done: ")
     assert page.complaints == []

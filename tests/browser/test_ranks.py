@@ -42,7 +42,7 @@ def test_the_stop_button_ends_a_cell_s_ranks(lab, open_notebook, project):
     page.run_all()
     page.wait_for("[0] total 1")
     page.interrupt()
-    page.wait_for("stopped by you: every rank of the cell was ended", 20)
+    page.wait_for("stopped by you: every rank of the cell was ended")
     wait_until(lambda: ranks_of(lab) == 0, 10, "the end of the ranks")
 
 
@@ -55,7 +55,8 @@ def test_a_job_is_watched_and_stopped_from_the_page(lab, open_notebook, project)
     )
     page.run_all()
     wait_until(lambda: ranks_of(lab) >= 2, 30, "the ranks")
-    page.page.wait_for_timeout(4000)
+    log = lab.folder / "runs" / "lab" / "logs" / "rank0.jsonl"
+    wait_until(lambda: log.exists() and "train" in log.read_text(), 30, "the first step")
     page.interrupt()
-    page.wait_for("stopped by you after", 30)
+    page.wait_for("stopped by you after")
     wait_until(lambda: ranks_of(lab) == 0, 10, "the end of the ranks")

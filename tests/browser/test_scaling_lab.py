@@ -14,9 +14,6 @@ tiny = Choices(
     microseconds=100, teraflops=0.05, tokens_per_sequence=96)
 lab = ScalingLab(tiny, rows)
 """
-# Widgets of the first output: does any description need more room than it has?
-CUT_OFF = """() => [...document.querySelectorAll('.jp-OutputArea-output .widget-label')]
-    .filter(label => label.scrollWidth > label.clientWidth).map(label => label.innerText)"""
 
 
 @pytest.fixture
@@ -47,11 +44,10 @@ def picture(page) -> str:
 
 def test_a_slider_is_moved_with_the_keyboard_and_everything_follows(opened):
     page = opened()
-    assert page.page.evaluate(CUT_OFF) == []
     drawn, said = picture(page), page.outputs()[0]
     assert "With 64 workers" in said
     slider(page, "workers").press("ArrowRight")
-    page.wait_for("With 128 workers", 10)
+    page.wait_for("With 128 workers")
     page.page.wait_for_function(
         "old => document.querySelector('.jp-OutputArea-output img').src !== old", arg=drawn
     )
@@ -62,18 +58,11 @@ def test_a_slider_is_moved_with_the_keyboard_and_everything_follows(opened):
     )
     assert page.outputs()[0] != said
     page.screenshot("scaling_lab")
-    page.page.evaluate(
-        "() => { window.jupyterapp.commands.execute('apputils:change-theme',"
-        " {theme: 'JupyterLab Dark'}); }"
-    )
-    page.page.wait_for_function("() => document.body.dataset.jpThemeLight === 'false'")
-    page.page.wait_for_timeout(500)
-    page.screenshot("scaling_lab_dark")
     assert page.complaints == []
 
 
 def test_an_error_in_a_callback_is_visible(opened):
     page = opened("lab.plot = lambda: 1 / 0\nlab")
     slider(page, "workers").press("ArrowLeft")
-    page.wait_for("ZeroDivisionError: division by zero", 20)
+    page.wait_for("ZeroDivisionError: division by zero")
     assert "With 32 workers" in page.outputs()[0]  # what went well is shown all the same

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 import math
 import os
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from horovod_lm.jupyter import widget_parts
 from horovod_lm.jupyter.dashboard import Dashboard, rank_table
 from horovod_lm.jupyter.launch import launch
 from horovod_lm.jupyter.run_view import RunView, entropy_per_token, open_run
@@ -72,6 +76,20 @@ def test_a_folder_that_is_no_run_is_one_sentence(tmp_path):
         Dashboard(tmp_path)
 
 
+def copy_of(run: Path, folder: Path, lines: int | None = None) -> Path:
+    """Copy a run, with its first lines only; None: with all."""
+    copy = folder / "copy"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+    log = copy / "logs" / "rank0.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:lines]))
+    return copy
+
+
+def hear(dashboard: Dashboard, kind: str) -> None:
+    """Give the dashboard a message of its page."""
+    dashboard._presence._handle_custom_msg({"kind": kind}, [])
+
+
 def test_steps_that_a_resumed_run_repeats_are_shown_once(tmp_path):
     (tmp_path / "logs").mkdir()
 
@@ -94,15 +112,103 @@ def test_text_of_the_ranks_is_shown_as_itself():
     assert "<script>" not in table and "&lt;script&gt;" in table
 
 
-def test_an_error_inside_is_shown_and_not_lost(past_run, monkeypatch):
-    dashboard = Dashboard(past_run)
+def test_how_far_a_run_came_is_said(past_run, tmp_path):
+    assert "this run has ended after its last step, 20" in Dashboard(past_run).message.value
+    assert Dashboard(past_run).bar.bar_style == "success"
+    cut = copy_of(past_run, tmp_path, lines=8)
+    assert "this run has ended at step 7 of 20, before its last one" in Dashboard(cut).message.value
+    assert Dashboard(cut).bar.bar_style == "warning"
 
+
+def test_a_run_of_another_machine_is_not_said_to_have_ended(past_run, tmp_path):
+    folder = copy_of(past_run, tmp_path)
+    record = json.loads((folder / "run.json").read_text())
+    record["sessions"][-1]["host"] = "somewhere-else"
+    (folder / "run.json").write_text(json.dumps(record))
+    dashboard = Dashboard(folder)
+    assert "the ranks are on somewhere-else" in dashboard.message.value
+    with pytest.raises(ConfigError, match="no rank of .* runs on this host: nothing to stop"):
+        dashboard.view.ask_to_stop()
+
+
+def test_a_run_that_has_only_just_been_described_is_waited_for(past_run, tmp_path):
+    folder = copy_of(past_run, tmp_path, lines=0)
+    (folder / "run.json").touch()
+
+    async def watch() -> None:
+        dashboard = Dashboard(folder)
+        assert dashboard.is_watching and dashboard.headline.value == "waiting for the first step"
+        dashboard.stop.click()
+        assert "nothing to stop" in dashboard.message.value and not dashboard.stop.disabled
+        shutil.copytree(past_run / "logs", folder / "logs", dirs_exist_ok=True)
+        hour_ago = time.time() - 3600
+        os.utime(folder / "run.json", (hour_ago, hour_ago))
+        await seen(lambda: "this run has ended" in dashboard.message.value, 10)
+        assert dashboard.bar.value == 20
+
+    asyncio.run(watch())
+
+
+def test_without_a_kernel_the_curves_are_there_as_a_picture(past_run):
+    bundle = Dashboard(past_run)._repr_mimebundle_()
+    assert bundle["text/plain"] == "figure: loss, learning rate and speed of past"
+    assert Image.open(io.BytesIO(base64.b64decode(bundle["image/png"]))).width > 900
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+
+
+def test_an_error_inside_is_shown_and_not_lost(past_run, monkeypatch):
     def fail() -> bool:
         raise RuntimeError("the disk is <gone>")
 
-    monkeypatch.setattr(dashboard.view, "update", fail)
-    dashboard._guard(dashboard.look)
-    assert dashboard.message.value == "<b>RuntimeError: the disk is &lt;gone&gt;</b>"
+    async def watch() -> None:
+        dashboard = Dashboard(past_run)
+        monkeypatch.setattr(Dashboard, "is_live", True)
+        monkeypatch.setattr(dashboard.view, "update", fail)
+        dashboard._watch()
+        error = "<b role='alert'>RuntimeError: the disk is &lt;gone&gt;</b>"
+        await seen(lambda: dashboard.message.value == error, 10)
+        assert dashboard.is_watching  # the next look may succeed
+        dashboard.close()
+
+    asyncio.run(watch())
+
+
+def test_a_page_that_does_not_answer_is_gone_until_it_answers(past_run, monkeypatch):
+    monkeypatch.setattr(widget_parts, "SECONDS_BETWEEN_QUESTIONS", 0.0)
+    monkeypatch.setattr(widget_parts, "SECONDS_TO_ANSWER", 2.0)
+
+    async def watch() -> None:
+        monkeypatch.setattr(Dashboard, "is_live", True)
+        dashboard = Dashboard(past_run)
+        hear(dashboard, "opened")
+        for _ in range(3):
+            await asyncio.sleep(1)
+            hear(dashboard, "here")
+        assert dashboard.is_watching and dashboard._presence.question > 1
+        await seen(lambda: not dashboard.is_watching, 10)
+        hear(dashboard, "here")  # the connection was lost, and is back
+        assert dashboard.is_watching
+        dashboard.close()
+
+    asyncio.run(watch())
+
+
+def test_it_watches_as_long_as_a_page_shows_it(past_run, monkeypatch):
+    async def watch() -> None:
+        monkeypatch.setattr(Dashboard, "is_live", True)
+        dashboard = Dashboard(past_run)
+        for kind in ("opened", "opened", "closed"):  # seen at two places, then at one
+            hear(dashboard, kind)
+        assert dashboard.is_watching
+        hear(dashboard, "closed")
+        await asyncio.sleep(0.1)
+        assert not dashboard.is_watching and len(asyncio.all_tasks()) == 1
+        dashboard.headline.value = ""
+        hear(dashboard, "opened")
+        assert dashboard.is_watching and "step 20" in dashboard.headline.value
+        dashboard.close()
+
+    asyncio.run(watch())
 
 
 # ---- live runs -----------------------------------------------------------------------------------
@@ -151,11 +257,12 @@ class TestLive:
     def test_a_closed_dashboard_stops_watching_and_the_run_goes_on(self):
         async def watch() -> None:
             job = launch(CONFIG, 1, overrides=LONG, run_name="unseen")
+            before = len(asyncio.all_tasks())
             dashboard = job.dashboard()
             await seen(lambda: dashboard.bar.value > 0)
             dashboard.close()
-            await asyncio.wait_for(dashboard._task, 5)
-            assert job.is_running
+            await asyncio.sleep(0.1)
+            assert job.is_running and len(asyncio.all_tasks()) == before
             await asyncio.to_thread(job.stop)
 
         asyncio.run(watch())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -126,6 +127,33 @@ def test_learning_rates_of_all_runs_share_one_panel():
     assert repr(plot) == "figure: Warm-up: learning rate over the steps of kept and doubled"
 
 
+def test_progress_draws_the_loss_over_its_floor_and_the_rate_and_the_speed():
+    plot = plots.plot_progress(training_rows(), "first", entropy=0.5)
+    loss, rate, speed = plot.axes
+    lines = {line.get_label(): line for line in loss.lines}
+    assert list(lines) == ["training", "validation", "exact entropy of the stories"]
+    assert list(lines["training"].get_ydata()) == [7 / step for step in range(1, 13)]
+    assert set(lines["exact entropy of the stories"].get_ydata()) == {0.5}
+    assert list(rate.lines[0].get_ydata()) == [step * 1e-4 for step in range(1, 13)]
+    assert list(speed.lines[0].get_ydata()) == [5000 + step for step in range(1, 13)]
+    assert repr(plot) == "figure: loss, learning rate and speed of first"
+
+
+def test_progress_of_a_corpus_of_unknown_entropy_has_no_floor():
+    loss = plots.plot_progress(training_rows(), "first").axes[0]
+    assert [line.get_label() for line in loss.lines] == ["training", "validation"]
+
+
+def test_a_long_run_is_drawn_in_a_moment():
+    rows = training_rows(100_000)
+    started = time.perf_counter()
+    plot = plots.plot_progress(rows, "long")
+    plot.png()
+    assert time.perf_counter() - started < 15  # a median at every step takes a minute
+    raw, smooth, _ = plot.axes[0].lines
+    assert len(raw.get_xdata()) == 100_000 and 500 < len(smooth.get_xdata()) < 700
+
+
 def test_summary_shows_the_prompt_and_its_continuation_once_each():
     plot = plots.plot_summary(training_rows(), "def f(\n  a", ", b):\n    $return$ x", "It talks")
     bold, plain = (text.get_text().split("\n") for text in plot.axes[1].texts)
@@ -144,7 +172,8 @@ def test_summary_marks_a_line_that_it_cuts_off():
 def every_plot() -> list[plots.Plot]:
     runs = {"run": training_rows()}
     return [plots.plot_loss(runs), plots.plot_speed(runs), plots.plot_step_parts(runs),
-            plots.plot_summary(runs["run"], "a", "b", "t")]  # fmt: skip
+            plots.plot_summary(runs["run"], "a", "b", "t"),
+            plots.plot_progress(runs["run"], "run")]  # fmt: skip
 
 
 def test_every_figure_has_a_title_and_axes_with_units():
@@ -153,7 +182,7 @@ def test_every_figure_has_a_title_and_axes_with_units():
         for axes in plot.axes:
             if axes.get_xticks().size:
                 assert axes.get_xlabel()
-    loss, rate_and_speed, parts, _ = every_plot()
+    loss, rate_and_speed, parts, *_ = every_plot()
     assert "nats per token" in loss.axes[0].get_ylabel()
     assert "tokens per second" in rate_and_speed.axes[1].get_ylabel()
     assert "milliseconds" in parts.axes[0].get_xlabel()

@@ -139,7 +139,7 @@ def test_an_error_in_a_callback_is_shown_and_goes_with_the_next_success(monkeypa
     with monkeypatch.context() as broken:
         broken.setattr(ring_stepper, "ring_svg", fail)
         stepper.forward.click()
-        assert stepper.message.value == "<b>RuntimeError: no &lt;ink&gt;</b>"
+        assert stepper.message.value == "<b role='alert'>RuntimeError: no &lt;ink&gt;</b>"
     stepper.forward.click()
     assert stepper.message.value == "" and stepper.step.value == 2
 

@@ -166,7 +166,7 @@ def test_an_error_in_a_callback_is_shown_and_goes_with_the_next_success(monkeypa
     with monkeypatch.context() as broken:
         broken.setattr(lab, "plot", fail)
         lab.sliders["workers"].value = 8
-        assert lab.message.value == "<b>RuntimeError: no &lt;ink&gt;</b>"
+        assert lab.message.value == "<b role='alert'>RuntimeError: no &lt;ink&gt;</b>"
     lab.sliders["workers"].value = 16
     assert lab.message.value == ""
 

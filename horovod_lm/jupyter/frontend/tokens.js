@@ -123,6 +123,8 @@ function render({ model, el }) {
     plain.hidden = !model.get("texts").length;
   }
 
+  const answer = () => model.send({ kind: "here" });
+  model.on("change:question", answer);
   model.on("change:samples", draw);
   model.on("change:number", draw);
   model.on("change:selected", mark);
@@ -131,6 +133,7 @@ function render({ model, el }) {
   drawPlain();
   model.send({ kind: "opened" });
   return () => {
+    model.off("change:question", answer);
     model.off("change:samples", draw);
     model.off("change:number", draw);
     model.off("change:selected", mark);

@@ -29,6 +29,7 @@ Series = tuple[list[int], list[float]]  # steps and values
 
 # How the parts of a step differ: (colour, hatching), in the order in which they happen.
 PART_STYLES = ((BLACK, ""), (BLUE, "//"), (GREEN, ".."), (ORANGE, "xx"), (PINK, "\\\\"))
+MOST_MEDIANS = 600  # points of a running median, about
 LEVEL_DASHES = ((6, 3), (1, 2), (6, 2, 1, 2))  # how horizontal lines differ
 
 
@@ -80,6 +81,32 @@ def plot_speed(runs: Runs, title: str = "Learning rate and speed") -> Plot:
     )
     left, right = plot.subplots(1, 2)
     plot.suptitle(title)
+    _draw_rate_and_speed(left, right, runs)
+    if len(runs) > 1:
+        right.legend(frameon=False)
+    return plot
+
+
+def plot_progress(rows: Rows, name: str, entropy: float | None = None) -> Plot:
+    """Draw a run's loss, learning rate and speed so far, side by side.
+
+    Args:
+        rows: the rows of one run.
+        name: the run's.
+        entropy: of the stories, in nats per token: the loss that no model can go below; None where
+            it is not known.
+    """
+    plot = Plot(f"loss, learning rate and speed of {name}", width=10.0, height=3.0)
+    loss, rate, speed = plot.subplots(1, 3, width_ratios=(2, 1, 1))
+    levels = {"exact entropy of the stories": entropy} if entropy is not None else None
+    draw_loss(loss, {name: rows}, name, levels)
+    _draw_rate_and_speed(rate, speed, {name: rows})
+    for axes in (rate, speed):
+        axes.locator_params(axis="x", nbins=4)  # these panels are narrow
+    return plot
+
+
+def _draw_rate_and_speed(left: Axes, right: Axes, runs: Runs) -> None:
     _draw_rates(left, runs, "")
     left.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for (name, rows), (colour, line, width, _) in styled_runs(runs):
@@ -88,9 +115,6 @@ def plot_speed(runs: Runs, title: str = "Learning rate and speed") -> Plot:
     label_axes(right, "", STEPS, "speed (tokens per second)")
     right.yaxis.set_major_formatter(EngFormatter(sep=""))
     right.set_ylim(bottom=0)
-    if len(runs) > 1:
-        right.legend(frameon=False)
-    return plot
 
 
 def plot_learning_rate(runs: Runs, title: str = "Learning rate") -> Plot:
@@ -192,7 +216,10 @@ def _draw_noisy(
     reach = len(values) // 60  # steps to either side; none in a run of few steps
     if reach:
         axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
-        values = [median(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+        # A long run has more steps than a picture has columns.
+        places = range(0, len(values), max(1, len(values) // MOST_MEDIANS))
+        values = [median(values[max(0, i - reach) : i + reach + 1]) for i in places]
+        steps = [steps[i] for i in places]
         label = f"{label} (median of {2 * reach + 1} steps)"
     axes.plot(steps, values, line, color=colour, linewidth=width, label=label)
 

@@ -1,0 +1,190 @@
+"""What holds for every widget: whole in a narrow window, read in both themes, worked by keyboard.
+
+And what stays of it on a page without a kernel.
+"""
+
+from __future__ import annotations
+
+import html.parser
+from pathlib import Path
+
+import nbconvert
+import nbformat
+import pytest
+
+from horovod_lm.train import run_distributed_training
+from horovod_lm.utils.config import load_config
+from tests.browser.conftest import Page, open_page
+
+MODEL = """
+from horovod_lm.load import load_model_for_generation
+model, tokenizer, config = load_model_for_generation("STORYTELLER", device="cpu")
+"""
+# In the order of the page; each ends with what shows the widget.
+WIDGETS = {
+    "dashboard": "from horovod_lm.jupyter.dashboard import Dashboard\nDashboard('RUN')",
+    "playground": "from horovod_lm.jupyter.playground import Playground\n"
+    "play = Playground(model, tokenizer, config)\nplay",
+    "attention explorer": "from horovod_lm.jupyter.attention_explorer import AttentionExplorer\n"
+    "AttentionExplorer(model, tokenizer, 'Once upon a time, Tom lost his red kite.')",
+    "scaling lab": "from horovod_lm.jupyter.scaling_lab import ScalingLab\nScalingLab()",
+    "ring stepper": "from horovod_lm.jupyter.ring_stepper import RingStepper\nRingStepper()",
+}
+PLACES = {name: place for place, name in enumerate(WIDGETS, start=1)}  # of its cell
+# Of a cell: what is cut off, or wider than the place that it has and without a scroll bar.
+CUT_OFF = """cell => {
+    const labels = [...cell.querySelectorAll('.widget-label, .jupyter-button')]
+        .filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.innerText);
+    const outputs = [...cell.querySelectorAll('.jp-OutputArea-output')]
+        .filter(one => one.scrollWidth > one.clientWidth + 1)
+        .map(one => `${one.scrollWidth} pixels in ${one.clientWidth}`);
+    return [...labels, ...outputs];
+}"""
+# Of a cell: the texts whose contrast with what is behind them is below 4.5, WCAG's AA.
+FAINT = """cell => {
+    const parse = colour => {
+        const [red, green, blue, alpha = 1] = colour.match(/[\\d.]+/g).map(Number);
+        return [red, green, blue, alpha];
+    };
+    const over = (top, below) => top.slice(0, 3).map(
+        (value, place) => value * top[3] + below[place] * (1 - top[3]));
+    const behind = one => {
+        const layers = [];
+        for (; one; one = one.parentElement) {
+            layers.push(parse(getComputedStyle(one).backgroundColor));
+            if (layers.at(-1)[3] === 1) break;
+        }
+        return layers.reverse().reduce((below, top) => over(top, below), [255, 255, 255]);
+    };
+    const light = colour => {
+        const [red, green, blue] = colour.map(value => value / 255).map(
+            value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+    };
+    const found = [];
+    for (const one of cell.querySelectorAll('.jp-OutputArea-output *')) {
+        const own = [...one.childNodes].some(
+            node => node.nodeType === Node.TEXT_NODE && node.textContent.trim());
+        if (!own || !one.checkVisibility()) continue;
+        if (one.closest('[disabled], svg, option, title')) continue;
+        const below = behind(one), ink = parse(getComputedStyle(one).color);
+        for (let up = one; up; up = up.parentElement) ink[3] *= getComputedStyle(up).opacity;
+        const [a, b] = [light(over(ink, below)), light(below)].sort((x, y) => y - x);
+        const contrast = (a + 0.05) / (b + 0.05);
+        if (contrast < 4.5) found.push(`${one.textContent.slice(0, 20)}: ${contrast.toFixed(2)}`);
+    }
+    return found;
+}"""
+CONTROLS = "button, input, select, textarea, summary, [role=slider], [contenteditable=true]"
+# Of an output: the places of its controls that can be used, and the first one gets the focus.
+FOCUS_FIRST = """(output, controls) => {
+    const all = [...output.querySelectorAll(controls)];
+    const usable = all.filter(one => !one.disabled && one.tabIndex >= 0 && one.checkVisibility());
+    usable[0]?.focus();
+    return usable.map(one => all.indexOf(one));
+}"""
+# Of what has the focus: its place among the controls of its output, and what it is called; the
+# place is -1 of what only scrolls.
+FOCUSED = """controls => {
+    const one = document.activeElement, output = one.closest('.jp-OutputArea-output');
+    if (!output) return null;
+    const beside = one.closest('.widget-inline-hbox')?.querySelector('.widget-label');
+    const name = one.getAttribute('aria-label') || one.labels?.[0]?.innerText
+        || beside?.innerText || one.innerText;
+    return [[...output.querySelectorAll(controls)].indexOf(one), name.trim()];
+}"""
+
+
+@pytest.fixture(scope="module")
+def past_run(tiny_project) -> Path:
+    """A run that is over."""
+    config = load_config(tiny_project / "configs" / "tiny.yaml")
+    return run_distributed_training(config, 0, 1, 0, run_name="shown").run_dir
+
+
+@pytest.fixture(scope="module")
+def page(lab, chromium, storyteller, past_run):
+    """All widgets on one page, each in a cell, with a text in the playground."""
+    model = MODEL.replace("STORYTELLER", str(storyteller))
+    shows = [cell.replace("RUN", str(past_run)) for cell in WIDGETS.values()]
+    page = open_page(lab, chromium, model, *shows)
+    page.run_all()
+    page.button("Forward").wait_for()
+    page.button("Generate").click()
+    page.wait_for("done: ")
+    page.page.locator(".lm-sample .lm-token").first.click()
+    page.wait_for("as drawn")
+    yield page
+    assert page.complaints == []
+    page.close()
+
+
+def cell(page: Page, name: str):
+    return page.page.locator(".jp-CodeCell").nth(PLACES[name])
+
+
+@pytest.mark.parametrize("name", WIDGETS)
+@pytest.mark.parametrize("width", [1300, 800])
+def test_nothing_is_cut_off(page, name, width):
+    page.page.set_viewport_size({"width": width, "height": 1000})
+    page.page.wait_for_timeout(300)
+    assert cell(page, name).evaluate(CUT_OFF) == []
+
+
+@pytest.mark.parametrize("name", WIDGETS)
+@pytest.mark.parametrize("theme", ["Dark", "Light"])
+def test_every_text_can_be_read(page, name, theme):
+    page.choose_theme(theme)
+    page.page.wait_for_timeout(500)  # the theme's colours fade in
+    assert cell(page, name).evaluate(FAINT) == []
+
+
+@pytest.mark.parametrize("name", WIDGETS)
+def test_the_tab_key_reaches_every_control_and_each_has_a_name(page, name):
+    output = cell(page, name).locator(".jp-OutputArea-output").first
+    wanted = output.evaluate(FOCUS_FIRST, CONTROLS)
+    seen: dict[int, str] = {}
+    for _ in range(3 * len(wanted)):
+        focused = page.page.evaluate(FOCUSED, CONTROLS)
+        if focused is None:
+            break
+        seen.setdefault(*focused)
+        page.page.keyboard.press("Tab")
+    seen.pop(-1, None)
+    assert set(wanted) <= set(seen)
+    assert all(seen.values()), seen
+
+
+class _Outputs(html.parser.HTMLParser):
+    """The texts and the pictures' sizes of a page's code cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells: list[tuple[list[str], list[int]]] = []
+        self._inside = False
+
+    def handle_starttag(self, tag, attributes):
+        names = (dict(attributes).get("class") or "").split()
+        if "jp-CodeCell" in names:
+            self.cells.append(([], []))
+            self._inside = False
+        elif "jp-OutputArea" in names:
+            self._inside = True
+        elif tag == "img" and self._inside:
+            self.cells[-1][1].append(len(dict(attributes)["src"]))
+
+    def handle_data(self, text):
+        if self._inside and self.cells and text.strip():
+            self.cells[-1][0].append(text.strip())
+
+
+def test_a_page_without_a_kernel_shows_a_picture_or_says_what_was_there(page):
+    page.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+    notebook = nbformat.read(page.lab.folder / page.name, as_version=4)
+    outputs = _Outputs()
+    outputs.feed(nbconvert.HTMLExporter().from_notebook_node(notebook)[0])
+    shown = {name: outputs.cells[place] for name, place in PLACES.items()}
+    for name in ("dashboard", "ring stepper"):
+        assert [size > 10_000 for size in shown[name][1]] == [True], name
+    for name in ("playground", "attention explorer", "scaling lab"):
+        assert shown[name][0][-1].startswith(name), shown[name][0]
