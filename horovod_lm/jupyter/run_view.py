@@ -112,7 +112,7 @@ class RunView:
 
     @property
     def host(self) -> str | None:
-        """The machine on which rank 0 was started; None where the folder does not say."""
+        """The machine on which its last session was started; None where the folder does not say."""
         sessions = read_sessions(self.run_dir)
         return sessions[-1]["host"] if sessions else None
 
