@@ -109,7 +109,7 @@ def test_a_stopped_job_has_saved_goes_on_and_is_kept_when_its_name_is_taken_anew
     again.stop()
     assert f"going on at step {saved['global_step']} of" in again.log()
     table = (again.run.run_dir / "metrics.csv").read_text()
-    launch(CONFIG, 2, overrides=LONG, run_name="stopped").stop()
+    running(run_name="stopped")
     assert (again.run.run_dir.with_name("stopped.1") / "metrics.csv").read_text() == table
 
 
