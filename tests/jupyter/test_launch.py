@@ -98,19 +98,19 @@ def test_the_loop_is_free_while_a_job_is_awaited():
 
 
 def test_a_stopped_job_has_saved_goes_on_and_is_kept_when_its_name_is_taken_anew(running):
-    job = running(run_name="stopped")
-    with pytest.raises(ConfigError, match="run stopped is not elastic"):
+    job = running(run_name="stopped_twice")
+    with pytest.raises(ConfigError, match="run stopped_twice is not elastic"):
         job.add_worker()
     status = job.stop()
     assert status.startswith("stopped by you after step ") and "resume=True" in status
     assert job.error is None and job.wait(1) is job
     saved = read_checkpoint(newest_readable(job.run.checkpoint_dir))
-    again = running(run_name="stopped", resume=True)
+    again = running(run_name="stopped_twice", resume=True)
     again.stop()
     assert f"going on at step {saved['global_step']} of" in again.log()
     table = (again.run.run_dir / "metrics.csv").read_text()
-    running(run_name="stopped")
-    assert (again.run.run_dir.with_name("stopped.1") / "metrics.csv").read_text() == table
+    running(run_name="stopped_twice")
+    assert (again.run.run_dir.with_name("stopped_twice.1") / "metrics.csv").read_text() == table
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
