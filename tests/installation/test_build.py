@@ -89,12 +89,33 @@ def test_a_build_that_fails_leaves_a_log_and_no_wheel(cache, monkeypatch):
     assert str(log) in str(error.value) and "CMake Error" in log.read_text()
 
 
-@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
-def test_a_build_that_is_stopped_leaves_no_wheel_and_no_compiler(cache, blow):
+@pytest.fixture
+def build(cache):
+    """A build that has come to its compiler: the process, and every process that it started."""
     command = [sys.executable, "-m", "horovod_lm.install_horovod", "--force", "--jobs", "1"]
     env = {**os.environ, "HOROVOD_LM_CACHE": str(cache)}
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    family = _wait_for_the_compiler(process)
+    root = psutil.Process(process.pid)
+    family: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 60
+        while not any(_compiles(member) for member in family):
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                pytest.fail(f"no compiler started: {process.stderr.read().decode()}")
+            time.sleep(0.1)
+            family = _family(root)
+        yield process, family
+    finally:  # a compiler that is left is counted as another test's
+        for survivor in [*family, *_family(root)]:
+            _kill(survivor)
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
+def test_a_build_that_is_stopped_leaves_no_wheel_and_no_compiler(cache, build, blow):
+    process, family = build
     process.send_signal(blow)
     process.wait(timeout=30)
     assert not list((cache / "wheels").glob("*"))
@@ -102,18 +123,24 @@ def test_a_build_that_is_stopped_leaves_no_wheel_and_no_compiler(cache, blow):
         assert process.returncode == 130
         assert not list(cache.glob("building-*"))
         assert not psutil.wait_procs(family, timeout=10)[1]
-    for survivor in family:
-        if survivor.is_running():
-            survivor.kill()
 
 
-def _wait_for_the_compiler(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Wait until a compiler runs, and return every process of the build."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        family = psutil.Process(process.pid).children(recursive=True)
-        if any("cc1plus" in member.name() or "clang" in member.name() for member in family):
-            return family
-        time.sleep(0.1)
-    process.kill()
-    pytest.fail(f"no compiler started: {process.stderr.read().decode()}")
+def _family(root: psutil.Process) -> list[psutil.Process]:
+    try:
+        return root.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _compiles(member: psutil.Process) -> bool:
+    try:
+        return "cc1plus" in member.name() or "clang" in member.name()
+    except psutil.NoSuchProcess:  # compilers come and go while we look
+        return False
+
+
+def _kill(process: psutil.Process) -> None:
+    try:
+        process.kill()
+    except psutil.NoSuchProcess:
+        pass
