@@ -76,7 +76,7 @@ class Command:
                 self._family.setdefault(child.pid, child)
         except psutil.NoSuchProcess:
             pass
-        return [child for child in self._family.values() if _alive(child)]
+        return [child for child in self._family.values() if alive(child)]
 
     def output(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
@@ -106,9 +106,9 @@ class Command:
     def left_behind(self, patience: float = 10) -> list[int]:
         """Process ids of the family that still live after `patience` seconds."""
         deadline = time.monotonic() + patience
-        while (alive := self.family()) and time.monotonic() < deadline:
+        while (left := self.family()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        return [child.pid for child in alive]
+        return [child.pid for child in left]
 
     def kill(self) -> None:
         for child in self.family():
@@ -118,7 +118,8 @@ class Command:
         self.process.wait()
 
 
-def _alive(process: psutil.Process) -> bool:
+def alive(process: psutil.Process) -> bool:
+    """Say whether a process runs; one that ends while it is looked at does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

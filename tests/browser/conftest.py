@@ -17,7 +17,7 @@ import psutil
 import pytest
 import requests
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, alive
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -109,7 +109,7 @@ class Lab:
 
     def kernels(self) -> list[psutil.Process]:
         """Every kernel's process."""
-        return [one for one in self.children() if any("ipykernel" in w for w in one.cmdline())]
+        return [child for child in self.children() if _is_kernel(child)]
 
     def end_kernels(self) -> None:
         for session in requests.get(
@@ -121,11 +121,8 @@ class Lab:
 
     def children(self) -> list[psutil.Process]:
         """Every process that this JupyterLab has started and that lives."""
-        return [
-            child
-            for child in psutil.Process(self.process.pid).children(recursive=True)
-            if child.status() != psutil.STATUS_ZOMBIE
-        ]
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in family if alive(child)]
 
     def close(self) -> None:
         family = self.children()
@@ -137,6 +134,13 @@ class Lab:
         for child in family:
             if child.is_running():
                 child.kill()
+
+
+def _is_kernel(process: psutil.Process) -> bool:
+    try:
+        return any("ipykernel" in word for word in process.cmdline())
+    except psutil.NoSuchProcess:  # it ended while we looked
+        return False
 
 
 # Of a module, not of the session: other tests count their processes, and Playwright keeps an event

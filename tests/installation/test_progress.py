@@ -11,6 +11,7 @@ import pytest
 
 from horovod_lm.installation.progress import Progress, explain_failure, run_with_progress
 from horovod_lm.utils.errors import UserError
+from tests.conftest import alive
 
 BUILD = """
 import sys
@@ -121,5 +122,4 @@ def test_an_interrupt_takes_every_process_of_the_build_along(tmp_path, monkeypat
         run_with_progress(
             [sys.executable, "-c", script], {}, tmp_path / "log", "Horovod", io.StringIO()
         )
-    left = children() - before
-    assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE]
+    assert not [child for child in children() - before if alive(child)]
