@@ -271,6 +271,8 @@ class Page:
             "isLight => document.body.dataset.jpThemeLight === isLight",
             arg="true" if name == "Light" else "false",
         )
+        # Two splash screens within 200 ms: JupyterLab takes the one away twice, and complains.
+        self.page.wait_for_function("() => !document.getElementById('jupyterlab-splash')")
 
     def screenshot(self, name: str) -> None:
         """Take pictures of the first output, light and dark, where they are asked for.
