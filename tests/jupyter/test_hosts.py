@@ -21,6 +21,7 @@ from horovod_lm.jupyter.hosts import Hosts, kernel_can_delay, token_bucket, why_
 from horovod_lm.jupyter.namespaces import INTERFACE, SSH_PORT
 from horovod_lm.utils.config import Config, load_config, save_config
 from horovod_lm.utils.errors import DistributedError
+from horovod_lm.utils.metrics import read_metrics
 from tests.elastic_runs import (
     GLOO_TIMEOUT,
     ElasticRun,
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WHY_NOT = why_not_here()
 needs_hosts = pytest.mark.skipif(bool(WHY_NOT), reason=str(WHY_NOT))
 TIMEOUT = 5  # seconds of silence after which Gloo gives a connection up, in the tests of losses
+OUT = 3  # seconds that a cable hangs loose before it is put back
 TO_DETECT = 10  # seconds beyond that timeout in which a loss must have ended the job
 RANKS = """
 import os, horovod.torch as hvd, torch
@@ -165,6 +167,28 @@ def test_training_over_ten_megabits_equals_training_over_a_fast_link(tiny_projec
             assert done.returncode == 0, done.stdout
     fast, slow = weights(tiny_project, "fast"), weights(tiny_project, "slow")
     assert all(torch.equal(fast[name], slow[name]) for name in fast)
+
+
+def test_a_cable_that_is_put_back_in_time_costs_time_and_nothing_else(tiny_project):
+    config = config_of(tiny_project, gloo_timeout_seconds=30)
+    command = train("training.max_steps=200", "training.num_epochs=100")
+    with Hosts(2) as hosts:
+        done = hosts.horovodrun(config, [*command, "--run-name", "steady"], cwd=tiny_project)
+        assert done.returncode == 0, done.stdout
+        call = hosts.horovodrun_command(config, [*command, "--run-name", "pulled-out"])
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with hosts.popen(call, cwd=tiny_project, **pipe) as job:
+            said = until("step 10/", job)
+            hosts.unplug("host1")
+            time.sleep(OUT)
+            assert job.poll() is None
+            hosts.plug_in("host1")
+            said += job.communicate(timeout=60)[0]
+    assert job.returncode == 0, said
+    steady, pulled = weights(tiny_project, "steady"), weights(tiny_project, "pulled-out")
+    assert all(torch.equal(steady[name], pulled[name]) for name in steady)
+    steps = read_metrics(tiny_project / "runs" / "pulled-out", "train")
+    assert max(row["seconds_backward"] + row["seconds_allreduce"] for row in steps) > OUT / 2
 
 
 # ---- hosts that are lost while they train ------------------------------------------------------
