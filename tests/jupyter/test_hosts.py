@@ -171,14 +171,14 @@ def test_training_over_ten_megabits_equals_training_over_a_fast_link(tiny_projec
 
 def test_a_cable_that_is_put_back_in_time_costs_time_and_nothing_else(tiny_project):
     config = config_of(tiny_project, gloo_timeout_seconds=30)
-    command = train("training.max_steps=200", "training.num_epochs=100")
     with Hosts(2) as hosts:
-        done = hosts.horovodrun(config, [*command, "--run-name", "steady"], cwd=tiny_project)
+        done = hosts.horovodrun(config, [*train(), "--run-name", "steady"], cwd=tiny_project)
         assert done.returncode == 0, done.stdout
-        call = hosts.horovodrun_command(config, [*command, "--run-name", "pulled-out"])
+        hosts.set_link(rate="2mbit")  # so that it still trains when the cable is pulled
+        call = hosts.horovodrun_command(config, [*train(), "--run-name", "pulled-out"])
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with hosts.popen(call, cwd=tiny_project, **pipe) as job:
-            said = until("step 10/", job)
+            said = until("step 5/", job)
             hosts.unplug("host1")
             time.sleep(OUT)
             assert job.poll() is None
