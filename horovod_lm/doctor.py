@@ -124,21 +124,19 @@ def check_horovod() -> Iterator[Finding]:
 
 def check_cores() -> Iterator[Finding]:
     """Cores, threads, and whether two ranks would fight for them."""
-    from horovod_lm.utils.distributed import available_cores
-    from horovod_lm.utils.machine import container_cores
+    from horovod_lm.utils.machine import available_cores, container_cores
 
     physical, logical = psutil.cpu_count(logical=False) or "?", psutil.cpu_count()
-    mine, limit = available_cores(), container_cores()
-    usable = min(mine, limit) if limit else mine
-    says = f"{physical} physical, {logical} logical, {mine} usable by this process"
-    says += f", {limit:.1f} by the container's limit" if limit and limit < mine else ""
+    usable, quota = available_cores(), container_cores()
+    says = f"{physical} physical, {logical} logical, {usable} usable by this process"
+    says += f" (the container's CPU quota: {quota:g})" if quota is not None else ""
     if usable < 2:
         cure = "nothing to mend: it works, but two ranks take turns and teach nothing about speed"
         yield Finding("cores", WARN, says, cure)
     else:
         yield Finding("cores", OK, says)
     chosen = os.environ.get("OMP_NUM_THREADS")
-    share = max(1, int(usable // 2))
+    share = max(1, usable // 2)
     if chosen is None:
         yield Finding("threads", OK, f"OMP_NUM_THREADS is not set: two ranks get {share} each")
     elif not chosen.isdigit() or int(chosen) > share:

@@ -140,7 +140,7 @@ def test_one_core_is_a_warning(monkeypatch):
     monkeypatch.setattr(machine, "container_cores", lambda: 1.0)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     found = {finding.subject: finding for finding in doctor.check_cores()}
-    assert found["cores"].verdict == WARN and "1.0 by the container's limit" in found["cores"].says
+    assert found["cores"].verdict == WARN and "CPU quota: 1)" in found["cores"].says
     assert found["threads"].says.endswith("two ranks get 1 each")
 
 

@@ -90,7 +90,10 @@ def test_horovod_has_one_door():
     assert "utils/distributed.py" in users and users <= DOORS_TO_HOROVOD
 
 
-@pytest.mark.parametrize("name", ["horovod_lm", "horovod_lm.utils.config", "horovod_lm.data"])
+@pytest.mark.parametrize(
+    "name",
+    ["horovod_lm", "horovod_lm.utils.config", "horovod_lm.utils.machine", "horovod_lm.data"],
+)
 def test_a_light_import_stays_light(name):
     code = f"import sys, {name}; assert not {{'torch', 'horovod'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from horovod_lm.jupyter import rank_cell
 from horovod_lm.jupyter.supervisor import Job
-from horovod_lm.utils.cores import available_cores
 from horovod_lm.utils.discovery import elastic_command, loopback_name, write_hosts
 from horovod_lm.utils.errors import ConfigError, DistributedError
+from horovod_lm.utils.machine import available_cores
 
 COMMANDS_PATIENCE = 8.0  # seconds that a command has to save and end when it is asked to
 # Linux's limit for one argument is 128 KiB, and a rank's whole call is one argument.

@@ -30,8 +30,8 @@ from horovod_lm.jupyter.outcome import RankError, RanksStopped, ranks
 from horovod_lm.jupyter.tasks import Tasks
 from horovod_lm.utils.cluster import checked_hosts
 from horovod_lm.utils.config import Config, load_config
-from horovod_lm.utils.cores import available_cores
 from horovod_lm.utils.errors import ConfigError, DistributedError
+from horovod_lm.utils.machine import available_cores
 
 AGAIN = "cluster.restart_ranks() starts the ranks again"
 LOOPBACK = "127.0.0.1"

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from horovod_lm.utils.config import DistributedConfig
-from horovod_lm.utils.cores import available_cores
 from horovod_lm.utils.errors import DistributedError
+from horovod_lm.utils.machine import available_cores
 from horovod_lm.utils.watchdog import Watchdog
 
 MIB = 1024 * 1024

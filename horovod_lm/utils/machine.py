@@ -1,46 +1,74 @@
-"""What this machine has: limits that a container sets, and how fast it multiplies."""
+"""What this machine grants a process (cores, memory), and how fast it multiplies matrices.
+
+Importing this module imports nothing heavy: the installer and the notebook's kernel use it too.
+"""
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 CGROUP = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 
 
-def container_cores(root: Path = CGROUP) -> float | None:
-    """How many cores' time the control group grants, or None where it sets no limit.
+def available_cores() -> int:
+    """Return how many cores this process may keep busy: the least of affinity and CPU quota.
+
+    A quota of 1.5 cores counts as 1. Two threads would use it up in 75 of every 100 ms, and the
+    kernel would then stop both until the next 100 ms begin, while the other ranks wait.
+    """
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    quota = container_cores()
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def container_cores(root: Path = CGROUP, membership: Path = MEMBERSHIP) -> float | None:
+    """Return the CPU quota of this process's control groups in cores; None: no limit.
 
     Args:
         root: where control groups are mounted, version 2 or 1
             (https://docs.kernel.org/admin-guide/cgroup-v2.html).
+        membership: the file in which the kernel lists the groups of this process.
     """
-    quota, period = (_words(root / "cpu.max") + ["", ""])[:2]
-    if not quota:
-        quota = "".join(_words(root / "cpu" / "cpu.cfs_quota_us"))
-        period = "".join(_words(root / "cpu" / "cpu.cfs_period_us"))
-    if not (quota.isdigit() and period.isdigit()):  # "max" and "-1" mean no limit
-        return None
-    return int(quota) / int(period)
+    quotas = []
+    for folder in _control_groups("cpu", root, membership):
+        words = _words(folder / "cpu.max") or (
+            _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
+        )
+        if len(words) == 2 and all(word.isdigit() for word in words):  # "max", "-1": no limit
+            quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
 
 
-def container_memory(root: Path = CGROUP) -> int | None:
-    """How many bytes the control group still grants, or None where it sets no limit."""
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        numbers = _words(root / limit) + _words(root / used)
-        if len(numbers) == 2 and all(number.isdigit() for number in numbers):
-            return int(numbers[0]) - int(numbers[1])
-    return None
+def container_memory(root: Path = CGROUP, membership: Path = MEMBERSHIP) -> int | None:
+    """Return how many bytes this process's control groups still grant; None: no limit.
+
+    Args:
+        root: as for `container_cores`, and so is `membership`.
+    """
+    free = []
+    for folder in _control_groups("memory", root, membership):
+        words = _words(folder / "memory.max") + _words(folder / "memory.current") or (
+            _words(folder / "memory.limit_in_bytes") + _words(folder / "memory.usage_in_bytes")
+        )
+        if len(words) == 2 and all(word.isdigit() for word in words):
+            free.append(int(words[0]) - int(words[1]))
+    return min(free, default=None)
 
 
 def matmul_seconds(dtype: torch.dtype, device: torch.device, size: int = 768) -> float:
-    """The time of a (size, size) by (size, size) matrix product, in seconds; median of 7."""
+    """Return the median time of 7 (size, size) by (size, size) matrix products, in seconds."""
+    import torch
+
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times = []
     for _ in range(8):
@@ -48,6 +76,29 @@ def matmul_seconds(dtype: torch.dtype, device: torch.device, size: int = 768) ->
         (left @ right)[0, 0].item()  # reading a value waits for the GPU
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])  # the first one also sets the kernels up
+
+
+def _control_groups(controller: str, root: Path, membership: Path) -> Iterator[Path]:
+    """Yield the folders of this process's group and of the groups around it: each can set a limit.
+
+    In a container, `membership` may hold the host's path. No such folder is mounted there, but the
+    mount point itself is then the container's own group.
+    """
+    try:
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2, alone or beside version 1
+            mounts = [root, root / "unified"]
+        elif controller in controllers.split(","):
+            mounts = [root / controller]
+        else:
+            continue
+        parts = Path(path.lstrip("/")).parts
+        for mount in mounts:
+            yield from (mount.joinpath(*parts[:depth]) for depth in range(len(parts) + 1))
 
 
 def _words(path: Path) -> list[str]:

@@ -104,7 +104,7 @@ def test_one_rank_is_given_values_and_asked_for_them(cluster):
 
 
 def test_cores_are_shared_and_oversubscription_is_warned_about(cluster, capsys):
-    from horovod_lm.utils.cores import available_cores
+    from horovod_lm.utils.machine import available_cores
 
     share = max(1, available_cores() // 2)
     assert cluster.run("torch.get_num_threads()") == [share, share]

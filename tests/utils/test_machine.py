@@ -1,52 +1,121 @@
-"""Limits that a container sets, read from control groups of version 2 and of version 1."""
+"""Cores and memory that control groups of version 1 and 2 grant, nested or not."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from horovod_lm.utils.machine import container_cores, container_memory, matmul_seconds
+from horovod_lm.utils import machine
+from horovod_lm.utils.machine import available_cores, container_cores, container_memory
+
+V2, V1 = "0::/", "7:cpu,cpuacct:/\n4:memory:/\n0::/"
+QUOTA, PERIOD = "cpu.cfs_quota_us", "cpu.cfs_period_us"
+LIMIT, USED = "memory.limit_in_bytes", "memory.usage_in_bytes"
 
 
-def write(root: Path, files: dict[str, str]) -> Path:
+def write(root: Path, membership: str, files: dict[str, str]) -> tuple[Path, Path]:
+    (root / "membership").write_text(membership + "\n")
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text + "\n")
-    return root
+    return root, root / "membership"
 
 
 @pytest.mark.parametrize(
-    ("files", "cores"),
+    ("membership", "files", "cores"),
     [
-        ({}, None),
-        ({"cpu.max": "max 100000"}, None),
-        ({"cpu.max": "150000 100000"}, 1.5),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
-        ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4.0),
+        (V2, {}, None),
+        (V2, {"cpu.max": "max 100000"}, None),
+        (V2, {"cpu.max": "150000 100000"}, 1.5),
+        # Nested: the smallest of all groups around the process, never of others.
+        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3.0),
+        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "100000 50000"}, 2.0),
+        ("0::/a/b", {"cpu.max": "50000 100000", "a/b/cpu.max": "100000 50000"}, 0.5),
+        ("0::/a", {"c/cpu.max": "100000 100000", "a/b/cpu.max": "100000 100000"}, None),
+        # A container that sees the host's path, but only its own group.
+        ("0::/system.slice/docker-1f.scope", {"cpu.max": "100000 100000"}, 1.0),
+        ("0::/../job", {"cpu.max": "200000 100000"}, 2.0),
+        (V1, {f"cpu/{QUOTA}": "-1", f"cpu/{PERIOD}": "100000"}, None),
+        (V1, {f"cpu/{QUOTA}": "400000", f"cpu/{PERIOD}": "100000"}, 4.0),
+        ("3:cpu:/a:b", {f"cpu/a:b/{QUOTA}": "50000", f"cpu/a:b/{PERIOD}": "25000"}, 2.0),
+        ("0::/a\n3:memory:/b", {"unified/a/cpu.max": "100000 100000"}, 1.0),
     ],
 )
-def test_cores(tmp_path, files, cores):
-    assert container_cores(write(tmp_path, files)) == cores
+def test_quota(tmp_path, membership, files, cores):
+    assert container_cores(*write(tmp_path, membership, files)) == cores
+
+
+def test_no_quota_where_the_system_has_no_control_groups(tmp_path):
+    assert container_cores(tmp_path, tmp_path / "missing") is None
 
 
 @pytest.mark.parametrize(
-    ("files", "memory"),
+    ("affinity", "quota", "cores"),
+    [(32, None, 32), (32, 2.0, 2), (2, 8.0, 2), (4, 1.5, 1), (4, 0.2, 1), (4, 3.99, 3)],
+)
+def test_the_smaller_of_affinity_and_quota_counts(monkeypatch, affinity, quota, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)))
+    monkeypatch.setattr(machine, "container_cores", lambda: quota)
+    assert available_cores() == cores
+
+
+@pytest.fixture
+def group_of_one_core():
+    """The file to join a real control group that grants one core's time."""
+    parents = [path for line in Path("/proc/self/cgroup").read_text().splitlines()
+               for number, kinds, path in [line.split(":", 2)]
+               if "cpu" in kinds.split(",") or number == "0"]  # fmt: skip
+    for parent in parents:
+        for mount, settings in (
+            ("cpu", {PERIOD: "100000", QUOTA: "100000"}),
+            ("", {"cpu.max": "100000 100000"}),
+        ):
+            group = Path("/sys/fs/cgroup", mount, parent.strip("/"), f"horovod_lm-{os.getpid()}")
+            try:
+                group.mkdir()
+            except OSError:
+                continue
+            try:
+                for name, text in settings.items():
+                    (group / name).write_text(text)
+            except OSError:
+                group.rmdir()
+                continue
+            yield group / "cgroup.procs"
+            group.rmdir()
+            return
+    pytest.skip("no control group with a CPU quota can be made here: that needs root and a mount")
+
+
+def test_a_real_quota_is_seen(group_of_one_core):
+    code = (
+        "import os, sys; from horovod_lm.utils.machine import available_cores as cores;"
+        "before = cores(); open(sys.argv[1], 'w').write(str(os.getpid()));"
+        "print(before, cores())"
+    )
+    command = [sys.executable, "-c", code, str(group_of_one_core)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{available_cores()} 1\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "memory"),
     [
-        ({}, None),
-        ({"memory.max": "max", "memory.current": "1000"}, None),
-        ({"memory.max": "5000", "memory.current": "1000"}, 4000),
-        (
-            {"memory/memory.limit_in_bytes": "900", "memory/memory.usage_in_bytes": "100"},
-            800,
-        ),
+        (V2, {}, None),
+        (V2, {"memory.max": "max", "memory.current": "1000"}, None),
+        ("0::/a", {"a/memory.max": "5000", "a/memory.current": "1000"}, 4000),
+        (V1, {f"memory/{LIMIT}": "900", f"memory/{USED}": "100"}, 800),
     ],
 )
-def test_memory(tmp_path, files, memory):
-    assert container_memory(write(tmp_path, files)) == memory
+def test_memory(tmp_path, membership, files, memory):
+    assert container_memory(*write(tmp_path, membership, files)) == memory
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_product_takes_some_time(dtype):
-    assert 0 < matmul_seconds(dtype, torch.device("cpu"), size=16) < 10
+    assert 0 < machine.matmul_seconds(dtype, torch.device("cpu"), size=16) < 10
