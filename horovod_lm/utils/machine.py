@@ -1,11 +1,13 @@
-"""What this machine grants a process (cores, memory), and how fast it multiplies matrices.
+"""What this machine grants a process (cores, memory, a GPU), and how fast it multiplies matrices.
 
 Importing this module imports nothing heavy: the installer and the notebook's kernel use it too.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -63,6 +65,28 @@ def container_memory(root: Path = CGROUP, membership: Path = MEMBERSHIP) -> int 
         if len(words) == 2 and all(word.isdigit() for word in words):
             free.append(int(words[0]) - int(words[1]))
     return min(free, default=None)
+
+
+def has_gpu_driver() -> bool:
+    """Return whether NVIDIA's driver is installed: its library loads, or `nvidia-smi` is on PATH.
+
+    A driver without a GPU counts as well, for example on the login node of a cluster.
+    """
+    return driver_cuda() is not None or shutil.which("nvidia-smi") is not None
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """Return the newest CUDA version that the driver supports, such as (13, 0); None: no driver.
+
+    A program built for a newer major version of CUDA finds no GPU.
+    """
+    version = ctypes.c_int()
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except (OSError, AttributeError):  # no such library, or none of NVIDIA's
+        return None
+    return version.value // 1000, version.value % 1000 // 10
 
 
 def matmul_seconds(dtype: torch.dtype, device: torch.device, size: int = 768) -> float:

@@ -119,3 +119,34 @@ def test_memory(tmp_path, membership, files, memory):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_product_takes_some_time(dtype):
     assert 0 < machine.matmul_seconds(dtype, torch.device("cpu"), size=16) < 10
+
+
+ASK_FOR_DRIVER = """
+from horovod_lm.utils.machine import driver_cuda, has_gpu_driver
+print(has_gpu_driver(), driver_cuda())
+"""
+
+
+def ask_for_driver(**variables: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_FOR_DRIVER],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_a_gpu_driver_is_its_library_or_its_program(tmp_path):
+    source = tmp_path / "driver.c"
+    source.write_text("int cuDriverGetVersion(int *version) { *version = 12040; return 0; }\n")
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    assert ask_for_driver(PATH="", LD_LIBRARY_PATH=str(tmp_path)) == "True (12, 4)"
+    library.write_text("no library")
+    assert ask_for_driver(PATH="", LD_LIBRARY_PATH=str(tmp_path)) == "False None"
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    assert ask_for_driver(PATH=str(tmp_path), LD_LIBRARY_PATH=str(tmp_path)) == "True None"
