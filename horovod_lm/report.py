@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 from horovod_lm.evaluate import Evaluation, perplexity
+from horovod_lm.utils.cli import command, program, shown
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.distributed import barrier, elastic_launcher, gather_objects
 from horovod_lm.utils.metrics import MetricsRecorder, StepTimer
@@ -220,18 +222,15 @@ def call_to_go_on(config: Config, run_dir: Path, hosts: Sequence[str], elastic: 
         elastic: whether ranks may come and go: then horovodrun's call is the user's own.
     """
     if elastic:
-        return f"start the same call again with --resume {shown(run_dir)}"
-    resume = f"python -m horovod_lm.train --resume {shown(run_dir)}"
+        return f"start the same call again with --resume {shlex.quote(shown(run_dir))}"
+    resume = ("horovod_lm.train", "--resume", run_dir)
+    horovodrun = [program("horovodrun"), "-np", str(len(hosts))]
     slots = Counter(hosts)
     if len(slots) == 1:
-        return f"horovodrun -np {len(hosts)} {resume}" if len(hosts) > 1 else resume
+        return command(*resume, under=horovodrun if len(hosts) > 1 else ())
     if config.distributed.hosts:  # then port, key and interface stand there, too
-        settings = shown(run_dir / "config.yaml")
-        return f"python -m horovod_lm.utils.cluster --config {settings} --run -- {resume}"
+        settings = ["--config", str(run_dir / "config.yaml"), "--run", "--"]
+        cluster = [program("python"), "-m", "horovod_lm.utils.cluster", *settings]
+        return command(*resume, under=cluster)
     named = ",".join(f"{name}:{count}" for name, count in slots.items())
-    return f"horovodrun -np {len(hosts)} -H {named} {resume}"
-
-
-def shown(path: Path) -> str:
-    """Return a path as short as it can be typed from here."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    return command(*resume, under=[*horovodrun, "-H", named])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from horovod_lm.checkpoint import newest_readable
-from horovod_lm.report import TrainingResult, shown
+from horovod_lm.report import TrainingResult
 from horovod_lm.train import run_distributed_training
-from horovod_lm.utils.cli import EXIT_INTERRUPTED, add_config_arguments
-from horovod_lm.utils.config import Config, load_config
+from horovod_lm.utils.cli import EXIT_INTERRUPTED, add_config_arguments, command, shown
+from horovod_lm.utils.config import Config, load_config, resolve_path
 from horovod_lm.utils.distributed import (
     is_main_process,
     setup_horovod,
@@ -95,14 +96,15 @@ def what_to_train(arguments: argparse.Namespace) -> tuple[Config, str, Path | No
 
 def find_run(arguments: argparse.Namespace) -> tuple[Path, Path | None]:
     """Return the folder of the run to resume, and the checkpoint if one is named."""
-    config = load_config(arguments.config)
     if arguments.resume == "auto":
+        config = load_config(arguments.config)
         name = arguments.run_name or newest_run(config)
         if name is None:
             raise CheckpointError("there is no run to resume: start one without --resume")
         return RunFolder.of(config, name).run_dir, None
-    here = Path(arguments.resume).resolve()
-    path = here if here.exists() else config.resolve(arguments.resume)
+    # From the working directory, or from the project's folder: no configuration is needed.
+    given = arguments.resume
+    path = Path(given).resolve() if os.path.exists(given) else resolve_path(given)
     if path.is_file():
         return path.parent.parent, path
     return path, None
@@ -116,5 +118,5 @@ def summary(result: TrainingResult) -> str:
         f"training loss {result.first_loss:.4f} at the start, {result.train_loss:.4f} at the end;"
         f" validation loss {result.validation_loss:.4f}, perplexity {result.perplexity:.2f}\n"
         f"files in {shown(result.run_dir)}; to hear it talk:"
-        f" python -m horovod_lm.generate --checkpoint {shown(result.run_dir)}"
+        f" {command('horovod_lm.generate', '--checkpoint', result.run_dir)}"
     )

@@ -1,12 +1,15 @@
-"""What every command line of the project shares: `--config`, `--set`, and errors as sentences."""
+"""What every command line shares: `--config`, `--set`, errors as sentences, printed commands."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from horovod_lm.utils.endings import end_at_once
 from horovod_lm.utils.errors import LostRankError, UserError
@@ -36,6 +39,49 @@ def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = 
         metavar="KEY=VALUE",
         help="change one setting, for example --set training.learning_rate=1e-3 (repeatable)",
     )
+
+
+def command(module: str, *arguments: str | Path, under: Sequence[str] = ()) -> str:
+    """Return the shell command that runs a module, for a message: it works when it is pasted.
+
+    Args:
+        module: its name, for example `horovod_lm.train`.
+        arguments: its arguments; absolute paths are written as `shown` writes them.
+        under: the words of the launcher, for example `[program("horovodrun"), "-np", "2"]`.
+    """
+    words = [*under, program("python"), "-m", module, *arguments]
+    return shlex.join(shown(word) if os.path.isabs(word) else str(word) for word in words)
+
+
+def program(name: str) -> str:
+    """Return how to start a program of this environment from the shell that started this process.
+
+    Args:
+        name: `python` or `horovodrun`.
+
+    Returns:
+        The name where `PATH` has this environment's; otherwise the absolute path.
+    """
+    python = Path(sys.executable)
+    own = python if name == "python" else python.with_name(name)
+    found = shutil.which(name)
+    # Not `samefile` alone: the Pythons of all environments may be links to one file.
+    if found and Path(found).parent.resolve() == own.parent.resolve():
+        if os.path.samefile(found, own):
+            return name
+    return str(own)
+
+
+def shown(path: str | Path) -> str:
+    """Return a path as a command in the working directory can use it: relative where shorter."""
+    absolute = os.path.abspath(path)
+    try:
+        relative = os.path.relpath(absolute)
+    except OSError:  # the working directory was deleted
+        return absolute
+    # Without a folder, a shell would look for a program on PATH, and "-x" would be an option.
+    relative = relative if os.sep in relative else os.path.join(os.curdir, relative)
+    return min(absolute, relative, key=len)
 
 
 def run_cli(

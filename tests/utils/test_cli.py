@@ -1,0 +1,63 @@
+"""A printed command works when pasted: programs that the shell finds, paths from here, quotes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from horovod_lm.utils.cli import command, program, shown
+
+COMMANDS = Path(sys.executable).parent
+
+
+def test_a_program_is_named_where_path_has_this_environments(monkeypatch):
+    monkeypatch.setenv("PATH", str(COMMANDS))
+    assert program("python") == "python"
+    assert command("horovod_lm.data", "--config", "FILE") == (
+        "python -m horovod_lm.data --config FILE"
+    )
+
+
+def test_another_environments_program_of_the_same_name_is_not_used(tmp_path, monkeypatch):
+    for name in ("python", "horovodrun"):
+        (tmp_path / name).symlink_to(sys.executable)
+    for path in (str(tmp_path), os.devnull):
+        monkeypatch.setenv("PATH", path)
+        assert program("python") == sys.executable
+        assert program("horovodrun") == str(COMMANDS / "horovodrun")
+
+
+def test_programs_and_paths_are_shown_from_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", os.devnull)
+    here = tmp_path / "x"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    printed = command("m", "--resume", here / "runs" / "my run", under=[program("horovodrun")])
+    words = shlex.split(printed)
+    assert printed.endswith("-m m --resume 'runs/my run'")
+    assert Path(words[0]).resolve() == (COMMANDS / "horovodrun").resolve()
+    assert os.path.abspath(words[1]) == sys.executable
+    monkeypatch.chdir(COMMANDS.parent)
+    assert command("m").startswith(f"{COMMANDS.name}/")
+    monkeypatch.chdir(COMMANDS)
+    assert command("m").startswith("./")
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [("/a/b/runs/x", "runs/x"), ("/a/c/x", "/a/c/x"), ("/a/b/-x", "./-x"), ("/other", "/other")],
+)
+def test_a_path_is_relative_where_that_is_shorter(path, text, monkeypatch):
+    monkeypatch.setattr(os, "getcwd", lambda: "/a/b")
+    assert shown(path) == text
+
+
+def test_a_path_is_whole_where_the_working_directory_is_gone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert shown(tmp_path / "x") == str(tmp_path / "x")
+    monkeypatch.chdir("/")
