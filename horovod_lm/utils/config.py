@@ -343,6 +343,8 @@ def load_config(
 
     Returns:
         The settings. Keys that the file leaves out have the defaults of the classes above.
+        Relative paths in it start at the first folder, from the file's upward, that holds
+        `configs/`; without one, at the file's folder, or where a run's folder started.
 
     Raises:
         ConfigError: one sentence with the file, the key, and the nearest valid key.
@@ -361,10 +363,19 @@ def load_config(
             f"{path} must hold sections such as 'model:' and 'training:', not {describe(content)}"
         )
     folder = file.resolve().parent
-    root = next(
-        (parent for parent in folder.parents if (parent / "configs").is_dir()), folder.parent
+    config = config_from_dict(
+        apply_overrides(content, overrides or {}), find_project_root(folder), str(path)
     )
-    return config_from_dict(apply_overrides(content, overrides or {}), root, str(path))
+    return config.model_copy(update={"project_root": _root_of_run(config, file.resolve())})
+
+
+def _root_of_run(config: Config, file: Path) -> Path:
+    """Return the project root of the run that `file` was saved in; of no run: `config`'s own."""
+    folder = file.parent
+    run_dir = Path(config.paths.run_dir.replace(RUN_NAME, folder.name))
+    above = folder.parents[len(run_dir.parts) - 1 :][:1]
+    is_of_run = file.name == "config.yaml" and bool(above) and above[0] / run_dir == folder
+    return above[0] if is_of_run and config.project_root == folder else config.project_root
 
 
 def config_from_dict(

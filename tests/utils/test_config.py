@@ -218,6 +218,18 @@ def test_a_config_saved_in_a_run_means_the_same_folders(write):
     assert load_config(copy).project_root == config.project_root
 
 
+@pytest.mark.parametrize("run_dir", ["runs/${run_name}", "${run_name}", "a/b/${run_name}"])
+def test_without_configs_paths_start_at_the_files_folder(tmp_path, run_dir):
+    own = tmp_path / "mine.yaml"
+    own.write_text(f"paths: {{run_dir: '{run_dir}'}}", encoding="utf-8")
+    config = load_config(own)
+    assert config.project_root == tmp_path
+    copy = save_config(config, config.resolve(run_dir, "first") / "config.yaml")
+    assert load_config(copy).project_root == tmp_path
+    (tmp_path / "configs").mkdir()  # beside the file, and not in it
+    assert load_config(own).project_root == load_config(copy).project_root == tmp_path
+
+
 def test_run_name_stands_in_paths(write):
     config = load_config(write("paths: {log_dir: 'logs/${run_name}/${run_name}.d'}"))
     assert config.resolve(config.paths.log_dir, "a") == config.project_root / "logs" / "a" / "a.d"
