@@ -1,11 +1,16 @@
 """What only notebooks need: ranks started from a cell, figures, and the notebooks themselves.
 
-`%load_ext horovod_lm.jupyter` gives a notebook the magic `%%horovodrun`.
+`%load_ext horovod_lm.jupyter` gives a notebook the magic `%%horovodrun`. In it, `!command` runs
+this environment's `python` and `horovodrun`, and stops the page when the command fails.
 """
 
 
 def load_ipython_extension(shell) -> None:
-    """Give a notebook its magics."""
+    """Give a notebook its magics, and make its shell commands safe."""
     from horovod_lm.jupyter.magics import HorovodMagics
+    from horovod_lm.jupyter.shell import put_programs_on_path, stop_where_a_command_fails
 
     shell.register_magics(HorovodMagics)
+    put_programs_on_path()
+    if getattr(shell, "kernel", None) is not None:  # a terminal shows what fails, and has no page
+        stop_where_a_command_fails(shell)
