@@ -66,6 +66,19 @@ def test_cells_are_short_and_explained(page):
         assert stub or "markdown" in (above.cell_type, below.cell_type), f"{below.id}: unexplained"
 
 
+def test_a_command_that_fails_stops_the_page(page):
+    """`!command` is checked once the extension is loaded; a pipe has its last command's code."""
+    cells = [cell.source for cell in code_of(page)]
+    commands = [re.findall(r"^\s*(?:[\w, \[\]]+ = )?!(.+)$", text, re.M) for text in cells]
+    extension = [bool(re.search(r"^%load_ext horovod_lm\.jupyter$", text, re.M)) for text in cells]
+    with_commands = [number for number, lines in enumerate(commands) if lines]
+    assert not with_commands or True in extension[: with_commands[0]]
+    lines = [line for lines in commands for line in lines]
+    assert [line for line in lines if re.search(r"\b(python|horovodrun)\b.*[^|]\|[^|]", line)] == []
+    other = [line for text in cells for line in re.findall(r".*(?:subprocess\.|os\.system).*", text)]
+    assert [line for line in other if "check=True" not in line] == []
+
+
 def test_few_outputs_are_excused_from_being_compared(page):
     code = code_of(page)
     excused = [cell for cell in code if NOT_COMPARED & set(cell.metadata.get("tags", []))]
