@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 import psutil
 
 from horovod_lm.installation.trial import TrialError, time_allreduce, try_one_rank
-from horovod_lm.utils.cli import run_cli
+from horovod_lm.utils.cli import command, run_cli
 
 GIB = 2**30
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -75,7 +75,7 @@ def check_torch() -> Iterator[Finding]:
     if gpus_seen():
         yield Finding("GPU", OK, ", ".join(gpus_seen()))
     elif shutil.which("nvidia-smi"):
-        cure = "install a CUDA build of torch, then: python -m horovod_lm.install_horovod"
+        cure = f"install a CUDA build of torch, then: {command('horovod_lm.install_horovod')}"
         yield Finding(
             "GPU", WARN, f"NVIDIA's driver is here, torch {torch.__version__} sees no GPU", cure
         )
@@ -99,7 +99,7 @@ def check_horovod() -> Iterator[Finding]:
     """Horovod: there, ours, working; what it can communicate with."""
     from horovod_lm.install_horovod import installed_version, key_of, why_not_right
 
-    build, version = "python -m horovod_lm.install_horovod", installed_version()
+    build, version = command("horovod_lm.install_horovod"), installed_version()
     if version is None:
         yield Finding("Horovod", FAIL, "not installed", build)
         return
@@ -213,7 +213,8 @@ def check_two_ranks() -> Iterator[Finding]:
     try:
         milliseconds = 1e3 * time_allreduce(ranks=2, size=4_000_000)
     except TrialError as error:
-        cure = "mend what fails or warns above; then: python -m horovod_lm.install_horovod --force"
+        build = command("horovod_lm.install_horovod", "--force")
+        cure = f"mend what fails or warns above; then: {build}"
         yield Finding("two ranks", FAIL, f"did not work: {error}", cure)
         return
     says = f"they talk; an allreduce of 4 MB takes {milliseconds:.1f} ms (median of 20)"

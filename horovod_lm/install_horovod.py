@@ -36,7 +36,7 @@ from horovod_lm.installation.build import (
 )
 from horovod_lm.installation.toolchain import Toolchain, inspect_toolchain
 from horovod_lm.installation.trial import last_line
-from horovod_lm.utils.cli import run_cli
+from horovod_lm.utils.cli import command, run_cli
 from horovod_lm.utils.errors import UserError
 
 OUR_VERSION = re.compile(r"\+lm\.([0-9a-f]{12})$")
@@ -79,7 +79,7 @@ def check_horovod(toolchain: Toolchain) -> None:
     """
     here = installed_version()
     if key_of(here) != toolchain.key:
-        raise UserError(f"{why_not_right(here)}; run: python -m horovod_lm.install_horovod")
+        raise UserError(f"{why_not_right(here)}; run: {command('horovod_lm.install_horovod')}")
     try_out(toolchain)
     print(f"Horovod {here} is installed, fits torch {toolchain.torch}, and works.")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from horovod_lm.jupyter import rank_cell
 from horovod_lm.jupyter.supervisor import Job
+from horovod_lm.utils.cli import command
 from horovod_lm.utils.discovery import elastic_command, loopback_name, write_hosts
 from horovod_lm.utils.errors import ConfigError, DistributedError
 from horovod_lm.utils.machine import available_cores
@@ -170,7 +171,7 @@ def find_horovodrun() -> str:
     if not path.exists():
         raise DistributedError(
             f"there is no horovodrun beside {sys.executable}:"
-            " run python -m horovod_lm.install_horovod"
+            f" run {command('horovod_lm.install_horovod')}"
         )
     return str(path)
 

@@ -28,6 +28,7 @@ from horovod_lm.jupyter.call import share_the_cores
 from horovod_lm.jupyter.engines import ClientsEngines, Engines
 from horovod_lm.jupyter.outcome import RankError, RanksStopped, ranks
 from horovod_lm.jupyter.tasks import Tasks
+from horovod_lm.utils.cli import command
 from horovod_lm.utils.cluster import checked_hosts
 from horovod_lm.utils.config import Config, load_config
 from horovod_lm.utils.errors import ConfigError, DistributedError
@@ -319,6 +320,6 @@ def _rendezvous() -> type:
         from horovod_lm.jupyter.rendezvous import Rendezvous
     except ModuleNotFoundError:
         raise DistributedError(
-            "Horovod is not installed: run python -m horovod_lm.install_horovod"
+            f"Horovod is not installed: run {command('horovod_lm.install_horovod')}"
         ) from None
     return Rendezvous

@@ -9,6 +9,7 @@ import signal
 
 from horovod_lm.jupyter import engine_side
 from horovod_lm.jupyter.engines import Engines, engine_command, name_of
+from horovod_lm.utils.cli import command
 from horovod_lm.utils.errors import DistributedError
 
 MPIRUN = "mpirun"
@@ -20,16 +21,17 @@ SETTINGS = {"HOROVOD_CONTROLLER": "mpi", "HOROVOD_CPU_OPERATIONS": "mpi"}
 
 def why_not_here() -> str:
     """Return what is missing for ranks that talk over MPI, in one sentence; "" if nothing is."""
+    build = command("horovod_lm.install_horovod", "--mpi")
     if shutil.which(MPIRUN) is None:
         return (
             'controller="mpi" needs Open MPI, and there is no mpirun on PATH; on Debian or Ubuntu:'
-            " apt-get install libopenmpi-dev openmpi-bin, then python -m"
-            ' horovod_lm.install_horovod --mpi; or leave it at controller="gloo"'
+            f" apt-get install libopenmpi-dev openmpi-bin, then {build}; or leave it at"
+            ' controller="gloo"'
         )
     if not engine_side.built_with_mpi():
         return (
-            'controller="mpi" needs a Horovod that was built with MPI: run python -m'
-            ' horovod_lm.install_horovod --mpi, or leave it at controller="gloo"'
+            f'controller="mpi" needs a Horovod that was built with MPI: run {build},'
+            ' or leave it at controller="gloo"'
         )
     return ""
 

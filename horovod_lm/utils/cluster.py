@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from horovod_lm.utils.cli import add_config_arguments, run_cli
+from horovod_lm.utils.cli import add_config_arguments, program, run_cli
 from horovod_lm.utils.config import Config, HostConfig, load_config
 from horovod_lm.utils.errors import ConfigError
 
@@ -65,7 +65,7 @@ def horovodrun_command(
         hostfile: what `write_hostfile` wrote; a relative path starts at the project root.
 
     Returns:
-        The arguments, `horovodrun` first, for `subprocess.run` or `shlex.join`.
+        The words, `horovodrun` or its path first, for `subprocess.run` or `shlex.join`.
 
     Raises:
         ConfigError: the hosts are not valid, or the command is empty.
@@ -78,7 +78,7 @@ def horovodrun_command(
     here, there = _split_environment(settings.environment)
     call = ["env", *here] if here else []
     # Else horovodrun believes for an hour that ssh works where it once did.
-    call += ["horovodrun", "-np", str(ranks), "--disable-cache"]
+    call += [program("horovodrun"), "-np", str(ranks), "--disable-cache"]
     call += ["--hostfile", str(config.resolve(hostfile))]
     if settings.interface:
         call += ["--network-interfaces", settings.interface]
@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     arguments = build_parser().parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
-    training = ["python", "-m", "horovod_lm.train", "--config", arguments.config]
+    training = [program("python"), "-m", "horovod_lm.train", "--config", arguments.config]
     for override in arguments.overrides:
         training += ["--set", override]
     hostfile = write_hostfile(config, arguments.hostfile)

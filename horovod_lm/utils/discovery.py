@@ -20,14 +20,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
+from horovod_lm.utils.cli import add_config_arguments, program, run_cli
+from horovod_lm.utils.config import load_config
+from horovod_lm.utils.errors import ConfigError
+
 LOOPBACK = "127.0.0.1"
+_HOST = re.compile(r"([\w.-]+)\s*(?::\s*([1-9][0-9]*))?")
 
 
 def loopback_name(number: int) -> str:
@@ -52,10 +57,26 @@ def write_hosts(path: str | Path, hosts: Sequence[str]) -> Path:
 
 
 def read_hosts(path: str | Path) -> dict[str, int]:
-    """Return the slots of each host in a file of hosts; comments (`#`) and blank lines are fine."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    entries = [entry for line in lines if (entry := "".join(line.partition("#")[0].split()))]
-    return {name: int(slots or 1) for name, _, slots in (each.partition(":") for each in entries)}
+    """Return the slots of each host in a file of hosts; comments (`#`) and blank lines are fine.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line is not `name:slots`.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the file of hosts {path} cannot be read: {error}") from None
+    hosts = {}
+    for number, line in enumerate(lines, start=1):
+        if entry := line.partition("#")[0].strip():
+            found = _HOST.fullmatch(entry)
+            if not found:
+                raise ConfigError(
+                    f"{path}, line {number}: {entry!r} is not a host: write NAME:SLOTS, for"
+                    " example localhost:2"
+                )
+            hosts[found[1]] = int(found[2] or 1)
+    return hosts
 
 
 def write_discovery_script(hosts_file: str | Path) -> Path:
@@ -96,21 +117,27 @@ def elastic_command(
             of this machine as `loopback_name` gives it, else horovodrun's choice.
         ssh_port: of the other hosts; None: as ssh itself is set up.
         ssh_identity_file: the private key for them; None: as ssh itself is set up.
+
+    Raises:
+        ConfigError: the file cannot be read, a line of it is not `name:slots`, or it has no host.
     """
     hosts = read_hosts(hosts_file)
+    if not hosts:
+        raise ConfigError(f"{hosts_file} has no host: write a line NAME:SLOTS for each")
     if interface is None and all(is_loopback(host) for host in hosts):
         interface = loopback_interface()  # horovodrun looks for others, and then for two hosts
-    call = ["horovodrun", "-np", str(np or sum(hosts.values())), "--min-np", str(min_np)]
+    call = [program("horovodrun"), "-np", str(np or sum(hosts.values()))]
+    call += ["--min-np", str(min_np)]
     if max_np is not None:
         call += ["--max-np", str(max_np)]
-    call += ["--host-discovery-script", str(write_discovery_script(hosts_file))]
+    # horovodrun gives both the script and the key to a shell as they are.
+    call += ["--host-discovery-script", shlex.quote(str(write_discovery_script(hosts_file)))]
     call += ["--elastic-timeout", str(timeout_seconds)]
     if interface is not None:
         call += ["--network-interfaces", interface]
     if ssh_port is not None:
         call += ["--ssh-port", str(ssh_port)]
     if ssh_identity_file is not None:
-        # horovodrun puts it into a line of shell as it stands.
         call += ["--ssh-identity-file", shlex.quote(str(ssh_identity_file))]
     return [*call, *command]
 
@@ -136,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Write a file of hosts, and print the call of an elastic job that follows it.",
     )
     parser.add_argument("hosts_file", help="name:slots a line; kept if it is there")
+    add_config_arguments(parser, default="configs/tiny.yaml")
     parser.add_argument("--workers", type=int, default=2, help="on this machine (default: 2)")
     parser.add_argument("--min-np", type=int, default=1, help="with fewer, save and end")
     parser.add_argument("--max-np", type=int, help="never start more")
@@ -143,10 +171,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ssh-port", type=int, help="of other hosts")
     parser.add_argument("--ssh-identity-file", help="the private key for other hosts")
     arguments = parser.parse_args(argv)
+    load_config(arguments.config, arguments.overrides)  # else each rank would report the error
     if not Path(arguments.hosts_file).exists():
         names = [f"{loopback_name(number)}:1" for number in range(arguments.workers)]
         write_hosts(arguments.hosts_file, names)
-    training = ["python", "-m", "horovod_lm.train", "--elastic", "--config", "configs/tiny.yaml"]
+    training = [program("python"), "-m", "horovod_lm.train", "--elastic"]
+    training += ["--config", arguments.config]
+    for override in arguments.overrides:
+        training += ["--set", override]
     call = elastic_command(
         training,
         arguments.hosts_file,
@@ -161,4 +193,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_cli(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from horovod_lm.utils.discovery import (
     write_discovery_script,
     write_hosts,
 )
+from horovod_lm.utils.errors import ConfigError
 
 
 def test_names_of_this_machine_differ_and_mean_the_same_address():
@@ -32,6 +34,23 @@ def test_the_script_prints_what_the_file_says_now_without_comments_and_blank_lin
     hosts_file.write_text("# mine\n\none:1  # the first\n  two:3\n")
     assert subprocess.check_output([script], text=True) == "one:1\ntwo:3\n"
     assert read_hosts(hosts_file) == {"one": 1, "two": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"localhost:1\nlocalhost slots=2\n", "line 2: 'localhost slots=2' is not a host"),
+        (b"localhost:two", "line 1: 'localhost:two' is not a host: write NAME:SLOTS"),
+        (b"localhost:0", "line 1: 'localhost:0' is not a host"),
+        (b"# nobody yet\n\n", "has no host: write a line NAME:SLOTS for each"),
+        (b"h\xe9te:1", "cannot be read"),
+    ],
+)
+def test_a_file_that_names_no_hosts_is_refused_in_a_sentence(tmp_path, content, sentence):
+    (tmp_path / "hosts").write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(sentence)) as caught:
+        elastic_command(["true"], tmp_path / "hosts")
+    assert str(tmp_path / "hosts") in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +77,10 @@ def test_the_call_says_how_to_log_in_where_it_is_told(tmp_path):
 def test_the_printed_call_is_one_that_horovodrun_takes(tmp_path, capsys):
     hosts_file = tmp_path / "hosts"
     options = ["--workers", "3", "--ssh-port", "2222", "--ssh-identity-file", "key"]
-    assert main([str(hosts_file), *options]) == 0
+    settings = ["--config", "configs/laptop.yaml", "--set", "data.path=[my book.txt]"]
+    assert main([str(hosts_file), *options, *settings]) == 0
     call = shlex.split(capsys.readouterr().out)
+    assert call[-4:] == settings
     assert read_hosts(hosts_file) == {"localhost": 1, "127.0.0.1": 1, "127.0.0.01": 1}
     launch = pytest.importorskip("horovod.runner.launch")
     parse = f"""from {launch.__name__} import parse_args; told = parse_args()
