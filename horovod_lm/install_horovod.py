@@ -128,7 +128,7 @@ def why_not_right(version: str | None) -> str:
     if version is None:
         return "Horovod is not installed"
     if key_of(version) is None:
-        return f"Horovod {version} was not built by this project, so it lacks the repairs"
+        return f"Horovod {version} was not built by this project, so it lacks the patches"
     return f"Horovod {version} was built for another torch, Python, compiler or set of options"
 
 

@@ -86,7 +86,7 @@ def test_check_refuses_a_horovod_that_is_not_ours(tmp_path):
     done = command("--check", PYTHONPATH=pretend_version(tmp_path, "0.28.1"))
     assert done.returncode == 2
     assert done.stderr == (
-        "error: Horovod 0.28.1 was not built by this project, so it lacks the repairs; "
+        "error: Horovod 0.28.1 was not built by this project, so it lacks the patches; "
         "run: python -m horovod_lm.install_horovod\n"
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -165,7 +164,7 @@ def test_a_failing_rank_ends_the_job_and_leaves_a_checkpoint_that_loads(tiny_pro
     finished = command.wait(10)
     assert finished.code != 0
     assert "[1]<stderr>:RuntimeError: the goose is loose" in finished.output
-    assert re.search(r"Process name: 1\b", finished.output)  # horovodrun names the rank
+    assert "horovodrun: process 1 was the first to fail, with exit code" in finished.output
     assert command.left_behind() == []
     checkpoint = read_checkpoint(newest_readable(tiny_project / "runs/failing/checkpoints"))
     assert checkpoint["global_step"] in (5, 7)

@@ -14,8 +14,8 @@ import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
+from horovod_lm.installation.patches import HOROVOD_VERSION, SDIST_SHA256, apply_patches
 from horovod_lm.installation.progress import run_with_progress
-from horovod_lm.installation.repairs import HOROVOD_VERSION, SDIST_SHA256, apply_repairs
 from horovod_lm.installation.toolchain import Toolchain, find_cmake
 from horovod_lm.installation.trial import (
     TrialError,
@@ -23,6 +23,7 @@ from horovod_lm.installation.trial import (
     last_line,
     try_one_rank,
 )
+from horovod_lm.utils.cli import command
 from horovod_lm.utils.errors import UserError
 
 BYTES_PER_COMPILER = 1.5e9  # what one compiler may hold while it reads torch's headers
@@ -117,7 +118,7 @@ def compile_wheel(toolchain: Toolchain, sdist: Path, folder: Path, log: Path, jo
         archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python >= 3.11.4
         archive.extractall(folder)
     source = folder / f"horovod-{HOROVOD_VERSION}"
-    apply_repairs(source)
+    apply_patches(source)
     command = pip_command("wheel --verbose --no-deps --no-build-isolation --use-pep517")
     command += ["--wheel-dir", str(folder), str(source)]
     run_with_progress(command, env=build_environment(toolchain, jobs), log=log, title="Horovod")
@@ -174,7 +175,7 @@ def try_out(toolchain: Toolchain, folder: Path | None = None) -> None:
     except TrialError as error:
         raise UserError(
             f"Horovod is built but does not work ({error}); build it again from nothing: "
-            "python -m horovod_lm.install_horovod --force"
+            + command("horovod_lm.install_horovod", "--force")
         ) from None
 
 

@@ -13,7 +13,7 @@ import sysconfig
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from horovod_lm.installation.repairs import HOROVOD_VERSION, repairs_digest
+from horovod_lm.installation.patches import HOROVOD_VERSION, patches_digest
 from horovod_lm.utils.errors import UserError
 
 # What Horovod's setup.py imports, and what Horovod itself imports when it runs.
@@ -26,7 +26,7 @@ class Toolchain:
 
     Attributes:
         horovod: the version of Horovod.
-        repairs: the digest of the table of repairs.
+        patches: the digest of the patches.
         torch: the version of the torch that is installed.
         python: which Python's binary interface the wheel is for.
         platform: operating system and processor.
@@ -36,7 +36,7 @@ class Toolchain:
     """
 
     horovod: str
-    repairs: str
+    patches: str
     torch: str
     python: str
     platform: str
@@ -78,7 +78,7 @@ def inspect_toolchain(mpi: bool = False, nccl: bool | None = None) -> Toolchain:
     _check_what_the_build_needs()
     return Toolchain(
         horovod=HOROVOD_VERSION,
-        repairs=repairs_digest(),
+        patches=patches_digest(),
         torch=torch_version,
         python=sys.implementation.cache_tag,
         platform=sysconfig.get_platform(),

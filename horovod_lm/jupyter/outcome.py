@@ -19,7 +19,7 @@ _STALLED = ("Horovod: One or more tensors", "Missing ranks:", "One or more rank"
 _MISSING = re.compile(r"^(\d+)!?: \[(.+)\]")
 _STALL_ENDS = re.compile(r"is stalled for longer than (\d+) seconds\. Will shutdown")
 # What horovodrun says about an end that the ranks' own words explain better.
-_NOISE = re.compile(r"^(Terminating remaining workers|Process name: |Exit code: )")
+_NOISE = re.compile(r"^(Terminating remaining workers|horovodrun: process )")
 
 
 class RankError(DistributedError):
@@ -191,6 +191,7 @@ class Outcome:
             return RankError(f"rank {rank} lost the others{line}{left}", rank, 1)
         words = [line.strip() for line in self.said if line.strip() and not _NOISE.match(line)]
         last = words[-1] if words else f"it ended with exit code {self.code}"
+        last = last.removeprefix("horovodrun: ")
         return RankError(f"horovodrun could not run {self.what}: {last}", trace="")
 
     def _too_long(self) -> str:

@@ -1,7 +1,7 @@
 """Start a job on several hosts, and say in one sentence why it ended when it did not end well.
 
-horovodrun says `Process name: 1, Exit code: 255` above ten lines of its own traceback, and blames
-the rank that was the first to notice. What its reader needs is the host and what to do there.
+horovodrun names the first rank that failed and its exit code: often the rank that was the first to
+notice. What its reader needs is the host and what to do there.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ DOCTOR = "python -m horovod_lm.doctor --hosts FILE looks at every host"
 _OF_A_RANK = re.compile(r"\[(\d+)\]<(stdout|stderr)>:(.*)")
 _NO_SSH = re.compile(r"ssh not successful for host (\S+):")
 _FIRST_SIGN = re.compile(r"lost another rank|another rank is gone|exit with status code")
-_BLAMED = re.compile(r"Process name: (\d+)")
-_EXIT_CODE = re.compile(r"Exit code: (-?\d+)")
+_BLAMED = re.compile(r"horovodrun: process (\d+) was the first to fail, with exit code (-?\d+)")
 
 
 def run(config: Config, command: Sequence[str], hostfile: str | Path = DEFAULT_HOSTFILE) -> None:
@@ -77,13 +76,10 @@ def run(config: Config, command: Sequence[str], hostfile: str | Path = DEFAULT_H
 
 
 def _pass_on(lines: Iterable[str], said: deque[str]) -> Iterator[str]:
-    own_traceback = False
     for line in lines:
         said.append(line.rstrip("\n"))
-        own_traceback |= line.startswith("Traceback (most recent call last)")
-        if not own_traceback or _OF_A_RANK.match(line):
-            sys.stdout.write(line)
-            sys.stdout.flush()
+        sys.stdout.write(line)
+        sys.stdout.flush()
         yield line
 
 
@@ -131,7 +127,7 @@ def _locked_out(said: Sequence[str]) -> str:
     for number, line in enumerate(said):
         if found := _NO_SSH.match(line):
             told = [text.strip() for text in said[number + 1 :] if text.strip()]
-            told = [text for text in told if not text.startswith(("Warning:", "Traceback"))]
+            told = [text for text in told if not text.startswith(("Warning:", "horovodrun:"))]
             return (
                 f"{found[1]} does not let ssh in ({told[0] if told else 'it does not say why'}):"
                 " check distributed.ssh_user, ssh_port and ssh_identity_file, and that the key"
@@ -151,11 +147,10 @@ def _lost(config: Config, silent: dict[str, str]) -> str:
 
 
 def _failed(config: Config, said: Sequence[str]) -> str:
-    blamed = [int(found[1]) for line in said if (found := _BLAMED.match(line))]
-    codes = [int(found[1]) for line in said if (found := _EXIT_CODE.match(line))]
-    if not blamed or not codes:
+    blamed = [found for line in said if (found := _BLAMED.match(line))]
+    if not blamed:
         return ""
-    rank, code = blamed[-1], codes[-1]
+    rank, code = map(int, blamed[-1].groups())
     host = next(name for name, ranks in ranks_of(config).items() if rank in ranks)
     if frozen := _frozen(config, said, rank):
         return frozen
@@ -193,7 +188,8 @@ def _ranks_that_say(words: str, said: Sequence[str]) -> set[int]:
 
 def _own_words(code: int, said: Sequence[str]) -> str:
     words = [line.strip() for line in said if line.strip() and not _OF_A_RANK.match(line)]
-    return f"horovodrun ended with exit code {code}: {words[-1] if words else 'it said nothing'}"
+    last = words[-1].removeprefix("horovodrun: ") if words else "it said nothing"
+    return f"horovodrun ended with exit code {code}: {last}"
 
 
 def ranks_of(config: Config) -> dict[str, range]:

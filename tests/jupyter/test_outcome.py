@@ -68,9 +68,9 @@ def test_a_stop_by_the_reader_is_no_failure_whatever_the_codes():
 
 
 def test_horovodrun_s_own_words_are_passed_on():
-    said = {"event": "said", "text": "ValueError: Failed to find host faraway\n"}
+    said = {"event": "said", "text": "horovodrun: no such host: faraway\n"}
     assert str(outcome(said).error()) == (
-        "horovodrun could not run the cell: ValueError: Failed to find host faraway"
+        "horovodrun could not run the cell: no such host: faraway"
     )
 
 

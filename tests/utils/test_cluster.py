@@ -137,7 +137,7 @@ LOST = "[{0}]<stderr>:error: rank {0} lost another rank after step 7; saved x.pt
 def ended(*lines: str, blamed: int, code: int) -> str:
     from horovod_lm.utils.cluster_run import explain
 
-    said = [*lines, f"Process name: {blamed}", f"Exit code: {code}"]
+    said = [*lines, f"horovodrun: process {blamed} was the first to fail, with exit code {code}"]
     return explain(with_hosts(TWO), 1, said, {})
 
 

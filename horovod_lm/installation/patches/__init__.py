@@ -1,0 +1,98 @@
+"""The patches that Horovod's last release needs to build and work today, and what applies them.
+
+Horovod 0.28.1 (June 2023) is the newest release. Its version and hash are pinned here, and not in
+pyproject.toml, because the patches fit that source only. Each NN-name.patch mends one fault; its
+header says what goes wrong without it and where upstream discusses it. `tests/horovod` shows the
+patches for faults that are not build errors at work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from horovod_lm.utils.errors import UserError
+
+HOROVOD_VERSION = "0.28.1"
+SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One patch file.
+
+    Attributes:
+        name: what the patch does, in the imperative.
+        why: what goes wrong without it.
+        upstream: where the upstream project discusses it, or "none found".
+        diff: a unified diff with a/ and b/ paths.
+    """
+
+    name: str
+    why: str
+    upstream: str
+    diff: str
+
+    @classmethod
+    def read(cls, path: Path) -> Patch:
+        """Read a file: Subject, Upstream, an empty line, the reason, an empty line, the diff."""
+        header, diff = path.read_text(encoding="utf-8").split("\n\n--- ", 1)
+        subject, upstream, _, why = header.split("\n", 3)
+        return cls(
+            subject.removeprefix("Subject: "),
+            why.replace("\n", " "),
+            upstream.removeprefix("Upstream: "),
+            f"--- {diff}",
+        )
+
+    def hunks(self) -> list[tuple[str, str, str]]:
+        """Return each hunk as its file, the lines that it expects, and the lines that it leaves."""
+        found = []
+        for part in re.split(r"^--- a/", self.diff, flags=re.MULTILINE)[1:]:
+            head, *bodies = re.split(r"^@@ .*\n", part, flags=re.MULTILINE)
+            for body in bodies:
+                lines = body.splitlines(keepends=True)
+                old = "".join(line[1:] for line in lines if line[0] in " -")
+                new = "".join(line[1:] for line in lines if line[0] in " +")
+                found.append((head.split("\n")[0], old, new))
+        return found
+
+
+PATCHES = tuple(Patch.read(path) for path in sorted(Path(__file__).parent.glob("*.patch")))
+
+
+def apply_patches(source: Path, patches: tuple[Patch, ...] = PATCHES) -> None:
+    """Patch Horovod's unpacked source in place, or change nothing if a patch does not fit.
+
+    Args:
+        source: the root of the unpacked source distribution.
+        patches: the patches, in order.
+
+    Raises:
+        UserError: a file is missing, or does not hold the lines of a hunk exactly once.
+    """
+    texts: dict[str, str] = {}
+    for patch in patches:
+        for file, old, new in patch.hunks():
+            if file not in texts:
+                path = source / file
+                texts[file] = path.read_text(encoding="utf-8") if path.is_file() else ""
+            starts = re.finditer(rf"^(?={re.escape(old)})", texts[file], re.MULTILINE)
+            found = [start.start() for start in starts]
+            if len(found) != 1:
+                raise UserError(
+                    f"the patch '{patch.name}' does not fit {file}: its lines were found"
+                    f" {len(found)} times instead of once; the source is not Horovod"
+                    f" {HOROVOD_VERSION} as released, and nothing was changed"
+                )
+            before, after = texts[file][: found[0]], texts[file][found[0] + len(old) :]
+            texts[file] = before + new + after
+    for file, text in texts.items():
+        (source / file).write_text(text, encoding="utf-8")
+
+
+def patches_digest(patches: tuple[Patch, ...] = PATCHES) -> str:
+    """Return a short hash of what the patches change, for the key of the build."""
+    return hashlib.sha256("".join(patch.diff for patch in patches).encode()).hexdigest()[:12]
