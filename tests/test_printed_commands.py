@@ -1,0 +1,116 @@
+"""A command that is printed works when it is pasted: from any folder, with no active environment.
+
+To hold another command to this, let a test print it and give it to `Shell.paste`.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, Command, Finished
+
+PACKAGE = ROOT / "horovod_lm"
+COMMANDS = Path(sys.executable).parent
+# The rest of a line from one of our programs on; its path may hold quotes and blanks.
+PRINTED = re.compile(r"""(?:^|\s)((?:[^\s']|'[^']*')*\b(?:python[\d.]*|horovodrun)'? -.*)$""", re.M)
+TYPED = re.compile(r"python3? -m horovod_lm|(?<!%)horovodrun -(?:np|H)\b")
+# Help and documentation name the programs plainly: their reader has activated the environment.
+PLAIN = {"prog", "help", "description", "epilog"}
+
+
+class Shell:
+    """A shell in a folder, as a login gives it: it knows nothing of this environment."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started: list[Command] = []
+
+    def start(self, line: str) -> Command:
+        """Start a line as if it were pasted."""
+        passed_on = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}
+        env = {**passed_on, "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+        env["OMP_NUM_THREADS"] = "1"
+        self.started.append(Command(["bash", "-c", line], self.folder, env))
+        return self.started[-1]
+
+    def paste(self, line: str, timeout: float = 120) -> Finished:
+        """Run a line to its end, which must be a good one."""
+        finished = self.start(line).wait(timeout)
+        assert finished.code == 0, f"{line}\n{finished.output[-4000:]}"
+        return finished
+
+
+def printed_by(finished: Finished) -> list[str]:
+    """Return the commands in what a command has printed."""
+    return PRINTED.findall(re.sub(r"^\[\d+\]<std\w+>:", "", finished.output, flags=re.M))
+
+
+@pytest.fixture
+def shell(tmp_path, tiny_project):
+    """A shell in `other folder`, beside a project in `my project`."""
+    shutil.copytree(tiny_project / "configs", tmp_path / "my project" / "configs")
+    shutil.copytree(tiny_project / "data", tmp_path / "my project" / "data")
+    (tmp_path / "other folder").mkdir()
+    made = Shell(tmp_path / "other folder")
+    yield made
+    for command in made.started:
+        command.kill()
+
+
+@pytest.mark.horovod
+@pytest.mark.slow
+def test_a_run_in_another_folder_is_resumed_and_talks_as_printed(shell):
+    if not (COMMANDS / "horovodrun").exists():
+        pytest.skip("Horovod is not installed: run python -m horovod_lm.install_horovod")
+    run = shell.folder.parent / "my project" / "runs" / "it's mine"
+    first = shell.start(
+        f"'{COMMANDS}/horovodrun' -np 2 '{sys.executable}' -m horovod_lm.train"
+        " --config '../my project/configs/tiny.yaml' --run-name \"it's mine\""
+        " --set training.max_steps=150 --set training.num_epochs=20"
+    )
+    first.wait_until(lambda: "step 50/" in first.output(), timeout=90)
+    first.process.send_signal(signal.SIGINT)
+    [resume] = printed_by(first.wait(30))
+    [talk] = printed_by(shell.paste(resume))
+    assert "--resume " in resume and (run / "checkpoints" / "final_model.pt").is_file()
+    assert len(shell.paste(f"{talk} --max-new-tokens 5 < /dev/null").output.strip()) > 0
+
+
+@pytest.mark.horovod
+@pytest.mark.slow
+def test_an_elastic_call_works_as_printed(shell):
+    discovery = f"'{sys.executable}' -m horovod_lm.utils.discovery 'my hosts' --workers 2"
+    config = "--config '../my project/configs/tiny.yaml' --set training.max_steps=5"
+    [call] = printed_by(shell.paste(f"{discovery} {config}"))
+    [talk] = printed_by(shell.paste(call))
+    assert "horovod_lm.generate" in talk
+
+
+def plain_texts(tree: ast.Module) -> set[int]:
+    """Return the nodes of a module's docstrings and of what a command's --help shows."""
+    nodes = list(ast.walk(tree))
+    helps = [node.value for node in nodes if isinstance(node, ast.keyword) and node.arg in PLAIN]
+    names = {node.id for node in helps if isinstance(node, ast.Name)}
+    helps += [node.value for node in nodes if isinstance(node, ast.Assign)
+              and getattr(node.targets[0], "id", None) in names]  # fmt: skip
+    docstrings = [node.value for node in nodes if isinstance(node, ast.Expr)]
+    docstrings = [node for node in docstrings if isinstance(node, ast.Constant)]
+    return {id(part) for node in helps + docstrings for part in ast.walk(node)}
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: file.name)
+def test_messages_take_their_commands_from_one_place(file):
+    """`command()` knows the program's path and quotes; a typed command does not."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    typed = [node for node in texts if isinstance(node.value, str) and TYPED.search(node.value)]
+    plain = plain_texts(tree)
+    assert [(node.lineno, node.value) for node in typed if id(node) not in plain] == []
