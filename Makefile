@@ -10,7 +10,7 @@ override VENV := $(abspath $(VENV))
 RUN := PATH="$(VENV)/bin:$$PATH" "$(VENV)/bin/python"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup example lab notebooks test doctor clean
+.PHONY: help setup example lab notebooks test doctor machines gpu clean
 
 help:  ## list the commands
 	@echo "make COMMAND, one of:"
@@ -38,6 +38,12 @@ test: setup  ## run every test
 
 doctor: setup  ## say what works on this machine, and how to mend what does not
 	@$(RUN) -m horovod_lm.doctor
+
+machines:  ## run the course on other systems (needs root and debootstrap): ROWS="trixie bookworm:g++-11"
+	@$(PYTHON) tests/machines/machines.py $(ROWS)
+
+gpu:  ## check the project on a GPU, without a network: PYTHON=(one that has torch) SOURCE=ARCHIVE OUT=FOLDER
+	@$(PYTHON) tests/gpu/kit.py $(if $(SOURCE),--source "$(SOURCE)") $(if $(OUT),--out "$(OUT)")
 
 clean:  ## delete prepared data and caches; runs and the environment stay
 	rm -rf notebooks/data data/preprocessed build .pytest_cache .ruff_cache .hypothesis

@@ -80,7 +80,8 @@ def build_nanogpt(vocab_size, width, heads, layers, length, path):
     return model, lambda ids: model(ids, torch.cat([ids[:, 1:], ids[:, :1] * 0 - 1], 1))[1]
 
 
-def make_step(build, shape, *extra):
+def make_step(build, shape, *extra, amp_dtype=None):
+    """A function that takes one step on torch's default device and returns the loss."""
     *sizes, batch, length = shape
     torch.manual_seed(0)
     model, loss_of = build(*sizes, length, *extra)
@@ -89,7 +90,8 @@ def make_step(build, shape, *extra):
     ids = torch.randint(0, sizes[0], (batch, length))
 
     def step():
-        loss = loss_of(ids)
+        with torch.autocast(ids.device.type, amp_dtype, enabled=amp_dtype is not None):
+            loss = loss_of(ids)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

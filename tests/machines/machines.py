@@ -38,7 +38,8 @@ TESTS = (
     "tests/installation tests/horovod tests/jupyter/test_magics.py tests/models/test_gpt2.py"
     " tests/test_train_resume.py tests/test_doctor.py tests/notebooks/test_notebooks.py"
 )
-COURSE = "/home/student/my course"  # the space is on purpose
+HOME = str(Path("/home") / "student")
+COURSE = f"{HOME}/my course"  # the space is on purpose
 MINUTES = {"setup": 45, "example": 45, "tests": 45}
 FREE_GB = 15  # torch with CUDA takes 5.8 GB, and 2.6 GB more while it is installed
 SCRIPTS = Path("/usr/share/debootstrap/scripts")
@@ -180,7 +181,13 @@ def make_root(suite: str, place: Path, arguments: argparse.Namespace, log: Path)
     command += [suite, str(part), arguments.mirror or "", str(script)]
     run(command, log, minutes=30, what="debootstrap")
     mount_system(part)
-    in_root(part, f"apt-get update && apt-get install -y {PACKAGES}", log, 30, "apt-get")
+    in_root(
+        part,
+        f"apt-get update && apt-get install -y --no-install-recommends {PACKAGES}",
+        log,
+        30,
+        "apt-get",
+    )
     in_root(part, "useradd --create-home --shell /bin/bash student", log, 1, "useradd")
     for mounted in ("run", "sys", "proc", "dev", "etc/resolv.conf", "etc/hosts"):
         run(["umount", "--recursive", str(part / mounted)], log, 1, "umount")
@@ -302,7 +309,7 @@ def in_root(
         env |= {"DEBIAN_FRONTEND": "noninteractive", "APT_CONFIG": "/run/apt.conf"}
         user = []
     else:
-        env |= {"HOME": "/home/student", "USER": "student", **variables}
+        env |= {"HOME": HOME, "USER": "student", **variables}
         user = ["--userspec=student:student", "--groups="]
         command = f"[ ! -d {shlex.quote(COURSE)} ] || cd {shlex.quote(COURSE)}; {command}"
     settings = [f"{name}={value}" for name, value in env.items()]
