@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import socket
 import sys
 import threading
@@ -40,7 +41,7 @@ from horovod_lm.checkpoint import (
 from horovod_lm.report import TrainingResult
 from horovod_lm.train import Trainer, prepare_data_once_per_host
 from horovod_lm.utils import distributed
-from horovod_lm.utils.cli import EXIT_USER_ERROR
+from horovod_lm.utils.cli import EXIT_USER_ERROR, command
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.errors import DistributedError
 from horovod_lm.utils.interrupts import StopRequest
@@ -70,7 +71,7 @@ def run_elastic_training(
     if not distributed.elastic_launcher():
         raise DistributedError(
             "--elastic needs horovodrun with --min-np and --host-discovery-script:"
-            " python -m horovod_lm.utils.discovery prints the call"
+            f" {command('horovod_lm.utils.discovery', 'runs/hosts')} prints the call"
         )
     limit = float(os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"])  # when the other ranks miss this one
     with StopRequest() as stop, Watchdog(limit, f"rank {hvd.rank()}"):
@@ -82,11 +83,12 @@ def train_in_this_world(state: ElasticState) -> TrainingResult:
     """Train from the newest commit to the end, or to the error that ends this world."""
     config, world_size, rank = state.config, hvd.size(), hvd.rank()
     local_rank, local_size = find_place_on_machine()
-    distributed.take_share_of_host(config.distributed, local_rank, local_size)
+    distributed.set_threads(config.distributed, local_size)
+    device = distributed.choose_device(config.training.device, local_rank)
     progress = ProgressLine(enabled=rank == 0)
     prepare_data_once_per_host(config, progress)
     resume = state.resume_checkpoint if state.content is None else state.content
-    trainer = Trainer(config, rank, world_size, local_rank, state.stop, resume, commits=state)
+    trainer = Trainer(config, rank, world_size, device, state.stop, resume, commits=state)
     trainer.open_report(state.run_folder, progress, resuming=resume is not None)
     state.begin(trainer)
     try:
@@ -200,7 +202,7 @@ class ElasticState(State):
         where = f"saved {saved}" if saved else "nothing was committed yet"
         print(
             f"error: too few ranks are left, and none joined for {seconds} s; {where}; to go on:"
-            f" start the same call again with --resume {self.run_folder.run_dir}",
+            f" start the same call again with --resume {shlex.quote(str(self.run_folder.run_dir))}",
             file=sys.stderr,
             flush=True,
         )

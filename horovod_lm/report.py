@@ -68,6 +68,7 @@ class RunReport:
         run: where.
         rank: this process's number.
         world_size: number of ranks.
+        devices: the devices of all ranks, in one line.
         progress: where rank 0 speaks.
         resume_step: the step that a resumed run goes on from; None for a new run. A new run sets
             an earlier one of the same name aside.
@@ -79,15 +80,17 @@ class RunReport:
         run: RunFolder,
         rank: int,
         world_size: int,
+        devices: str,
         progress: ProgressLine,
         resume_step: int | None,
     ) -> None:
         self.config, self.run, self.world_size, self.progress = config, run, world_size, progress
+        self.devices = devices
         if rank == 0:
             earlier = run.set_aside_earlier_run() if resume_step is None else None
             if earlier is not None:
                 progress.say(f"an earlier run of this name is now {shown(earlier)}")
-            run.describe(config, world_size)
+            run.describe(config, world_size, devices)
         barrier()  # Horovod: no rank may write into a folder that is about to be renamed
         # Horovod: what horovodrun calls each rank's host; asked now, while all ranks are there.
         host = os.environ.get("HOROVOD_HOSTNAME", platform.node())
@@ -113,11 +116,9 @@ class RunReport:
         """Say what is about to be trained, on what, and from where."""
         self.recorder.event("start", pid=os.getpid(), step=at, total_steps=total)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
-        device = next(model.parameters()).device.type
         self.progress.say(
             f"{shown(self.run.run_dir)}: {parameters:,} parameters, {str(kind).split('.')[-1]},"
-            f" {ranks} on {device}, {torch.get_num_threads()} threads each"
+            f" {self.devices}"
         )
         if at:
             self.progress.say(f"going on at step {at} of {total}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +45,7 @@ from horovod_lm.optimization import (
 from horovod_lm.report import Position, RunReport, TrainingResult
 from horovod_lm.utils import distributed
 from horovod_lm.utils.config import Config
+from horovod_lm.utils.distributed import DeviceChoice
 from horovod_lm.utils.errors import CheckpointError, LostRankError
 from horovod_lm.utils.interrupts import StopRequest
 from horovod_lm.utils.metrics import StepTimer
@@ -72,7 +74,7 @@ def run_distributed_training(
         config: see `configs/`; every key is explained there.
         rank: this process's number among `world_size`, as `setup_horovod` gives it.
         world_size: number of ranks, 1 included.
-        local_rank: this process's number on its host, and the number of its GPU.
+        local_rank: this process's number on its host: it decides which GPU is its own.
         resume_checkpoint: a checkpoint to go on from, at any world size.
         run_name: the run's folder under `runs/`; default: a new one with the time in its name.
 
@@ -85,11 +87,13 @@ def run_distributed_training(
     """
     # Horovod: ranks that did not agree on a name would write into two folders.
     run_name = distributed.broadcast_object(run_name or default_run_name(), name="run_name")
+    # Horovod: a GPU for each rank where there are enough; all ranks agree how gradients travel.
+    device = distributed.choose_device(config.training.device, local_rank)
     progress = ProgressLine(enabled=rank == 0)
     prepare_data_once_per_host(config, progress)
     # Horovod: on another host nobody else ends a rank that stands still.
     with StopRequest() as stop, distributed.end_when_frozen():
-        trainer = Trainer(config, rank, world_size, local_rank, stop, resume_checkpoint)
+        trainer = Trainer(config, rank, world_size, device, stop, resume_checkpoint)
         trainer.open_report(RunFolder.of(config, run_name), progress, resume_checkpoint is not None)
         try:
             return trainer.run()
@@ -115,7 +119,7 @@ class Trainer:
         config: see `configs/`.
         rank: this process's number among `world_size`.
         world_size: number of ranks.
-        local_rank: this process's number on its host.
+        device: where this rank trains, and how its gradients travel.
         stop: tells whether the user wants the run to end.
         resume: where to go on: a checkpoint's file, which rank 0 reads, or its content, which every
             rank holds.
@@ -127,7 +131,7 @@ class Trainer:
         config: Config,
         rank: int,
         world_size: int,
-        local_rank: int,
+        device: DeviceChoice,
         stop: StopRequest,
         resume: str | Path | Mapping[str, Any] | None = None,
         commits: Commits | None = None,
@@ -135,8 +139,7 @@ class Trainer:
         self.config, self.training, self.stop = config, config.training, stop
         self.commits = commits
         self.rank, self.world_size = rank, world_size
-        use_cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+        self.device, self.device_choice = device.device, device
         self.amp_dtype = choose_amp_dtype(config.training, self.device)
         self._build()
         self._load(resume)
@@ -160,6 +163,7 @@ class Trainer:
             self.model.named_parameters(),
             config.training.gradient_accumulation_steps,
             config.distributed,
+            self.device_choice.staged,
         )
         self.scaler = build_scaler(self.device, self.amp_dtype)
         self.forward = torch.compile(self.model) if config.training.compile else self.model
@@ -195,7 +199,15 @@ class Trainer:
         """Open the run's folder: a new one, or that of the run that goes on."""
         self.run_folder, self.saved = run, None
         resume_step = self.position.global_step if resuming else None
-        self.report = RunReport(self.config, run, self.rank, self.world_size, progress, resume_step)
+        self.report = RunReport(
+            self.config,
+            run,
+            self.rank,
+            self.world_size,
+            self.device_choice.summary,
+            progress,
+            resume_step,
+        )
 
     # ---- the loop -------------------------------------------------------------------------------
 
@@ -225,7 +237,8 @@ class Trainer:
 
     def train_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> bool:
         """Take one optimizer step, all ranks together. Return whether any was asked to stop."""
-        timer = StepTimer(torch.cuda.synchronize if self.device.type == "cuda" else None)
+        on_gpu = self.device.type == "cuda"
+        timer = StepTimer(partial(torch.cuda.synchronize, self.device) if on_gpu else None)
         samples = min(self._global_batch(), self._samples_left())
         # What the step adds up over its backward passes and ranks: nats, tokens, requests to stop.
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -246,7 +259,7 @@ class Trainer:
                 self.scaler.scale(loss * weight).backward()
             sums[:2] += torch.stack([loss.detach().double() * tokens, loss.new_tensor(tokens)])
         sums[2] = float(self.stop.requested)
-        # Horovod: the sums travel beside the gradients, so that they cost no wait of their own.
+        # Horovod: started before the wait for the gradients, so that one wait is enough.
         reduction = distributed.start_reduce_sum(sums, "step_sums")
         with timer.part("allreduce"):
             distributed.synchronize(self.optimizer)  # Horovod: from here on gradients are means

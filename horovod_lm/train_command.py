@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     arguments = parse(argv)
     config, run_name, checkpoint = what_to_train(arguments)
-    world_size, rank, local_rank, _ = setup_horovod(arguments.elastic, config.distributed)
+    world_size, rank, local_rank, _ = setup_horovod(
+        arguments.elastic, config.distributed, config.training.device
+    )
     if arguments.elastic:
         from horovod_lm.elastic import run_elastic_training  # Horovod: it needs Horovod to be there
 

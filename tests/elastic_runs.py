@@ -47,6 +47,7 @@ class ElasticRun:
         settings: override `SETTINGS`.
         hurry: do not leave the time in which other ranks could join.
         late: seconds that each rank takes before it asks for the others.
+        staged: let gradients travel as those of a GPU that ranks share.
         hosts: their names; None: as many names of this machine as there are workers.
         enter: what starts a command on the first of these hosts.
         **options: of `elastic_command`.
@@ -60,6 +61,7 @@ class ElasticRun:
         settings: dict[str, Any] | None = None,
         hurry: bool = False,
         late: float = 0,
+        staged: bool = False,
         hosts: Sequence[str] | None = None,
         enter: Sequence[str] = (),
         **options: Any,
@@ -79,6 +81,7 @@ class ElasticRun:
         call[0] = str(Path(sys.executable).with_name(call[0]))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         environment["SECONDS_BEFORE_HOROVOD"] = str(late)
+        environment["STAGE_GRADIENTS"] = "1" if staged else ""
         self.command = Command([*enter, *call], project, environment)
 
     # ---- what is done to it ---------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Run by horovodrun on two ranks: every helper of utils.distributed, results as JSON per rank."""
 
+import itertools
 import json
 import os
 import sys
@@ -79,6 +80,35 @@ seen["gradient"] = model.weight.grad.tolist()
 with d.already_synchronized(optimizer):
     optimizer.step()
 seen["stepped"] = model.weight.tolist()
+
+
+def train(staged: bool, passes: int, groups: int, clip: float | None, compression: str) -> tuple:
+    """Return the parameters after five steps, and whether a gradient kept its memory."""
+    torch.manual_seed(3)  # the same model everywhere; each rank has its own inputs
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4))
+    inputs = torch.randn(5, 2, passes, 6, 8)[:, rank]
+    optimizer = d.distributed_optimizer(
+        torch.optim.AdamW(net.parameters(), lr=1e-2), net.named_parameters(), passes,
+        DistributedConfig(reduction_groups=groups, compression=compression), staged,
+    )  # fmt: skip
+    for step in inputs:
+        for batch in step:
+            net(batch).square().mean().backward()
+        before = net[0].weight.grad.data_ptr()
+        d.synchronize(optimizer)
+        in_place = net[0].weight.grad.data_ptr() == before
+        if clip:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+        with d.already_synchronized(optimizer):
+            optimizer.step()
+        optimizer.zero_grad()
+    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()]), in_place
+
+
+seen["staging"] = {}
+for case in itertools.product((1, 2), (0, 2), (None, 0.05), ("none", "fp16")):
+    (plain, plain_in_place), (staged, staged_in_place) = train(False, *case), train(True, *case)
+    seen["staging"][str(case)] = [torch.equal(plain, staged), plain_in_place, staged_in_place]
 
 (folder / f"rank{rank}.json").write_text(json.dumps(seen))
 d.shutdown()

@@ -10,11 +10,13 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 
 from horovod_lm import elastic
 from horovod_lm.data.loaders import TokenBlockDataset
 from horovod_lm.train import Trainer
 from horovod_lm.train_command import main
+from horovod_lm.utils import distributed
 
 SECONDS_PER_STEP = 0.2
 seen: list[tuple[int, int]] = []  # (which dataset, which sample)
@@ -24,6 +26,13 @@ take_sample = TokenBlockDataset.__getitem__
 def take_and_note(dataset, index):
     seen.append((id(dataset), int(index)))
     return take_sample(dataset, index)
+
+
+choose_device = distributed.choose_device
+
+
+def choose_and_stage(*arguments):
+    return replace(choose_device(*arguments), staged=True)
 
 
 def fail(*_: object) -> None:
@@ -68,5 +77,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGUSR1, fail)
     TokenBlockDataset.__getitem__ = take_and_note
     elastic.Trainer = WitnessedTrainer
+    if os.environ["STAGE_GRADIENTS"]:
+        distributed.choose_device = choose_and_stage
     time.sleep(float(os.environ.get("SECONDS_BEFORE_HOROVOD", 0)))
     sys.exit(main(sys.argv[1:]))

@@ -61,7 +61,7 @@ def test_the_slurm_script_trains_on_the_hosts_that_slurm_names(project, tmp_path
             cwd=project, timeout=120, env={**os.environ, **given},
         )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    assert "2 ranks on cpu" in done.stdout
+    assert "2 ranks on the CPU, 1 thread each" in done.stdout
     assert (project / "runs" / "slurm-7" / "checkpoints" / "final_model.pt").is_file()
 
 
@@ -74,7 +74,7 @@ def test_the_launcher_of_kubernetes_trains_on_the_hosts_of_its_file(project):
         here = command.replace("/etc/mpi/hostfile", str(hosts.folder / "hostfile"))
         done = hosts.run(["bash", "-c", here.replace("eth0", INTERFACE)], cwd=project, timeout=120)
     assert done.returncode == 0, done.stdout
-    assert "2 ranks on cpu" in done.stdout
+    assert "2 ranks on the CPU, 1 thread each" in done.stdout
 
 
 def test_workers_and_launcher_of_kubernetes_are_one_image_with_one_disk_for_checkpoints():

@@ -16,7 +16,7 @@ from horovod_lm.data.sampler import ShardedBatchSampler
 from horovod_lm.data.split import TRAIN, VAL
 from horovod_lm.data.token_files import read_metadata
 from horovod_lm.utils.config import Config, resolve_path
-from horovod_lm.utils.distributed import get_rank, get_world_size
+from horovod_lm.utils.distributed import get_rank, get_world_size, own_device
 from horovod_lm.utils.errors import DataError
 
 IGNORED_LABEL = -100  # what torch's cross entropy, and ours, leaves out
@@ -140,7 +140,7 @@ def _loader(config: Config, dataset: TokenBlockDataset, sampler: ShardedBatchSam
         batch_sampler=sampler,
         collate_fn=partial(stack_blocks, block_length=dataset.block_length),
         num_workers=workers,
-        pin_memory=config.data.pin_memory and torch.cuda.is_available(),
+        pin_memory=config.data.pin_memory and own_device(config.training.device).type == "cuda",
         persistent_workers=workers > 0,
         # Horovod: its threads and connections do not survive a fork; a fork server has none.
         multiprocessing_context="forkserver" if workers else None,

@@ -56,7 +56,7 @@ def mpi_place() -> tuple[int, int]:
 
 
 def start_rank(env: dict[str, str], threads: int) -> dict[str, Any]:
-    """Make this engine a rank; what its namespace holds stays.
+    """Make this engine a rank with a GPU, if there is one; its namespace stays.
 
     Args:
         env: Horovod's settings and this rank's place.
@@ -68,6 +68,8 @@ def start_rank(env: dict[str, str], threads: int) -> dict[str, Any]:
     import horovod.torch as hvd
     import torch
 
+    from horovod_lm.utils.distributed import own_device
+
     _free_when_interrupted()
     end_rank()
     for name in [name for name in os.environ if name.startswith("HOROVOD_")]:
@@ -75,6 +77,9 @@ def start_rank(env: dict[str, str], threads: int) -> dict[str, Any]:
     os.environ.update(env)
     torch.set_num_threads(threads)
     hvd.init()
+    device = own_device("auto", hvd.local_rank())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what `.cuda()` in a cell means
     user_namespace().update(hvd=hvd, torch=torch)
     return {"rank": hvd.rank(), "pid": os.getpid()}
 

@@ -115,6 +115,8 @@ class TrainingConfig(Section):
     """SGD's momentum."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Clip the averaged gradient's norm to this; null: do not clip."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where ranks train; auto: on GPUs where torch sees one; cuda: on GPUs or not at all."""
     dtype: Literal["float32", "float64"] = "float32"
     """Type of the parameters; float64 is for exact comparisons."""
     amp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

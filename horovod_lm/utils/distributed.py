@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
+from horovod_lm.utils.cli import command
 from horovod_lm.utils.config import DistributedConfig
-from horovod_lm.utils.errors import DistributedError
+from horovod_lm.utils.errors import ConfigError, DistributedError
 from horovod_lm.utils.machine import available_cores
 from horovod_lm.utils.watchdog import Watchdog
 
 MIB = 1024 * 1024
 SECONDS_TO_BE_MISSED = 2  # beyond the Gloo timeout: the other ranks say that they lost one, not how
 _SECONDS_BETWEEN_QUESTIONS = 0.1
-_HOW_TO_INSTALL = "run python -m horovod_lm.install_horovod"
+_HOW_TO_INSTALL = f"run {command('horovod_lm.install_horovod')}"
 _GLOO_TIMEOUT = 30  # seconds, where nobody sets it
 _REMOVED = "-1"  # the rank of a process whose host has left the job
 # What launchers tell their processes; the first is horovodrun's, the others are MPI's.
@@ -59,15 +62,33 @@ def started_by_launcher() -> bool:
     return any(name in os.environ for name in _LAUNCHER_VARIABLES)
 
 
+@dataclass(frozen=True)
+class DeviceChoice:
+    """Where this rank trains, and how its gradients travel.
+
+    Attributes:
+        device: this rank's GPU, or the CPU.
+        staged: whether gradients travel through CPU memory; the same on every rank.
+        summary: the devices of all ranks in one line; the same on every rank.
+    """
+
+    device: torch.device
+    staged: bool
+    summary: str
+
+
 def setup_horovod(
-    require_distributed: bool = True, settings: DistributedConfig | None = None
+    require_distributed: bool = True,
+    settings: DistributedConfig | None = None,
+    device: str = "auto",
 ) -> tuple[int, int, int, bool]:
-    """Initialise Horovod, give this rank its share of the CPU, and choose its GPU.
+    """Initialise Horovod, set this rank's number of threads, and select its GPU.
 
     Args:
         require_distributed: True: Horovod must be there. False: without a launcher, or with Horovod
             absent, go on alone and say so once.
         settings: fusion, cycle time, threads and time limits; None: their defaults.
+        device: "cpu" selects no GPU; as `training.device`.
 
     Returns:
         `(world_size, rank, local_rank, use_cuda)`.
@@ -85,8 +106,11 @@ def setup_horovod(
     elif require_distributed or started_by_launcher():
         _export_settings(settings)  # Horovod: it reads its settings when it starts
         join_world()
-    use_cuda = take_share_of_host(settings, get_local_rank(), get_local_size())
-    return get_world_size(), get_rank(), get_local_rank(), use_cuda
+    set_threads(settings, get_local_size())
+    own = own_device(device, get_local_rank())
+    if own.type == "cuda" and not elastic_launcher():  # elastic: see `find_place_on_machine`
+        torch.cuda.set_device(own)
+    return get_world_size(), get_rank(), get_local_rank(), own.type == "cuda"
 
 
 def join_world() -> None:
@@ -116,18 +140,81 @@ def join_world() -> None:
             _horovod().shutdown()
 
 
-def take_share_of_host(settings: DistributedConfig, local_rank: int, local_size: int) -> bool:
-    """Give this rank its share of its host's cores, and its GPU. Return whether it has a GPU."""
-    # Horovod: more threads than cores only wait for each other.
+def set_threads(settings: DistributedConfig, local_size: int) -> None:
+    """Give this rank its share of its host's cores: more threads than cores only take turns."""
     if settings.threads_per_rank != "auto":
         torch.set_num_threads(settings.threads_per_rank)
     elif "OMP_NUM_THREADS" not in os.environ and (local_size > 1 or elastic_launcher()):
         torch.set_num_threads(max(1, available_cores() // local_size))
-    if not torch.cuda.is_available():
-        return False
-    # Horovod: one GPU per local rank
-    torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    return True
+
+
+def own_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """Return the device of one rank of this host, without asking the other ranks.
+
+    Args:
+        wanted: "auto", "cuda" or "cpu", as `training.device`.
+        local_rank: its number on this host. Ranks beyond the last GPU share the GPUs.
+    """
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def choose_device(wanted: str, local_rank: int) -> DeviceChoice:
+    """Choose this rank's device and how gradients travel; every rank calls it.
+
+    NCCL reduces gradients on the GPUs, where each rank of the job has a GPU of its own. It refuses
+    two ranks on one GPU. Then, without NCCL, or with a rank on a CPU, gradients travel through CPU
+    memory on every rank: see `StagedGradients`.
+
+    Args:
+        wanted: "auto": a GPU where torch sees one; "cuda"; "cpu".
+        local_rank: this rank's number on its host.
+
+    Raises:
+        ConfigError: on every rank: "cuda" is wanted, and a rank has no GPU.
+    """
+    device = own_device(wanted, local_rank)
+    name = gpu = None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        properties = torch.cuda.get_device_properties(device)
+        # By its UUID: a launcher may show each rank one GPU only, and then each is number 0.
+        name, gpu = properties.name, str(properties.uuid)
+    has_nccl = is_distributed() and bool(_horovod().nccl_built())
+    # Horovod: a gradient on the GPU of one rank and in the memory of another cannot be reduced, so
+    # the ranks have to agree.
+    ranks = gather_objects((platform.node(), name, gpu, has_nccl), name="devices")
+    without = sorted({host for host, _, gpu, _ in ranks if gpu is None})
+    if wanted == "cuda" and without:
+        raise ConfigError(
+            f"training.device is cuda, and torch sees no GPU on {', '.join(without)}: set it to"
+            f" auto or cpu, or run {command('horovod_lm.doctor')} there"
+        )
+    gpus = {gpu: name for _, name, gpu, _ in ranks if gpu is not None}
+    has_nccl = all(each for *_, each in ranks)
+    staged = bool(gpus) and is_distributed() and (len(gpus) < len(ranks) or not has_nccl)
+    on_gpus = sum(gpu is not None for _, _, gpu, _ in ranks)
+    return DeviceChoice(device, staged, _summary(len(ranks), on_gpus, gpus, has_nccl))
+
+
+def _summary(ranks: int, on_gpus: int, gpus: dict[str, str], has_nccl: bool) -> str:
+    """Return the devices of all ranks, and how gradients travel, in one line."""
+    who, threads = _count(ranks, "rank"), _count(torch.get_num_threads(), "thread")
+    which = f"{_count(len(gpus), 'GPU')} ({', '.join(sorted(set(gpus.values())))})"
+    if not gpus:
+        return f"{who} on the CPU, {threads} each"
+    if ranks == 1:
+        return f"{who} on {which}"
+    if len(gpus) == ranks and has_nccl:
+        return f"{who} on {which}: gradients travel between the GPUs, by NCCL"
+    if on_gpus < ranks:
+        where = f"{on_gpus} of {who} on {which}, the others on the CPU"
+    elif len(gpus) < ranks:
+        where = f"{who} share {which}"
+    else:
+        where = f"{who} on {which}, Horovod without NCCL"
+    return f"{where}: gradients travel through CPU memory"
 
 
 def elastic_launcher() -> bool:
@@ -191,9 +278,11 @@ def reduce_sum(values: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def start_reduce_sum(values: torch.Tensor, name: str) -> Any:
-    """Begin `reduce_sum` and return at once; `finish_reduce_sum` waits for the result.
+    """Start `reduce_sum`; `finish_reduce_sum` waits for the result.
 
-    Started beside the gradients it travels in their messages and costs nothing of its own.
+    Values on a GPU are copied to the CPU first, which waits for the work that they depend on. The
+    reduction itself runs at the same time as that of the gradients, in a message of its own:
+    Horovod never fuses float64 with float32.
     """
     values = values.detach().to("cpu", torch.float64)
     if not is_distributed():
@@ -232,9 +321,15 @@ def gather_objects(value: Any, name: str) -> list[Any]:
 
 
 def broadcast_parameters(model: torch.nn.Module, root_rank: int = 0) -> None:
-    """Give every rank the parameters of rank `root_rank`, in place."""
-    if is_distributed():
-        _horovod().broadcast_parameters(model.state_dict(), root_rank=root_rank)
+    """Give every rank the parameters and buffers of rank `root_rank`, in place."""
+    if not is_distributed():
+        return
+    state = model.state_dict()
+    # Horovod: in CPU memory, where every build can broadcast, and several ranks of one GPU, too.
+    copies = {name: tensor.cpu() for name, tensor in state.items()}
+    _horovod().broadcast_parameters(copies, root_rank=root_rank)
+    for name, tensor in state.items():
+        tensor.copy_(copies[name])
 
 
 def barrier() -> None:
@@ -273,6 +368,7 @@ def distributed_optimizer(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     backward_passes_per_step: int = 1,
     settings: DistributedConfig | None = None,
+    staged: bool = False,
 ) -> torch.optim.Optimizer:
     """Wrap `optimizer` so that gradients are averaged over the ranks while backward still runs.
 
@@ -281,6 +377,7 @@ def distributed_optimizer(
         named_parameters: of the uncompiled model, the same names on every rank.
         backward_passes_per_step: backward passes whose gradients are summed before the reduction.
         settings: compression and reduction groups.
+        staged: let gradients travel through CPU memory, as `choose_device` says.
 
     Returns:
         The wrapped optimizer, or `optimizer` itself when Horovod is not initialised.
@@ -288,13 +385,41 @@ def distributed_optimizer(
     if not is_distributed():
         return optimizer
     settings, hvd = settings or DistributedConfig(), _horovod()
+    compression = getattr(hvd.Compression, settings.compression)
     return hvd.DistributedOptimizer(
         optimizer,
         named_parameters=list(named_parameters),
-        compression=getattr(hvd.Compression, settings.compression),
+        compression=StagedGradients(compression) if staged else compression,
         backward_passes_per_step=backward_passes_per_step,
         groups=settings.reduction_groups or None,
     )
+
+
+class StagedGradients:
+    """A Horovod compression that hands gradients over in CPU memory, wherever they are.
+
+    Horovod calls `compress` on a gradient before it is reduced, and `decompress` on the result.
+
+    Args:
+        inner: a compression that runs first, on the gradient's own device, such as fp16: with it,
+            there are fewer bytes to copy.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def compress(self, gradient: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Return a copy in CPU memory, and what `decompress` needs."""
+        small, context = self.inner.compress(gradient)
+        # Page-locked memory is copied at the full speed of the bus, and without the CPU.
+        copy = torch.empty(small.shape, dtype=small.dtype, pin_memory=small.is_cuda)
+        # Horovod: Gloo reads the copy at once, so it has to be complete: not `non_blocking`.
+        return copy.copy_(small), (gradient.device, context)
+
+    def decompress(self, reduced: torch.Tensor, context: Any) -> torch.Tensor:
+        """Return the result on the gradient's device."""
+        device, inner_context = context
+        return self.inner.decompress(reduced.to(device, non_blocking=True), inner_context)
 
 
 def synchronize(optimizer: torch.optim.Optimizer) -> None:
@@ -327,6 +452,10 @@ def _rank_in_environment() -> str:
     getenv = ctypes.CDLL(None).getenv
     getenv.restype = ctypes.c_char_p
     return getenv(b"HOROVOD_RANK").decode()
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _launched_size() -> str:

@@ -60,7 +60,7 @@ class RunFolder:
         self.run_dir.rename(target)
         return target
 
-    def describe(self, config: Config, world_size: int) -> None:
+    def describe(self, config: Config, world_size: int, devices: str) -> None:
         """Make the folder and write `config.yaml` and `run.json`: what was run, where, on what.
 
         `run.json` tells of every session: each time that ranks began, went on with the run, or
@@ -79,7 +79,7 @@ class RunFolder:
             "git_commit": _git_commit(config.project_root),
             "world_size": world_size,
             "threads_per_rank": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "devices": devices,
         }
         record = {"name": self.name, "sessions": [*read_sessions(self.run_dir), session]}
         path = self.run_dir / "run.json"

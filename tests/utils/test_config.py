@@ -138,6 +138,7 @@ def valid_configs(draw) -> dict:
             "learning_rate": draw(rate), "epsilon": draw(rate),
             "max_steps": draw(st.none() | st.integers(1, 10**9)),
             "max_grad_norm": draw(st.none() | rate),
+            "device": draw(st.sampled_from(["auto", "cpu", "cuda"])),
             "amp_dtype": draw(st.sampled_from(["auto", "float32", "bfloat16", "float16"])),
         },
         "data": {

@@ -6,14 +6,19 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from horovod_lm.utils import distributed
+from horovod_lm.utils.cli import command
 from horovod_lm.utils.config import DistributedConfig
-from horovod_lm.utils.errors import DistributedError
+from horovod_lm.utils.errors import ConfigError, DistributedError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -163,8 +168,137 @@ def test_a_hosts_cores_are_shared(monkeypatch, threads, local_size, omp, cores, 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if omp:
         monkeypatch.setenv("OMP_NUM_THREADS", omp)
-    distributed.take_share_of_host(DistributedConfig(threads_per_rank=threads), 0, local_size)
+    distributed.set_threads(DistributedConfig(threads_per_rank=threads), local_size)
     assert chosen == ([] if wanted is None else [wanted])
+
+
+# The device --------------------------------------------------------------------------------------
+
+
+@dataclass
+class PretendedRank:
+    """A rank in a thread of this process, with torch's and Horovod's answers replaced."""
+
+    local_rank: int = 0
+    gpus: tuple[str, ...] = ()  # the UUIDs of those that it sees
+    nccl: bool = False
+    host: str = "here"
+    selected: int | None = None  # by torch.cuda.set_device
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """Call `choose_device` on ranks that meet; return what each of them got, or raised."""
+    own = threading.local()
+
+    def properties(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(name="L4", uuid=own.rank.gpus[device.index])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(own.rank.gpus))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(own.rank.gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: setattr(own.rank, "selected", device.index)
+    )
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(distributed.platform, "node", lambda: own.rank.host)
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
+    monkeypatch.setattr(
+        distributed, "_horovod", lambda: SimpleNamespace(nccl_built=lambda: own.rank.nccl)
+    )
+
+    def on_all(ranks: list[PretendedRank], wanted: str = "auto") -> list:
+        offers: dict[int, object] = {}
+        everybody = threading.Barrier(len(ranks), timeout=10)
+
+        def gather(value: object, name: str) -> list:
+            offers[ranks.index(own.rank)] = value
+            everybody.wait()
+            return [offers[number] for number in range(len(ranks))]
+
+        def work(rank: PretendedRank) -> object:
+            own.rank = rank
+            try:
+                return distributed.choose_device(wanted, rank.local_rank)
+            except ConfigError as error:
+                return str(error)
+
+        monkeypatch.setattr(distributed, "gather_objects", gather)
+        with ThreadPoolExecutor(len(ranks)) as pool:
+            return list(pool.map(work, ranks))
+
+    return on_all
+
+
+STAGED = ": gradients travel through CPU memory"
+NCCL = ": gradients travel between the GPUs, by NCCL"
+WITHOUT = ", Horovod without NCCL" + STAGED
+# (ranks, GPUs of the host): the GPU of each rank; said with NCCL; said without, where it differs
+DEVICES = {
+    (1, 0): ([None], "1 rank on the CPU, 1 thread each"),
+    (2, 0): ([None] * 2, "2 ranks on the CPU, 1 thread each"),
+    (4, 0): ([None] * 4, "4 ranks on the CPU, 1 thread each"),
+    (1, 1): ([0], "1 rank on 1 GPU (L4)"),
+    (1, 2): ([0], "1 rank on 1 GPU (L4)"),
+    (1, 4): ([0], "1 rank on 1 GPU (L4)"),
+    (2, 1): ([0, 0], "2 ranks share 1 GPU (L4)" + STAGED),
+    (2, 2): ([0, 1], "2 ranks on 2 GPUs (L4)" + NCCL, "2 ranks on 2 GPUs (L4)" + WITHOUT),
+    (2, 4): ([0, 1], "2 ranks on 2 GPUs (L4)" + NCCL, "2 ranks on 2 GPUs (L4)" + WITHOUT),
+    (4, 1): ([0] * 4, "4 ranks share 1 GPU (L4)" + STAGED),
+    (4, 2): ([0, 1, 0, 1], "4 ranks share 2 GPUs (L4)" + STAGED),
+    (4, 4): ([0, 1, 2, 3], "4 ranks on 4 GPUs (L4)" + NCCL, "4 ranks on 4 GPUs (L4)" + WITHOUT),
+}
+
+
+@pytest.mark.parametrize("nccl", [True, False])
+@pytest.mark.parametrize(("size", "gpus"), DEVICES)
+def test_every_rank_gets_a_device_and_all_agree(choose, size, gpus, nccl):
+    numbers, *said = DEVICES[size, gpus]
+    uuids = tuple("abcd"[:gpus])
+    ranks = [PretendedRank(number, uuids, nccl) for number in range(size)]
+    choices = choose(ranks)
+    wanted = [torch.device("cpu") if n is None else torch.device("cuda", n) for n in numbers]
+    assert [choice.device for choice in choices] == wanted
+    assert [rank.selected for rank in ranks] == numbers
+    assert {choice.summary for choice in choices} == {said[0 if nccl else -1]}
+    # NCCL refuses two ranks on one GPU; Horovod without NCCL cannot reduce what is on a GPU.
+    may_stay = gpus == 0 or (nccl and size <= gpus)
+    assert {choice.staged for choice in choices} == {not may_stay}
+
+
+def test_a_gpu_that_each_rank_sees_as_its_only_one_is_its_own(choose):
+    ranks = [PretendedRank(number, (uuid,), nccl=True) for number, uuid in enumerate("ab")]
+    for choice in choose(ranks):
+        assert (choice.device, choice.staged) == (torch.device("cuda", 0), False)
+        assert choice.summary == "2 ranks on 2 GPUs (L4)" + NCCL
+
+
+def test_hosts_that_differ_agree_to_stage(choose):
+    with_gpu = PretendedRank(0, ("a",), nccl=True)
+    for other, says in (
+        (PretendedRank(0, (), True, "there"), "1 of 2 ranks on 1 GPU (L4), the others on the CPU"),
+        (PretendedRank(0, ("b",), False, "there"), "2 ranks on 2 GPUs (L4), Horovod without NCCL"),
+    ):
+        choices = choose([with_gpu, other])
+        assert [choice.staged for choice in choices] == [True, True]
+        assert {choice.summary for choice in choices} == {says + STAGED}
+        assert choices[1].device.type == ("cuda" if other.gpus else "cpu")
+
+
+def test_the_cpu_is_chosen_although_there_is_a_gpu(choose):
+    ranks = [PretendedRank(number, ("a",), nccl=True) for number in range(2)]
+    for choice in choose(ranks, "cpu"):
+        assert (choice.device, choice.staged) == (torch.device("cpu"), False)
+    assert [rank.selected for rank in ranks] == [None, None]
+
+
+def test_a_gpu_that_is_asked_for_and_missing_is_one_sentence_on_every_rank(choose):
+    ranks = [PretendedRank(0, ("a",)), PretendedRank(0, (), host="there")]
+    assert set(choose(ranks, "cuda")) == {
+        "training.device is cuda, and torch sees no GPU on there: set it to auto or cpu, or run"
+        f" {command('horovod_lm.doctor')} there"
+    }
+    assert [choice.device.type for choice in choose(ranks[:1], "cuda")] == ["cuda"]
 
 
 # Two real ranks --------------------------------------------------------------------------------
@@ -238,3 +372,13 @@ def test_settings_are_exported_and_the_users_environment_wins(ranks):
 
 def test_the_users_number_of_threads_wins_on_real_ranks(ranks):
     assert both(ranks, "threads") == 1  # OMP_NUM_THREADS=1, which the fixture sets
+
+
+def test_staged_gradients_give_the_bits_of_plain_horovod(ranks):
+    """Over backward passes, reduction groups, clipping and float16."""
+    cases = both(ranks, "staging")
+    assert len(cases) == 16
+    for case, (same_bits, *kept_in_place) in cases.items():
+        assert same_bits, case
+        # Horovod reduces the gradient where it is; staged, it reduces a copy.
+        assert kept_in_place == ["fp16" not in case, False], case

@@ -32,7 +32,7 @@ def config(tmp_path) -> Config:
 def described(config: Config, name: str) -> RunFolder:
     run = RunFolder.of(config, name)
     run.run_dir.mkdir(parents=True)
-    run.describe(config, world_size=2)
+    run.describe(config, world_size=2, devices="2 ranks on the CPU")
     return run
 
 
@@ -54,7 +54,7 @@ def test_a_run_tells_what_was_run_where_and_with_which_versions(config, monkeypa
     assert told["threads_per_rank"] == torch.get_num_threads()
     assert told["versions"]["torch"] == metadata.version("torch")
     assert {"horovod", "horovod_lm", "numpy"} <= told["versions"].keys()
-    assert told["device"] == "cpu" or torch.cuda.is_available()
+    assert told["devices"] == "2 ranks on the CPU"
     assert told["started"].startswith("20") and told["platform"]
     assert told["git_commit"] is None  # this project is no repository
 
@@ -75,7 +75,7 @@ def test_a_run_that_goes_on_keeps_what_its_earlier_sessions_told(config, monkeyp
     run.run_dir.mkdir(parents=True)
     for number, call in enumerate(calls, start=1):
         monkeypatch.setattr(sys, "argv", call)
-        run.describe(config, world_size=number)
+        run.describe(config, world_size=number, devices="")
     sessions = read_sessions(run.run_dir)
     assert [one["command"] for one in sessions] == list(calls)
     assert [one["world_size"] for one in sessions] == [1, 2]
@@ -133,5 +133,5 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(config, tmp_path):
     (tmp_path / "runs").write_text("in the way")
     run = RunFolder.of(config, "first")
     with pytest.raises(ConfigError, match="first.* cannot be written") as error:
-        run.describe(config, world_size=1)
+        run.describe(config, world_size=1, devices="")
     assert "\n" not in str(error.value) and isinstance(run.run_dir, Path)
