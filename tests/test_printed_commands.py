@@ -24,6 +24,7 @@ PRINTED = re.compile(r"""(?:^|\s)((?:[^\s']|'[^']*')*\b(?:python[\d.]*|horovodru
 TYPED = re.compile(r"python3? -m horovod_lm|(?<!%)horovodrun -(?:np|H)\b")
 # Help and documentation name the programs plainly: their reader has activated the environment.
 PLAIN = {"prog", "help", "description", "epilog"}
+ACTIVATES_FIRST = {"environment.py"}  # set-up prints the line that activates above the command
 
 
 class Shell:
@@ -110,6 +111,8 @@ def plain_texts(tree: ast.Module) -> set[int]:
 def test_messages_take_their_commands_from_one_place(file):
     """`command()` knows the program's path and quotes; a typed command does not."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
+    if file.name in ACTIVATES_FIRST:
+        return
     texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     typed = [node for node in texts if isinstance(node.value, str) and TYPED.search(node.value)]
     plain = plain_texts(tree)
