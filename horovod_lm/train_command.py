@@ -30,7 +30,7 @@ EXAMPLES = """examples:
       --set data.path=my_book.txt --set data.data_dir=data/preprocessed/my_book
 
 A run is a folder, runs/NAME: configuration, metrics.csv, TensorBoard events, logs, checkpoints.
-Ctrl-C stops every rank after the step in progress, saves, and says how to go on."""
+Ctrl-C stops every rank after the current step, saves a checkpoint, and prints how to resume."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments, or print what they may be."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m horovod_lm.train",
         description="Train a GPT-style language model in one process or, under horovodrun, many.",
@@ -68,12 +68,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         metavar="auto|PATH",
-        help="go on: auto takes the run of --run-name or the newest; PATH, a run or checkpoint",
+        help="resume a run: its folder or a checkpoint; auto: the run of --run-name, or the newest",
     )
     parser.add_argument(
         "--elastic",
         action="store_true",
-        help="go on when ranks die, leave or join; horovodrun needs --host-discovery-script",
+        help="continue when ranks fail, leave or join; horovodrun needs --host-discovery-script",
     )
     return parser.parse_args(argv)
 
@@ -113,12 +113,12 @@ def find_run(arguments: argparse.Namespace) -> tuple[Path, Path | None]:
 
 
 def summary(result: TrainingResult) -> str:
-    """Return what a run came to, in a few lines."""
+    """Return the results of a run, in a few lines."""
     return (
         f"{result.steps} steps in {format_seconds(result.seconds)},"
         f" {result.tokens_per_second:,.0f} tokens/s\n"
         f"training loss {result.first_loss:.4f} at the start, {result.train_loss:.4f} at the end;"
         f" validation loss {result.validation_loss:.4f}, perplexity {result.perplexity:.2f}\n"
-        f"files in {shown(result.run_dir)}; to hear it talk:"
+        f"files in {shown(result.run_dir)}; to generate text:"
         f" {command('horovod_lm.generate', '--checkpoint', result.run_dir)}"
     )

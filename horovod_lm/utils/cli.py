@@ -16,7 +16,7 @@ from horovod_lm.utils.errors import LostRankError, UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-# Horovod: horovodrun blames the rank that ends first, which should be the one that was lost.
+# Horovod: horovodrun names the rank that ends first, which should be the one that failed.
 SECONDS_BEHIND_THE_LOST_RANK = 3
 SECONDS_BEHIND_THE_FIRST_RANK = 5
 
@@ -94,8 +94,8 @@ def run_cli(
     except UserError as error:
         lost = isinstance(error, LostRankError)
         if os.environ.get("HOROVOD_LOCAL_RANK", "0") != "0" and not lost:
-            # Horovod: the ranks of a host meet the same error, and the first one's end ends them
-            # all before they repeat it. Who is still here then has an error of its own to tell.
+            # Horovod: an error of all ranks is printed once: when local rank 0 ends, horovodrun ends
+            # the others before they print it. A rank that is left has an error of its own.
             time.sleep(SECONDS_BEHIND_THE_FIRST_RANK)
         print(f"error: {error}", file=sys.stderr, flush=True)
         if lost:
@@ -105,5 +105,5 @@ def run_cli(
         print("stopped.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
-        sys.stderr.close()  # a reader such as `head` left: nothing is wrong here
+        sys.stderr.close()  # a reader such as `head` has ended: this is no error
         sys.exit(0)
