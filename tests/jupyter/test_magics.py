@@ -12,7 +12,8 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 from horovod_lm.jupyter.outcome import RankError
-from horovod_lm.utils.errors import ConfigError, DistributedError
+from horovod_lm.utils.errors import ConfigError
+from tests.conftest import ROOT
 from tests.jupyter.conftest import children, needs_horovod, wait_until
 
 pytestmark = [pytest.mark.horovod, needs_horovod, pytest.mark.usefixtures("nothing_left")]
@@ -111,42 +112,33 @@ def test_a_value_that_cannot_travel_is_said(run):
 
 def test_a_command_runs_with_the_notebook_s_python_and_variables(run, shell):
     shell.user_ns["word"] = "hello"
-    out = run("-np 2 --env GREETING={word} python -c 'import os; print(os.environ[\"GREETING\"])'")
+    out = run("-np 2 python -c 'print(\"{word}\")'")
     assert out == "[0] hello\n[1] hello\n"
     with pytest.raises(RankError, match="rank 1 ended with exit code 3; rank 0 was ended with it"):
         run("-np 2 python -c 'import os, time; time.sleep(9) if os.environ[\"HOROVOD_RANK\"] == \"0\" else os._exit(3)'")  # noqa: E501  # fmt: skip
 
 
 def test_options_reach_horovod(run, tmp_path):
-    body = INIT + REDUCE + (
-        "names = 'OMP_NUM_THREADS HOROVOD_FUSION_THRESHOLD HOROVOD_CYCLE_TIME COLOUR'.split()\n"
-        "print(*(os.environ[name] for name in names), torch.get_num_threads())"
-    )  # fmt: skip
+    body = INIT + REDUCE + "print(os.environ['OMP_NUM_THREADS'], torch.get_num_threads())"
     timeline = tmp_path / "timeline.json"
-    out = run(
-        f"-np 1 --threads 1 --timeline {timeline} --fusion-threshold-mb 8 --cycle-time-ms 2.5"
-        " --env COLOUR=blue",
-        body,
-    )
-    assert out.split() == ["[0]", "1", str(8 * 2**20), "2.5", "blue", "1"]
+    assert run(f"-np 1 --threads 1 --timeline {timeline}", body).split() == ["[0]", "1", "1"]
     assert "together" in timeline.read_text()
 
 
-def test_a_check_starts_nothing_and_shows_the_call(run):
-    out = run("-np 2 -H localhost:2 --timeline t.json --threads 1 --check", "print('never')")
-    assert out.splitlines() == [
-        "horovodrun -np 2 -H localhost:2 --timeline-filename t.json"
-        " python -m horovod_lm.jupyter.rank_cell",
-        "2 ranks on localhost:2, CPU threads of each: 1",
-        "nothing was started",
-    ]
-    assert children() == []
-
-
-def test_hosts_may_stand_in_a_file_with_comments(run, tmp_path):
-    hostfile = tmp_path / "hosts"
-    hostfile.write_text("# this machine\n\nlocalhost slots=2  # both cores\n")
-    assert run(f"--hostfile {hostfile}", "print('here')") == "[0] here\n[1] here\n"
+def test_output_is_text_whatever_it_holds(run, tmp_path, monkeypatch):
+    """Also where each Python prints at its start."""
+    (tmp_path / "sitecustomize.py").write_text("print('welcome', flush=True)\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    body = (
+        "import os, sys\n"
+        "for _ in range(2):\n    print('1: [0.5]')\n"
+        "print('a\\x1eb [7]<stdout>:hello')\nprint('Process 0 exit with status code 3.')\n"
+        "sys.stdout.buffer.write(b'\\xff\\n')\nprint('no end', end='', flush=True)"
+    )
+    lines = ["welcome", "1: [0.5]", "1: [0.5]", "a\x1eb [7]<stdout>:hello",
+             "Process 0 exit with status code 3.", "\ufffd", "no end"]  # fmt: skip
+    expected = "".join(f"[{rank}] {line}\n" for rank in range(2) for line in lines)
+    assert run("-np 2 --timeout 60", body) == expected
 
 
 @pytest.mark.parametrize(
@@ -155,14 +147,10 @@ def test_hosts_may_stand_in_a_file_with_comments(run, tmp_path):
         ("-np two", "1", r"argument -np/--num-proc: invalid int value: 'two'"),
         ("-np 0", "1", r"-np 0: there must be at least one rank"),
         ("--nodes 2", "1", r"unrecognized arguments: --nodes"),
-        ("-np 2 -H localhost:4", "1", r"-np 2 and the hosts' 4 slots differ"),
-        ("-np 2 -H localhost", "1", r"the host 'localhost' has no number of slots"),
-        ("--hostfile nowhere", "1", r"the hostfile nowhere cannot be read: No such file"),
-        ("--env 3=x", "1", r"--env 3=x: write NAME=VALUE"),
         ("--push nothing_there", "1", r"--push nothing_there: there is no such name"),
-        ("-np 2 python x.py", "1", r"python x.py stands on its line: write %horovodrun, with one"),
+        ("-np 2 python x.py", "1", r"its line has python x.py: write %horovodrun, with one"),
         ("-np 2", "", r"needs a command.*write %%horovodrun, with two"),
-        ("-np 2 --out x python x.py", "", r"--out and --push belong to a cell"),
+        ("-np 2 --out x python x.py", "", r"--out and --push need a cell"),
     ],
 )
 def test_a_wrong_line_is_one_sentence_and_starts_nothing(run, line, body, sentence):
@@ -172,26 +160,10 @@ def test_a_wrong_line_is_one_sentence_and_starts_nothing(run, line, body, senten
     assert children() == []
 
 
-def test_a_cell_for_other_hosts_must_be_small(run, shell):
-    import os
-
-    shell.user_ns["large"] = os.urandom(200_000)
-    with pytest.raises(DistributedError, match=r"take \d+ KiB, and other hosts can be sent 64"):
-        run("-np 2 -H faraway:2 --push large", "len(large)")
-
-
 def test_a_syntax_error_is_found_before_anything_starts(run):
     with pytest.raises(RankError, match=r"not Python: .*never closed \(line 3\); nothing was") as e:
         run("-np 2", "x = 1\ny = (x,\n")
     assert "    y = (x,\n" in e.value.trace
-
-
-def test_too_many_threads_are_warned_of(shell, capsys):
-    cores = len(psutil.Process().cpu_affinity())
-    shell.run_cell(f"%%horovodrun -np 2 --threads {cores} --check\n1")
-    assert f"2 ranks with {cores} threads each want {2 * cores} cores" in capsys.readouterr().err
-    shell.run_cell("%%horovodrun -np 1 --check\n1")
-    assert capsys.readouterr().err == ""
 
 
 # ---- the failure table ---------------------------------------------------------------------------
@@ -257,7 +229,9 @@ def test_the_traceback_is_the_rank_s_own_once_and_shows_the_cell_s_lines(run):
     body = INIT + "def divide(a, b):\n    return a / b\nif hvd.rank() == 1:\n    divide(1, 0)\n"
     with pytest.raises(RankError) as caught:
         run("-np 2", body + REDUCE)
-    assert caught.value.trace.splitlines()[:5] == [
+    # Python marks parts of a line in some versions: `divide(1, 0)` from 3.13 on.
+    lines = [line for line in caught.value.trace.splitlines() if line.strip(" ~^")]
+    assert lines[:5] == [
         "Traceback (most recent call last):",
         '  File "<cell>", line 8, in <module>',
         "    divide(1, 0)",
@@ -330,23 +304,3 @@ def test_twenty_cells_in_a_row_leave_nothing(run, tmp_path, monkeypatch):
         run("-np 2", "pass")
     assert what_there_is() == before
     assert children() == []
-
-
-def test_elastic_ranks_go_on_when_one_of_them_dies(kernel, tiny_project):
-    train = (
-        "python -m horovod_lm.train --elastic --config configs/tiny.yaml --run-name elastic_cell"
-        " --set training.max_steps=400 --set training.num_epochs=1000"
-        " --set training.commit_interval=5 --set distributed.gloo_timeout_seconds=8"
-    )
-    kernel.start(f"%horovodrun --elastic runs/places -np 2 {train}")
-    kernel.read(lambda: "step 5/400" in kernel.text, 90)
-    ranks = {
-        process.environ()["HOROVOD_RANK"]: process
-        for process in reversed(psutil.Process(kernel.pid).children(recursive=True))
-        if "horovod_lm.train" in process.cmdline() and "HOROVOD_RANK" in process.environ()
-    }
-    ranks["1"].kill()
-    kernel.read(lambda: False, 150)
-    assert kernel.error is None
-    assert "a rank was lost: 2 -> 1 ranks" in kernel.text and "400 steps" in kernel.text
-    assert (tiny_project / "runs" / "places").read_text() == "localhost:1\n127.0.0.1:1\n"
