@@ -94,8 +94,8 @@ def run_cli(
     except UserError as error:
         lost = isinstance(error, LostRankError)
         if os.environ.get("HOROVOD_LOCAL_RANK", "0") != "0" and not lost:
-            # Horovod: an error of all ranks is printed once: when local rank 0 ends, horovodrun ends
-            # the others before they print it. A rank that is left has an error of its own.
+            # Horovod: an error of all ranks is printed once. When local rank 0 ends, horovodrun
+            # ends the others before they print it; a rank that is left has an error of its own.
             time.sleep(SECONDS_BEHIND_THE_FIRST_RANK)
         print(f"error: {error}", file=sys.stderr, flush=True)
         if lost:
