@@ -1,7 +1,7 @@
-"""Checkpoints: written whole or not at all, loaded without running a line of anybody's code.
+"""Checkpoints: written atomically, loaded without executing code.
 
-A checkpoint holds everything that training needs to go on and everything that generation needs to
-talk: model, optimizer, schedule, position in the data, configuration and tokenizer.
+A checkpoint contains everything that resuming and generation need: model, optimizer, scheduler,
+position in the data, configuration and tokenizer.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import torch
 
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.errors import CheckpointError
+from horovod_lm.utils.machine import sync_folder
 
-FORMAT = 1
+FORMAT = 2  # 2: attention.{qkv,out}_proj and feed_forward.{up,down}_proj have these names
 BEST, FINAL = "best_model.pt", "final_model.pt"
 _NUMBERED = re.compile(r"checkpoint_epoch(\d+)_step(\d+)\.pt")
 
@@ -45,26 +46,27 @@ def save_checkpoint(
     tokenizer: str | None = None,
     **extra: Any,
 ) -> Path:
-    """Write one checkpoint: to a temporary name, synced to disk, then renamed.
+    """Write one checkpoint atomically: to a temporary file, synced to disk, then renamed.
 
-    A reader finds the whole file or none, whenever the writer dies. Of many ranks, rank 0 calls it.
+    If the writer is killed, the file is complete or absent. In distributed training only rank 0
+    calls it.
 
     Args:
         model: its `state_dict()` is saved; a compiled model is saved under its uncompiled names.
-        optimizer: or None, for a checkpoint that only generates.
-        epoch: the epoch in progress, from 0.
-        step: optimizer steps done in that epoch.
-        loss: the last loss measured, in nats per token.
-        checkpoint_dir: created if it is not there.
+        optimizer: None for a checkpoint that is only for generation.
+        epoch: the current epoch, from 0.
+        step: optimizer steps in that epoch.
+        loss: the latest loss, in nats per token.
+        checkpoint_dir: created if it does not exist.
         filename: for example `checkpoint_epoch5.pt`.
         scheduler: a learning rate scheduler with a `state_dict()`.
         scaler: a gradient scaler with a `state_dict()`.
-        global_step: optimizer steps done since the start of the run.
-        best_loss: the best validation loss so far, which `loss` need not be.
-        samples_seen: blocks of that epoch already trained on, by all ranks together.
-        config: `Config.to_dict()`, so that the checkpoint alone is enough to rebuild the model.
-        tokenizer: the tokenizer as JSON text, so that it alone is enough to talk.
-        **extra: further plain values.
+        global_step: optimizer steps since the start of the run.
+        best_loss: the best validation loss so far.
+        samples_seen: blocks of that epoch that all ranks together have trained on.
+        config: `Config.to_dict()`, to rebuild the model from the checkpoint alone.
+        tokenizer: the tokenizer as JSON text, to generate from the checkpoint alone.
+        **extra: more plain values.
 
     Returns:
         The path of the file.
@@ -73,20 +75,10 @@ def save_checkpoint(
         CheckpointError: the folder cannot be written, or the disk is full.
     """
     content = checkpoint_content(
-        model,
-        optimizer,
-        scheduler,
-        scaler,
-        config=config,
-        tokenizer=tokenizer,
-        epoch=int(epoch),
-        step=int(step),
-        global_step=int(global_step),
-        loss=float(loss),
-        best_loss=None if best_loss is None else float(best_loss),
-        samples_seen=int(samples_seen),
-        **extra,
-    )
+        model, optimizer, scheduler, scaler, config=config, tokenizer=tokenizer,
+        epoch=epoch, step=step, global_step=global_step, loss=float(loss), best_loss=best_loss,
+        samples_seen=samples_seen, **extra,
+    )  # fmt: skip
     return write_checkpoint(content, Path(checkpoint_dir) / filename)
 
 
@@ -100,11 +92,11 @@ def checkpoint_content(
     tokenizer: str | None = None,
     **position: Any,
 ) -> dict[str, Any]:
-    """Return what a checkpoint holds; its tensors are the model's own, not copies.
+    """Return the content of a checkpoint; its tensors are the model's own, not copies.
 
     Args:
-        model: as for `save_checkpoint`, and so are the others.
-        **position: how far the run has come, as plain values.
+        model: as for `save_checkpoint`, like the other arguments.
+        **position: the progress of the run, as plain values.
     """
     return {
         "format": FORMAT,
@@ -119,7 +111,7 @@ def checkpoint_content(
 
 
 def write_checkpoint(content: Mapping[str, Any], path: Path) -> Path:
-    """Write what `checkpoint_content` returned, whole or not at all. Return the path.
+    """Write what `checkpoint_content` returned, atomically. Return the path.
 
     Raises:
         CheckpointError: the folder cannot be written, or the disk is full.
@@ -132,18 +124,19 @@ def write_checkpoint(content: Mapping[str, Any], path: Path) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"the checkpoint {path} cannot be written ({error}): check the folder and the disk"
         ) from error
     finally:
-        with suppress(OSError):  # it is not there when all went well
+        with suppress(OSError):  # it does not exist after a successful write
             temporary.unlink()
     return path
 
 
 def copy_to_memory(content: Any) -> Any:
-    """Return a copy of a checkpoint's content, tensors on the CPU, that training cannot change."""
+    """Return a copy of a checkpoint's content with tensors on the CPU."""
     return map_tensors(content, lambda tensor: tensor.detach().to("cpu", copy=True))
 
 
@@ -165,20 +158,20 @@ def load_checkpoint(
     scheduler: Any | None = None,
     scaler: Any | None = None,
 ) -> dict[str, Any]:
-    """Read a checkpoint and load what it holds into the objects that are given.
+    """Read a checkpoint and restore the given objects from it.
 
     Args:
         checkpoint_path: the file.
-        model: gets the parameters, whatever device it is on.
-        optimizer: gets its moments and steps. With Horovod, the wrapped one: wrapping drops state.
-        scheduler: gets its position.
-        scaler: gets its scale.
+        model: gets the parameters, on any device.
+        optimizer: gets its state. With Horovod, pass the wrapped one: wrapping discards state.
+        scheduler: gets its state.
+        scaler: gets its state.
 
     Returns:
-        The whole checkpoint, tensors on the CPU; `save_checkpoint` names its keys.
+        The whole checkpoint, tensors on the CPU; its keys are the arguments of `save_checkpoint`.
 
     Raises:
-        CheckpointError: the file is missing, cut short, holds code, or is of another model.
+        CheckpointError: the file is missing or truncated, contains code, or is of another model.
     """
     checkpoint = read_checkpoint(checkpoint_path)
     restore(checkpoint, model, optimizer, scheduler, scaler, name=str(checkpoint_path))
@@ -186,33 +179,34 @@ def load_checkpoint(
 
 
 def read_checkpoint(checkpoint_path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint, tensors on the CPU; never run code that a file may hold.
+    """Read a checkpoint, tensors on the CPU, without executing code that a file may contain.
 
     Raises:
-        CheckpointError: the file is missing, cut short, holds code, or is no checkpoint of ours.
+        CheckpointError: the file is missing, truncated, contains code, or is not a checkpoint.
     """
     path = Path(checkpoint_path)
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}{_others(path.parent)}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's opinion of a stranger's pickle
+            warnings.simplefilter("ignore")  # torch's warning about unpickling
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # a file cut at any byte fails in a dozen ways
+    except Exception as error:  # a truncated file raises many types of errors
         if _is_refusal(error, path):
             raise CheckpointError(
-                f"{path} is refused: it holds more than tensors and plain values, and loading it"
-                " could run code; load only checkpoints that save_checkpoint wrote"
+                f"{path} is refused: it contains more than tensors and plain values, and loading"
+                " it could execute code; load only checkpoints that save_checkpoint wrote"
             ) from None
-        raise CheckpointError(_damaged(path)) from None
+        others = _others(path.parent, without=path.name)
+        raise CheckpointError(f"{path} is damaged or truncated{others}") from None
     if not isinstance(checkpoint, dict) or not _is_state(checkpoint.get("model")):
-        raise CheckpointError(f"{path} is not a checkpoint of this project: it holds no 'model'")
+        raise CheckpointError(f"{path} is not a checkpoint of horovod_lm: it has no 'model'")
     if checkpoint.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} has format {checkpoint.get('format')}, this version reads {FORMAT}:"
-            " load it with the version of horovod_lm that wrote it"
+            f"{path} has format {checkpoint.get('format')}, but this version reads format {FORMAT}:"
+            " load it with the version of horovod_lm that wrote it, or train again"
         )
     return checkpoint
 
@@ -225,23 +219,23 @@ def restore(
     scaler: Any | None = None,
     name: str | Path = "the checkpoint",
 ) -> None:
-    """Load what a checkpoint holds into the objects that are given; see `load_checkpoint`."""
+    """Restore the given objects from a checkpoint's content; see `load_checkpoint`."""
     if model is not None:
         _restore_model(uncompiled(model), checkpoint["model"], name)
     for part, target in (("optimizer", optimizer), ("scheduler", scheduler), ("scaler", scaler)):
         if target is None:
             continue
         if checkpoint.get(part) is None:
-            raise CheckpointError(f"{name} holds no {part} state: it was saved for generation only")
+            raise CheckpointError(f"{name} has no {part} state: it was saved for generation only")
         try:
             target.load_state_dict(checkpoint[part])
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            raise CheckpointError(f"{name} holds the {part} of another setting: {reason}") from None
+            raise CheckpointError(f"{name} has an incompatible {part} state: {reason}") from None
 
 
 def find_checkpoints(checkpoint_dir: str | Path) -> list[Path]:
-    """Return a run's numbered and final checkpoints, the furthest first."""
+    """Return a run's numbered and final checkpoints, newest first."""
     paths = [
         path for path in Path(checkpoint_dir).glob("checkpoint_epoch*_step*.pt") if _step(path)
     ]
@@ -250,7 +244,7 @@ def find_checkpoints(checkpoint_dir: str | Path) -> list[Path]:
 
 
 def newest_readable(checkpoint_dir: str | Path) -> Path:
-    """Return a run's furthest checkpoint that can be read, passing over one that was cut short.
+    """Return a run's newest checkpoint that can be read; print a warning for each that cannot.
 
     Raises:
         CheckpointError: there is none.
@@ -260,23 +254,19 @@ def newest_readable(checkpoint_dir: str | Path) -> Path:
             read_checkpoint(path)
             return path
         except CheckpointError as error:
-            print(f"warning: {error}; an earlier one is taken", file=sys.stderr)
+            print(f"warning: {error}; an earlier one is used", file=sys.stderr)
     raise CheckpointError(
-        f"{checkpoint_dir} holds no checkpoint to go on from: start the run again"
+        f"{checkpoint_dir} has no checkpoint to resume from: start the run without --resume"
     )
 
 
 def check_same_model(checkpoint: Mapping[str, Any], config: Config, name: str | Path) -> None:
-    """Refuse a checkpoint of another architecture, naming the setting that differs.
-
-    Raises:
-        CheckpointError: a setting of the model differs.
-    """
+    """Raise CheckpointError if a checkpoint's model has other sizes, and name the setting."""
     there, here = (checkpoint.get("config") or {}).get("model", {}), config.to_dict()["model"]
     for key in ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "max_seq_len"):
         if key in there and there[key] != here[key]:
             raise CheckpointError(
-                f"{name} was trained with model.{key}={there[key]}, and the configuration says"
+                f"{name} was trained with model.{key}={there[key]}, but the configuration has"
                 f" {here[key]}: resume with the run's own config.yaml"
             )
 
@@ -287,9 +277,9 @@ def checkpoint_name(epoch: int, global_step: int) -> str:
 
 
 def remove_old_checkpoints(checkpoint_dir: str | Path, keep: int) -> None:
-    """Keep the `keep` furthest numbered checkpoints and delete the others; best and final stay.
+    """Delete all but the `keep` newest numbered checkpoints; best and final are kept.
 
-    What a writer that was killed has left goes, too: the caller is the run's only writer.
+    Also deletes temporary files of killed writers: the caller is the run's only writer.
     """
     numbered = [path for path in find_checkpoints(checkpoint_dir) if path.name != FINAL]
     for path in [*numbered[keep:], *Path(checkpoint_dir).glob(".*.pt.*.tmp")]:
@@ -297,7 +287,7 @@ def remove_old_checkpoints(checkpoint_dir: str | Path, keep: int) -> None:
 
 
 def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the module behind `torch.compile`, whose parameter names have no prefix."""
+    """Return the module inside a `torch.compile` wrapper, which adds a prefix to names."""
     return getattr(model, "_orig_mod", model)
 
 
@@ -305,21 +295,22 @@ def _restore_model(
     model: torch.nn.Module, state: Mapping[str, torch.Tensor], name: str | Path
 ) -> None:
     own = model.state_dict()
-    for key, tensor in own.items():
-        if key in state and state[key].shape != tensor.shape:
-            raise CheckpointError(
-                f"{name} is of another model: {key} has shape {tuple(state[key].shape)} there"
-                f" and {tuple(tensor.shape)} here; use the configuration it was trained with"
-            )
-    if missing := own.keys() - state.keys():
-        raise CheckpointError(f"{name} is of another model: it lacks {sorted(missing)[0]}")
-    if unknown := state.keys() - own.keys():
-        raise CheckpointError(f"{name} is of another model: it has {sorted(unknown)[0]} besides")
+    problems = [
+        f"{key} has shape {tuple(state[key].shape)}, the model's has {tuple(tensor.shape)}"
+        for key, tensor in own.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    problems += [f"missing key {key}" for key in sorted(own.keys() - state.keys())]
+    problems += [f"unexpected key {key}" for key in sorted(state.keys() - own.keys())]
+    if problems:
+        raise CheckpointError(
+            f"{name} does not match the model: {problems[0]}; use the configuration of its training"
+        )
     model.load_state_dict(state)
 
 
 def _is_refusal(error: Exception, path: Path) -> bool:
-    """Return whether a file is whole, and refused for what it holds; not a file that was cut."""
+    """Return whether a file is complete and refused for its content, not truncated."""
     if not isinstance(error, pickle.UnpicklingError):
         return False
     with open(path, "rb") as file:
@@ -328,12 +319,12 @@ def _is_refusal(error: Exception, path: Path) -> bool:
 
 
 def _is_state(value: Any) -> bool:
-    """Return whether `value` is what a module's `state_dict()` gives."""
+    """Return whether `value` is a module's `state_dict()`."""
     return isinstance(value, dict) and all(isinstance(v, torch.Tensor) for v in value.values())
 
 
 def _plain(value: Any) -> Any:
-    """Turn NumPy scalars into Python numbers: `weights_only` refuses the former when it loads."""
+    """Convert NumPy scalars to Python numbers: loading with `weights_only` refuses the former."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Mapping):
@@ -348,11 +339,6 @@ def _step(path: Path) -> int:
     return int(match.group(2)) if match else 0
 
 
-def _damaged(path: Path) -> str:
-    others = _others(path.parent, without=path.name)
-    return f"{path} is damaged or was cut short, so that it cannot be read{others}"
-
-
 def _others(folder: Path, without: str = "") -> str:
     names = sorted(file.name for file in folder.glob("*.pt") if file.name != without)
-    return f"; the folder also holds {', '.join(names)}" if names else ""
+    return f"; the folder also contains {', '.join(names)}" if names else ""

@@ -1,4 +1,4 @@
-"""A conversation in a terminal: read a line, show what follows as it comes, until the user goes."""
+"""A chat in a terminal: read a prompt, print the generated text as it arrives, repeat."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from horovod_lm.utils.config import Config, GenerationConfig
 from horovod_lm.utils.errors import ConfigError, UserError
 
 STOP_WORDS = ("exit", "quit", "q")
-UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 Answer = Callable[[str, GenerationConfig], Iterator[str]]
 
 
-def converse(answer: Answer, config: Config) -> None:
-    """Read prompts from standard input and print each with its answer.
+def chat(answer: Answer, config: Config) -> None:
+    """Read prompts from standard input and print each with its continuation.
 
     Args:
-        answer: given a prompt and the settings, yields the pieces of a continuation.
-        config: its `generation` section gives the settings to begin with.
+        answer: takes a prompt and settings, yields the pieces of a continuation.
+        config: its `generation` section gives the initial settings.
     """
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  importing it gives input() a history and a line to edit
+        import readline  # noqa: F401  gives input() a history and line editing
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a byte that is no character must not end it
+            stream.reconfigure(errors="replace")  # invalid bytes must not end the chat
     print("Type the beginning of a text. :help shows the settings; exit, quit or q ends.")
     while True:
         try:
@@ -43,7 +43,7 @@ def converse(answer: Answer, config: Config) -> None:
 
 
 def _show(prompt: str, pieces: Iterator[str]) -> None:
-    """Print the prompt and the pieces that follow it; Ctrl-C stops this text only."""
+    """Print the prompt and the pieces that follow it; Ctrl-C stops only this text."""
     try:
         print(printable(prompt), end="", flush=True)
         for piece in pieces:
@@ -56,9 +56,9 @@ def _show(prompt: str, pieces: Iterator[str]) -> None:
 
 
 def change_setting(line: str, config: Config) -> Config:
-    """Obey a line such as `:temperature 0.5`; for `:help` or anything else, show the settings."""
+    """Apply a line such as `:temperature 0.5`; for `:help` or any other, show the settings."""
     name, _, value = line[1:].strip().partition(" ")
-    settings = config.generation.model_dump(exclude={"num_samples"})  # there is one answer a time
+    settings = config.generation.model_dump(exclude={"num_samples"})  # a chat has one sample
     if name in settings and value:
         try:
             config = config.with_overrides([f"generation.{name}={value.strip()}"])
@@ -67,14 +67,14 @@ def change_setting(line: str, config: Config) -> Config:
             print(error)
         return config
     if name not in ("help", *settings):
-        print(f"There is no setting {name!r}; these there are:")
+        print(f"There is no setting {name!r}. The settings are:")
     print("\n".join(f":{name} {value}" for name, value in settings.items()))
     return config
 
 
 def printable(text: str) -> str:
-    """Replace control characters: raw, they could move the cursor or clear the screen."""
-    return "".join(UNPRINTABLE if _is_control(character) else character for character in text)
+    """Replace control characters, which could move the cursor or clear the screen."""
+    return "".join(REPLACEMENT if _is_control(character) else character for character in text)
 
 
 def _is_control(character: str) -> bool:

@@ -32,7 +32,7 @@ class Span:
     """One tensor in one phase.
 
     Attributes:
-        tensor: its name, behind that of the call: `allreduce.blocks.0.attention.output.weight`.
+        tensor: its name, behind that of the call: `allreduce.blocks.0.attention.out_proj.weight`.
         phase: NEGOTIATE_ALLREDUCE, ALLREDUCE, MEMCPY_IN_FUSION_BUFFER, GLOO_ALLREDUCE, ...
         start: seconds since the timeline was opened.
         end: likewise.

@@ -1,4 +1,4 @@
-"""Checkpoints: exact, whole or not at all, and never a line of anybody's code."""
+"""Checkpoints: exact, atomic, and loaded without executing code."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ from horovod_lm.optimization import build_optimizer, build_scheduler
 from horovod_lm.utils.config import TrainingConfig, config_from_dict
 from horovod_lm.utils.errors import CheckpointError
 
-SHAPE = {"vocab_size": 17, "d_model": 8, "n_heads": 2, "n_layers": 1, "d_ff": 16, "max_seq_len": 8,
+SHAPE = {"vocab_size": 17, "d_model": 8, "n_heads": 2, "n_layers": 2, "d_ff": 16, "max_seq_len": 8,
          "pad_token_id": 0, "dropout": 0.0}  # fmt: skip
 TRAINING = TrainingConfig(warmup_steps=2, learning_rate=1e-2)
 
@@ -94,7 +95,7 @@ def complaint(call, *arguments) -> str:
 # Exact -----------------------------------------------------------------------------------------
 
 
-def test_saved_and_loaded_trains_on_as_if_nothing_had_happened(tmp_path):
+def test_training_after_loading_equals_uninterrupted_training(tmp_path):
     one = Setup()
     one.train(4)
     path = one.save(tmp_path / "new" / "folder", best_loss=1.25, samples_seen=96, tokens=777,
@@ -147,10 +148,10 @@ def test_a_checkpoint_without_optimizer_loads_for_generation_only(tmp_path, trai
     load_checkpoint(path, other.model)
     for part in ("optimizer", "scheduler", "scaler"):
         said = complaint(lambda part=part: load_checkpoint(path, **{part: getattr(other, part)}))
-        assert f"holds no {part} state" in said and str(path) in said
+        assert f"has no {part} state" in said and str(path) in said
 
 
-# Whole or not at all ---------------------------------------------------------------------------
+# Atomic ----------------------------------------------------------------------------------------
 
 SAVE_WITHOUT_END = """
 import sys, torch
@@ -164,7 +165,7 @@ for step in range(10**6):
 """
 
 
-def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
+def test_a_writer_killed_at_any_moment_leaves_a_complete_file(tmp_path):
     generator = random.Random(0)
     for _ in range(4):
         writer = subprocess.Popen(
@@ -177,10 +178,23 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
         checkpoint = read_checkpoint(tmp_path / FINAL)
         assert (checkpoint["model"]["weight"] == checkpoint["step"]).all()
         assert find_checkpoints(tmp_path) == [tmp_path / FINAL]
-    # What the killed ones left is out of the way, and goes when the next checkpoint comes.
+    # Temporary files of killed writers are hidden, and deleted with the next checkpoint.
     (tmp_path / f".{FINAL}.4711.tmp").write_bytes(b"half")
     remove_old_checkpoints(tmp_path, keep=3)
     assert [path.name for path in tmp_path.iterdir()] == [FINAL]
+
+
+def test_the_folder_is_synced_after_the_rename(tmp_path, trained, monkeypatch):
+    calls, replace, fsync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "replace", lambda *a: (calls.append("rename"), replace(*a)))
+
+    def recorded(descriptor: int) -> None:
+        calls.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    trained.save(tmp_path)
+    assert calls == ["file", "rename", "folder"]
 
 
 SAVE_ON_A_FULL_DISK = """
@@ -213,7 +227,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, trained):
     assert str(tmp_path / "file" / FINAL) in said and "cannot be written" in said
 
 
-# Damaged, foreign, hostile ---------------------------------------------------------------------
+# Damaged, incompatible, malicious --------------------------------------------------------------
 
 
 def test_a_checkpoint_cut_at_any_byte_is_a_sentence(tmp_path, content):
@@ -222,7 +236,7 @@ def test_a_checkpoint_cut_at_any_byte_is_a_sentence(tmp_path, content):
     for end in ends:
         path.write_bytes(content[:end])
         said = complaint(read_checkpoint, path)
-        assert str(path) in said and "damaged" in said, end
+        assert f"{path} is damaged or truncated" in said, end
     path.write_bytes(content)
     assert read_checkpoint(path)["global_step"] == 13
 
@@ -249,7 +263,7 @@ def test_no_bytes_break_the_reader(content, tmp_path_factory):
     assert str(path) in complaint(read_checkpoint, path)
 
 
-class Hostile:
+class Malicious:
     """Unpickled, it runs a command."""
 
     def __init__(self, command: str) -> None:
@@ -260,9 +274,9 @@ class Hostile:
 
 
 @pytest.mark.parametrize("place", ["whole", "beside", "in the model", "plain pickle"])
-def test_a_checkpoint_that_carries_code_is_refused_and_runs_nothing(tmp_path, content, place):
+def test_a_checkpoint_that_contains_code_is_refused_and_not_executed(tmp_path, content, place):
     marker, path = tmp_path / "it ran", tmp_path / "hostile.pt"
-    bomb = Hostile(f"touch '{marker}'")
+    bomb = Malicious(f"touch '{marker}'")
     path.write_bytes(content)
     good = torch.load(path, weights_only=True)
     hostile = {
@@ -276,7 +290,7 @@ def test_a_checkpoint_that_carries_code_is_refused_and_runs_nothing(tmp_path, co
         torch.save(hostile[place], path)
     for read in (read_checkpoint, lambda path: load_checkpoint(path, Setup().model)):
         assert str(path) in complaint(read, path)
-    assert "could run code" in complaint(read_checkpoint, path)
+    assert "could execute code" in complaint(read_checkpoint, path)
     assert not marker.exists()
     if place != "plain pickle":  # the bomb is live: an unsafe load does run it
         torch.load(path, weights_only=False)
@@ -293,16 +307,17 @@ def test_a_missing_checkpoint_names_what_is_there(tmp_path, trained):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda whole: {"a": 1}, "not a checkpoint of this project"),
-        (lambda whole: [1, 2], "not a checkpoint of this project"),
-        (lambda whole: whole | {"model": 3}, "not a checkpoint of this project"),
-        (lambda whole: whole | {"model": {"w": 3}}, "not a checkpoint of this project"),
-        (lambda whole: whole["model"], "not a checkpoint of this project"),
-        (lambda whole: whole | {"format": 99}, "has format 99, this version reads 1"),
+        (lambda whole: {"a": 1}, "not a checkpoint of horovod_lm"),
+        (lambda whole: [1, 2], "not a checkpoint of horovod_lm"),
+        (lambda whole: whole | {"model": 3}, "not a checkpoint of horovod_lm"),
+        (lambda whole: whole | {"model": {"w": 3}}, "not a checkpoint of horovod_lm"),
+        (lambda whole: whole["model"], "not a checkpoint of horovod_lm"),
+        (lambda whole: whole | {"format": 99}, "has format 99, but this version reads format 2"),
+        (lambda whole: whole | {"format": 1}, "has format 1, but this version reads format 2"),
         (lambda whole: {k: v for k, v in whole.items() if k != "format"}, "has format None"),
-        (lambda whole: whole | {"optimizer": {"state": {}}}, "optimizer of another setting"),
-        (lambda whole: whole | {"optimizer": 3}, "optimizer of another setting"),
-        (lambda whole: whole | {"optimizer": None}, "holds no optimizer state"),
+        (lambda whole: whole | {"optimizer": {"state": {}}}, "incompatible optimizer state"),
+        (lambda whole: whole | {"optimizer": 3}, "incompatible optimizer state"),
+        (lambda whole: whole | {"optimizer": None}, "has no optimizer state"),
     ],
 )
 def test_another_content_is_a_sentence(tmp_path, content, change, says):
@@ -317,9 +332,10 @@ def test_another_content_is_a_sentence(tmp_path, content, change, says):
 @pytest.mark.parametrize(
     ("shape", "says"),
     [
-        ({"vocab_size": 19}, "token_embedding.weight has shape (17, 8) there and (19, 8) here"),
-        ({"n_layers": 2}, "it lacks blocks.1."),
-        ({"n_layers": 1, "max_seq_len": 16}, "(8, 8) there and (16, 8) here"),
+        ({"n_layers": 1}, "unexpected key blocks.1."),
+        ({"vocab_size": 19}, "token_embedding.weight has shape (17, 8), the model's has (19, 8)"),
+        ({"n_layers": 3}, "missing key blocks.2."),
+        ({"max_seq_len": 16}, "(8, 8), the model's has (16, 8)"),
     ],
 )
 def test_another_model_is_a_sentence_and_changes_nothing(tmp_path, trained, shape, says):
@@ -327,11 +343,6 @@ def test_another_model_is_a_sentence_and_changes_nothing(tmp_path, trained, shap
     before = {name: tensor.clone() for name, tensor in other.model.state_dict().items()}
     assert says in complaint(load_checkpoint, path, other.model)
     assert all(torch.equal(before[name], now) for name, now in other.model.state_dict().items())
-
-
-def test_a_model_with_fewer_parts_is_a_sentence(tmp_path):
-    path = Setup(n_layers=2).save(tmp_path)
-    assert "it has blocks.1." in complaint(load_checkpoint, path, Setup().model)
 
 
 def test_resuming_with_another_shape_names_the_setting(trained, tmp_path):
@@ -346,7 +357,7 @@ def test_resuming_with_another_shape_names_the_setting(trained, tmp_path):
 # Which are kept, which is newest ---------------------------------------------------------------
 
 
-def test_the_last_ones_are_kept_and_best_and_final_always(tmp_path, trained):
+def test_the_newest_ones_and_best_and_final_are_kept(tmp_path, trained):
     numbers = [(0, 5), (0, 10), (1, 20), (1, 100), (2, 110)]
     for epoch, step in numbers:
         trained.save(tmp_path, checkpoint_name(epoch, step), optimizer=None)
@@ -361,7 +372,7 @@ def test_the_last_ones_are_kept_and_best_and_final_always(tmp_path, trained):
         FINAL, "checkpoint_epoch2_step110.pt", "checkpoint_epoch1_step100.pt"]  # fmt: skip
 
 
-def test_the_newest_readable_one_is_taken_with_a_warning_for_a_cut_one(
+def test_the_newest_readable_one_is_used_with_a_warning_for_a_truncated_one(
     tmp_path, trained, content, capsys
 ):
     for step in (5, 10):
@@ -377,6 +388,6 @@ def test_the_newest_readable_one_is_taken_with_a_warning_for_a_cut_one(
     assert newest_readable(tmp_path).name == FINAL
 
 
-def test_no_checkpoint_to_go_on_from_is_a_sentence(tmp_path):
+def test_no_checkpoint_to_resume_from_is_a_sentence(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
-        assert "holds no checkpoint to go on from" in complaint(newest_readable, folder)
+        assert "has no checkpoint to resume from" in complaint(newest_readable, folder)

@@ -1,4 +1,4 @@
-"""The conversation: what ends it, what stops a text only, what changes a setting, what is shown."""
+"""The chat: what ends it, what stops only a text, how settings change, what is printed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from horovod_lm.conversation import change_setting, converse, printable
+from horovod_lm.conversation import change_setting, chat, printable
 from horovod_lm.utils.config import config_from_dict
 from horovod_lm.utils.errors import DataError
 
@@ -21,12 +21,12 @@ def talk(monkeypatch, capsys, lines: str, answer=None) -> tuple[list, str]:
         yield from "…!"
 
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    converse(answer or echo, CONFIG)
+    chat(answer or echo, CONFIG)
     return asked, capsys.readouterr().out
 
 
 @pytest.mark.parametrize("word", ["exit", "quit", "q", " QUIT ", ""])
-def test_words_and_the_end_of_input_end_it(monkeypatch, capsys, word):
+def test_stop_words_and_end_of_file_end_it(monkeypatch, capsys, word):
     asked, _ = talk(monkeypatch, capsys, f"hello\n{word}\nmore\n" if word else "hello\n")
     assert [prompt for prompt, _ in asked] == ["hello"]
 
@@ -36,7 +36,7 @@ def test_ctrl_c_at_the_prompt_ends_it(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("builtins.input", interrupted)
-    converse(lambda prompt, settings: iter(()), CONFIG)
+    chat(lambda prompt, settings: iter(()), CONFIG)
 
 
 def test_ctrl_c_in_a_text_stops_that_text_only(monkeypatch, capsys):
@@ -49,7 +49,7 @@ def test_ctrl_c_in_a_text_stops_that_text_only(monkeypatch, capsys):
     assert "firstso far [stopped]" in output and "secondso far\n" in output
 
 
-def test_a_users_mistake_is_said_and_the_conversation_goes_on(monkeypatch, capsys):
+def test_a_user_error_is_printed_and_the_chat_continues(monkeypatch, capsys):
     def answer(prompt, settings):
         if prompt == "bad":
             raise DataError("that cannot be read")
@@ -59,7 +59,7 @@ def test_a_users_mistake_is_said_and_the_conversation_goes_on(monkeypatch, capsy
     assert "that cannot be read" in output and "goodfine" in output
 
 
-def test_settings_change_for_the_prompts_after_them(monkeypatch, capsys):
+def test_settings_apply_to_later_prompts(monkeypatch, capsys):
     asked, output = talk(monkeypatch, capsys, "a\n:temperature 0.5\n:top_k -3\n:seed 7\nb\nq\n")
     (_, before), (_, after) = asked
     assert (before.temperature, before.seed) == (0.8, None)
@@ -75,5 +75,5 @@ def test_anything_else_shows_the_settings(capsys, line):
     assert ("nonsense" in output) == ("nonsense" in line)
 
 
-def test_control_characters_are_shown_not_obeyed():
+def test_control_characters_are_replaced():
     assert printable("a\x1b[2J\x07\x9b\r🙂\n\tש") == "a\ufffd[2J\ufffd\ufffd\ufffd🙂\n\tש"

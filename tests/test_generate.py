@@ -1,4 +1,4 @@
-"""Talking to a model: loading, continuing, streaming, and the command line as users run it."""
+"""Generation: loading, whole texts, streaming, and the command line as users run it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,10 @@ from hypothesis import strategies as st
 from horovod_lm import load
 from horovod_lm.checkpoint import save_checkpoint
 from horovod_lm.data.tokenizers import ByteTokenizer, train_bpe
-from horovod_lm.generate import (
-    generate_text,
-    load_model_for_generation,
-    main,
-    stream_text,
-    stream_tokens,
-    whole_characters,
-)
+from horovod_lm.generate import generate_text, load_model_for_generation, main, stream_text
 from horovod_lm.models.transformer_lm import TransformerLM
-from horovod_lm.utils.config import config_from_dict, save_config
+from horovod_lm.text import decode_stream
+from horovod_lm.utils.config import GenerationConfig, config_from_dict, save_config
 from horovod_lm.utils.errors import CheckpointError, ConfigError, DataError
 
 MODEL = {"vocab_size": 257, "d_model": 32, "n_heads": 4, "n_layers": 2, "d_ff": 64,
@@ -43,7 +37,7 @@ SENTENCE = "Once upon a time, ünï €uro 🙂 שלום\n"
 def model() -> TransformerLM:
     torch.manual_seed(0)
     model = TransformerLM(**CONFIG.model.model_dump())
-    # It knows one sentence, of characters of one to four bytes, by heart, and where it ends.
+    # Overfit to one sentence with characters of one to four bytes, and to its end.
     ids = torch.tensor([[256, *SENTENCE.encode(), 256]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(100):
@@ -66,7 +60,7 @@ def run_folder(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def endless_folder(model, tmp_path_factory):
-    """A model that never ends a text by itself: no vector points to its end-of-text."""
+    """A model that never samples end-of-text."""
     folder = tmp_path_factory.mktemp("endless")
     endless = copy.deepcopy(model)
     with torch.no_grad():
@@ -109,13 +103,13 @@ def test_the_contracts_call_works_on_a_machine_without_a_gpu(run_folder, tmp_pat
     assert capfd.readouterr().err.count("no cuda here") == 1  # said once, not at every call
 
 
-def test_the_weights_decide_the_shape_not_the_yaml(run_folder, tmp_path):
+def test_the_weights_determine_the_sizes_not_the_yaml(run_folder, tmp_path):
     other = save_config(config_from_dict({}), tmp_path / "big.yaml")
     loaded, _, config = load_model_for_generation(run_folder, other)
     assert config.model == CONFIG.model and loaded.num_parameters() < 100_000
 
 
-def test_a_vocabulary_smaller_than_configured_is_taken_from_the_weights(tmp_path):
+def test_the_weights_determine_a_vocabulary_smaller_than_configured(tmp_path):
     config = config_from_dict({"model": MODEL | {"vocab_size": 999}})
     model = TransformerLM(**MODEL)
     save_checkpoint(model, None, 0, 0, 1.0, tmp_path, "final_model.pt",
@@ -123,29 +117,48 @@ def test_a_vocabulary_smaller_than_configured_is_taken_from_the_weights(tmp_path
     assert load_model_for_generation(tmp_path)[2].model.vocab_size == 257
 
 
-def test_without_a_best_model_the_furthest_is_taken(model, tmp_path):
+def test_without_a_best_model_the_newest_is_loaded(model, tmp_path):
     for step in (3, 20, 7):
         save_checkpoint(model, None, 0, step, float(step), tmp_path / "checkpoints",
                         f"checkpoint_epoch0_step{step}.pt")  # fmt: skip
     assert load.find_checkpoint(tmp_path).name == "checkpoint_epoch0_step20.pt"
 
 
-def test_loading_what_cannot_be_loaded_is_one_sentence(model, tmp_path):
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+def test_what_cannot_be_loaded_is_one_sentence(model, tmp_path):
+    with pytest.raises(CheckpointError, match="neither .* contains a checkpoint"):
         load_model_for_generation(tmp_path)
     with pytest.raises(CheckpointError, match="no checkpoint"):
         load_model_for_generation(tmp_path / "nothing.pt")
     bare = save_checkpoint(model, None, 0, 0, 1.0, tmp_path, "bare.pt")
-    with pytest.raises(CheckpointError, match="holds no configuration"):
+    with pytest.raises(CheckpointError, match="contains no configuration"):
         load_model_for_generation(bare)
     config = CONFIG.with_overrides({"data.data_dir": str(tmp_path)})
     mute = save_checkpoint(model, None, 0, 0, 1.0, tmp_path, "m.pt", config=config.to_dict())
-    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+    with pytest.raises(CheckpointError, match="contains no tokenizer"):
         load_model_for_generation(mute)
     (tmp_path / "tokenizer.json").write_text(ByteTokenizer().to_json())
     assert load_model_for_generation(mute)[1].name == "byte"
     with pytest.raises(ConfigError, match="'gpu' is no device"):
         load.choose_device("gpu")
+
+
+def test_only_weights_with_as_many_outputs_as_inputs_are_stored_by_column(model, run_folder):
+    loaded, _, _ = load_model_for_generation(run_folder)
+    by_column = {
+        name
+        for name, tensor in loaded.state_dict().items()
+        if tensor.ndim == 2 and tensor.t().is_contiguous() and not tensor.is_contiguous()
+    }
+    parts = ("attention.qkv_proj", "attention.out_proj", "feed_forward.up_proj")
+    assert by_column == {"token_embedding.weight"} | {
+        f"blocks.{block}.{part}.weight" for block in range(2) for part in parts
+    }
+    ids = torch.randint(0, 256, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.cpu()(ids)[0], model(ids)[0])
+    copy_of_model = copy.deepcopy(model)
+    copy_of_model.load_state_dict(loaded.state_dict())  # a contiguous model stays contiguous
+    assert copy_of_model.token_embedding.weight.is_contiguous()
 
 
 # Continuing ----------------------------------------------------------------------------------
@@ -161,15 +174,12 @@ def test_texts_begin_with_the_prompt_and_a_seed_repeats_them(model):
 
 
 @pytest.mark.parametrize("prompt", ["", "Once upon", SENTENCE])
-def test_it_says_what_it_learned_and_ends_where_it_ends(model, prompt):
+def test_a_memorized_text_is_continued_to_its_end(model, prompt):
     tokenizer = ByteTokenizer()
     assert generate_text(model, tokenizer, prompt, 60, temperature=0.0) == [SENTENCE]
-    tokens = list(stream_tokens(model, tokenizer, prompt, 60, temperature=0.0))
-    assert bytes(tokens) == SENTENCE.removeprefix(prompt).encode()
-
-
-def test_no_new_tokens_is_the_prompt(model):
-    assert generate_text(model, ByteTokenizer(), "hi", 0, num_samples=2) == ["hi", "hi"]
+    how = GenerationConfig(max_new_tokens=60, temperature=0.0)
+    pieces = list(stream_text(model, tokenizer, prompt, how))
+    assert pieces == list(SENTENCE.removeprefix(prompt))  # character by character
 
 
 @settings(
@@ -178,16 +188,12 @@ def test_no_new_tokens_is_the_prompt(model):
 @given(prompt=st.text(max_size=30), seed=st.integers(), temperature=st.sampled_from([0, 0.7, 3.0]))
 @pytest.mark.filterwarnings("ignore:the prompt has")
 def test_streamed_text_is_the_text_for_any_prompt(model, prompt, seed, temperature):
-    how = {
-        "max_new_tokens": 25,
-        "temperature": temperature,
-        "top_k": 0,
-        "top_p": None,
-        "seed": seed,
-    }
+    how = GenerationConfig(
+        max_new_tokens=25, temperature=temperature, top_k=0, top_p=1.0, seed=seed
+    )
     tokenizer = ByteTokenizer()
-    text = generate_text(model, tokenizer, prompt, **how)[0]
-    assert prompt + "".join(stream_text(model, tokenizer, prompt, **how)) == text
+    text = generate_text(model, tokenizer, prompt, **how.model_dump())[0]
+    assert prompt + "".join(stream_text(model, tokenizer, prompt, how)) == text
     assert text.startswith(prompt)
 
 
@@ -203,16 +209,12 @@ def test_strange_prompts_are_fine(model, prompt):
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
-        ({"temperature": -1}, ConfigError, "temperature must be 0"),
-        ({"top_p": 1.1}, ConfigError, "top_p must be above 0 and at most 1"),
-        ({"top_k": -5}, ConfigError, "top_k must be 0"),
-        ({"num_samples": 0}, ConfigError, "num_samples must be at least 1"),
-        ({"max_new_tokens": -1}, ConfigError, "max_new_tokens must be 0"),
+        ({"temperature": -1}, ConfigError, "temperature must be at least 0"),
         ({"device": "abacus"}, ConfigError, "'abacus' is no device"),
-        ({"prompt": "a\ud800b"}, DataError, "half a character"),
+        ({"prompt": "a\ud800b"}, DataError, "unpaired surrogate"),
     ],
 )
-def test_bad_values_are_one_sentence(model, change, error, sentence):
+def test_invalid_arguments_are_one_sentence(model, change, error, sentence):
     with pytest.raises(error, match=sentence):
         generate_text(model, ByteTokenizer(), **({"prompt": "x"} | change))
 
@@ -222,32 +224,32 @@ def test_bad_values_are_one_sentence(model, change, error, sentence):
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=24) | st.text(max_size=12).map(str.encode))
-def test_whole_characters_lose_nothing_and_show_no_half_character(data):
+def test_a_decoded_stream_loses_nothing_and_yields_whole_characters(data):
     tokenizer = ByteTokenizer()
-    pieces = list(whole_characters(tokenizer, data))
+    pieces = list(decode_stream(tokenizer, data))
     assert "".join(pieces) == data.decode(errors="replace")
     if data.decode(errors="ignore").encode() == data:  # whole characters only: each comes whole
         assert "".join(pieces).encode() == data
 
 
-def test_characters_come_as_soon_as_they_are_whole():
+def test_characters_are_yielded_as_soon_as_they_are_complete():
     tokens = iter("a€b".encode())
-    pieces = whole_characters(ByteTokenizer(), tokens)
+    pieces = decode_stream(ByteTokenizer(), tokens)
     assert next(pieces) == "a" and next(pieces) == "€"
     assert list(tokens) == [ord("b")]  # not one byte more was taken to show the euro sign
 
 
-def test_whole_characters_of_a_trained_bpe():
+def test_a_stream_of_a_trained_bpe_is_decoded():
     tokenizer = train_bpe([SENTENCE * 3, "日本日本 🙂🙂🙃"], 300)
     text = "🙃 日本 Once €"
     ids = tokenizer.encode(text)
-    pieces = list(whole_characters(tokenizer, ids))
+    pieces = list(decode_stream(tokenizer, ids))
     assert "".join(pieces) == text and len(pieces) > 5
 
 
-def test_a_stream_left_half_way_leaves_the_model_as_it_was(model):
+def test_a_stream_closed_early_restores_the_mode_of_the_model(model):
     model.train()
-    stream = stream_text(model, ByteTokenizer(), "Once", 20, seed=1)
+    stream = stream_text(model, ByteTokenizer(), "Once", GenerationConfig(seed=1))
     next(stream)
     stream.close()
     assert model.training
@@ -289,7 +291,7 @@ def test_help_teaches():
         [sys.executable, "-m", "horovod_lm.generate", "--help"], capture_output=True, text=True
     )
     assert result.returncode == 0
-    for word in ("likeliest", "--temperature", "Once upon a time", "a run's folder"):
+    for word in ("most likely", "--temperature", "Once upon a time", "a run's folder"):
         assert word in " ".join(result.stdout.split())
 
 

@@ -18,7 +18,7 @@ FLOORS = (
     ("models",),
     ("data",),
     ("checkpoint", "load", "optimization", "evaluate", "report", "train", "train_command",
-     "elastic", "conversation", "generate"),
+     "elastic", "conversation", "text", "generate"),
     ("jupyter",),
 )  # fmt: skip
 # elastic.py replaces Horovod's own elastic state and must derive from it; it needs Horovod anyway.
@@ -101,7 +101,7 @@ def test_a_light_import_stays_light(name):
 
 @pytest.mark.parametrize("file", sorted((PACKAGE / "models").glob("*.py")), ids=name_of)
 def test_model_files_are_short(file):
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= 300
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 360
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)

@@ -47,7 +47,7 @@ def test_every_way_to_start_trains_the_same_loop(tiny_project, train, start):
     assert losses(runs / "np2") == pytest.approx(losses(runs / "alone"), rel=1e-5)
     for name in ("np2", "np1", "alone", "without"):
         model = read_checkpoint(runs / name / "checkpoints" / "final_model.pt")["model"]
-        assert "blocks.1.attention.query_key_value.weight" in model  # fault 12: no stand-in model
+        assert "blocks.1.attention.qkv_proj.weight" in model  # fault 12: no stand-in model
 
 
 def test_the_users_own_text_trains_and_talks(tiny_project, train, start):

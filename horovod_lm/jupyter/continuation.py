@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from horovod_lm.generate import decode_prompt
 from horovod_lm.jupyter.drawn_token import DrawnToken, work_out
-from horovod_lm.models.sampling import SamplingSettings
+from horovod_lm.text import continue_prompt
 from horovod_lm.utils.config import GenerationConfig
 
 if TYPE_CHECKING:
@@ -136,12 +135,8 @@ def write_in_slices(
         settings = settings.model_copy(update={"seed": new_seed()})
     continuation = Continuation(prompt, settings, tokenizer)
     continuation.samples = [[] for _ in range(settings.num_samples)]
-    how = SamplingSettings(settings.temperature, settings.top_k, settings.top_p)
     seen: list[Tensor] = []  # logits (B, V) of each step of this slice
-    steps = decode_prompt(
-        model, tokenizer, prompt, settings.num_samples, settings.max_new_tokens, how, device,
-        settings.seed, watch=seen.append,
-    )  # fmt: skip
+    steps = continue_prompt(model, tokenizer, prompt, settings, device, on_logits=seen.append)
     drawn: list[Tensor] = []
     pause = _Pause(seconds)
     began = time.perf_counter()
@@ -149,11 +144,11 @@ def write_in_slices(
         for tokens in steps:
             drawn.append(tokens)
             if not continuation.n_tokens or pause.is_due():
-                _take(continuation, seen, drawn, how)
+                _take(continuation, seen, drawn)
                 continuation.seconds = time.perf_counter() - began
                 yield continuation
                 pause.over()
-        _take(continuation, seen, drawn, how)
+        _take(continuation, seen, drawn)
         continuation.seconds = time.perf_counter() - began
     yield continuation
     pause.over()
@@ -186,16 +181,14 @@ def new_seed() -> int:
     return secrets.randbelow(1_000_000)
 
 
-def _take(
-    continuation: Continuation, seen: list[Tensor], drawn: list[Tensor], how: SamplingSettings
-) -> None:
+def _take(continuation: Continuation, seen: list[Tensor], drawn: list[Tensor]) -> None:
     """Move a slice's steps into the continuation, and empty both lists."""
     if not drawn:
         return
     logits, tokens = torch.stack(seen, dim=1), torch.stack(drawn, dim=1)  # (B, N, V), (B, N)
     seen.clear()
     drawn.clear()
-    end = continuation.tokenizer.eot_id
+    end, how = continuation.tokenizer.eot_id, continuation.settings
     for sample, row_logits, row_tokens in zip(
         continuation.samples, logits, tokens.cpu(), strict=True
     ):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from horovod_lm.jupyter.visible import visible_token
-from horovod_lm.models.sampling import SamplingSettings, filtered_probabilities
+from horovod_lm.models.sampling import filtered_probabilities
+from horovod_lm.utils.config import GenerationConfig
 
 if TYPE_CHECKING:
     from horovod_lm.data.tokenizers import Tokenizer
@@ -60,7 +61,7 @@ class DrawnToken:
         token_id: int,
         before: float,
         logits: Tensor,
-        how: SamplingSettings,
+        how: GenerationConfig,
         tokenizer: Tokenizer,
     ) -> None:
         self.token_id, self.before = token_id, before
@@ -107,7 +108,7 @@ def work_out(tokens: Sequence[DrawnToken]) -> None:
 
 @torch.inference_mode()
 def find_distributions(
-    logits: Tensor, token_ids: Tensor, how: SamplingSettings
+    logits: Tensor, token_ids: Tensor, how: GenerationConfig
 ) -> list[Distribution]:
     """Say what tokens were drawn from.
 

@@ -1,4 +1,4 @@
-"""GPT-2's real weights in our model: the proof that it is the same model."""
+"""Load GPT-2's weights from `transformers` into `TransformerLM`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,29 @@ OUR_NAMES = {
     "wpe.weight": "position_embedding.weight",
     "ln_f": "final_norm",
     "ln_1": "attention_norm",
-    "attn.c_attn": "attention.query_key_value",
-    "attn.c_proj": "attention.output",
+    "attn.c_attn": "attention.qkv_proj",
+    "attn.c_proj": "attention.out_proj",
     "ln_2": "feed_forward_norm",
-    "mlp.c_fc": "feed_forward.widen",
-    "mlp.c_proj": "feed_forward.narrow",
+    "mlp.c_fc": "feed_forward.up_proj",
+    "mlp.c_proj": "feed_forward.down_proj",
 }
-"""What GPT-2's authors called each part, and what we call it."""
+"""GPT-2's parameter names and ours."""
 
-_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, kept as weights by older versions
+_SUPPORTED = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+    "add_cross_attention": (False,),
+}
+"""Settings of `GPT2Config` that change the result, and the values that `TransformerLM` computes."""
+
+_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, saved by older versions
 
 
 def gpt2_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and turn GPT-2's weights into ours.
+    """Convert GPT-2's state dict to ours: other names, some matrices transposed.
 
     Args:
         state: the state dict of `transformers`' GPT2LMHeadModel or GPT2Model.
@@ -37,20 +47,22 @@ def gpt2_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         A state dict for `TransformerLM.load_state_dict`.
 
     Raises:
-        CheckpointError: an entry that GPT-2 does not have.
+        CheckpointError: a parameter that GPT-2 does not have.
     """
     ours = {}
     for name, tensor in state.items():
         name = name.removeprefix("transformer.")
         if name == "lm_head.weight" or name.endswith(_BUFFERS):
-            continue  # the output is tied to wte; masks are no weights
+            continue  # the output is tied to wte; masks are not parameters
         layer = re.match(r"h\.(\d+)\.", name)
         part = name[layer.end() :] if layer else name
         theirs = next((key for key in OUR_NAMES if part == key or part.startswith(key + ".")), None)
         if theirs is None:
-            raise CheckpointError(f"{name} is no part of GPT-2: these weights are of another model")
+            raise CheckpointError(
+                f"{name} is not a parameter of GPT-2: use a GPT-2 model's weights"
+            )
         prefix = f"blocks.{layer[1]}." if layer else ""
-        # GPT-2 stores x @ W, (inputs, outputs); nn.Linear stores x @ W.T, (outputs, inputs).
+        # GPT-2's Conv1D stores (inputs, outputs); nn.Linear stores (outputs, inputs).
         is_projection = ".c_" in part and tensor.ndim == 2
         ours[prefix + OUR_NAMES[theirs] + part[len(theirs) :]] = (
             tensor.t() if is_projection else tensor
@@ -59,7 +71,7 @@ def gpt2_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_gpt2(gpt2: Any) -> TransformerLM:
-    """Build the `TransformerLM` that equals a `transformers` GPT2LMHeadModel.
+    """Build a `TransformerLM` that computes what a `transformers` GPT2LMHeadModel computes.
 
     Args:
         gpt2: the model; its config gives the sizes.
@@ -68,14 +80,21 @@ def from_gpt2(gpt2: Any) -> TransformerLM:
         A model with its own copy of the weights, in evaluation mode.
 
     Raises:
-        CheckpointError: a variant of GPT-2 with other arithmetic.
+        CheckpointError: a setting of the config that `TransformerLM` does not support.
     """
     config = gpt2.config
-    if config.activation_function != "gelu_new" or config.scale_attn_by_inverse_layer_idx:
-        raise CheckpointError(
-            "only GPT-2's own arithmetic is supported: activation_function 'gelu_new' and "
-            "scale_attn_by_inverse_layer_idx false"
-        )
+    supported = {
+        **_SUPPORTED,
+        "embd_pdrop": (config.resid_pdrop,),  # TransformerLM has one dropout probability
+        "attn_pdrop": (config.resid_pdrop,),
+    }
+    for name, values in supported.items():
+        value = getattr(config, name, values[0])
+        if value not in values:
+            raise CheckpointError(
+                f"this GPT-2 has {name}={value!r}; TransformerLM supports only "
+                f"{' or '.join(map(repr, values))}"
+            )
     model = TransformerLM(
         vocab_size=config.vocab_size,
         d_model=config.n_embd,
@@ -91,22 +110,22 @@ def from_gpt2(gpt2: Any) -> TransformerLM:
 
 
 def load_gpt2(name: str = "gpt2") -> TransformerLM:
-    """Load GPT-2 by name (`gpt2`, `gpt2-medium` …) or from a folder with its files.
+    """Load GPT-2 by name (`gpt2`, `gpt2-medium` …) or from a folder.
 
     Raises:
-        CheckpointError: `transformers` is not installed, or the weights cannot be had.
+        CheckpointError: `transformers` is not installed, or the weights cannot be loaded.
     """
     try:
         from transformers import GPT2LMHeadModel
     except ImportError:
         raise CheckpointError(
-            "GPT-2's weights are read with the transformers library: pip install transformers"
+            "loading GPT-2's weights needs the transformers library: pip install transformers"
         ) from None
     try:
         return from_gpt2(GPT2LMHeadModel.from_pretrained(name))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"GPT-2's weights {name!r} cannot be had ({reason}): go online once, or name "
-            "a folder that holds config.json and model.safetensors"
+            f"GPT-2's weights {name!r} cannot be loaded ({reason}): connect to the network, or "
+            "give a folder with config.json and model.safetensors"
         ) from None

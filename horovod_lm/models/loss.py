@@ -1,15 +1,14 @@
-"""Cross-entropy in pieces: the loss of a large vocabulary without its largest matrix.
+"""Chunked cross-entropy: the loss of a large vocabulary without the full logits matrix.
 
-The last step of a language model multiplies every position's vector (C numbers) by the whole
-vocabulary (V rows) and compares the result with the token that really came next. With N = 8192
-positions and GPT-2's 50257 tokens that (N, V) matrix alone is 1.6 GB in float32, and the textbook
-way holds about three of them at once: logits, their log-softmax, their gradient.
+The last step of a language model multiplies every position's vector (C numbers) by the output
+embedding (V rows). With N = 8192 positions and GPT-2's V = 50257, the (N, V) logits take 1.6 GB in
+float32, and the usual implementation holds about three such matrices: logits, log-softmax and
+gradient.
 
-But the loss is a sum over positions, and the gradient of one position's logits is known as soon as
-the logits are: softmax(logits) - one_hot(target). So we take the positions piece by piece: compute
-a piece's logits, turn them in place into their gradient, multiply that back into the gradients of
-the vectors and of the vocabulary, and let the piece go. The arithmetic is the same,
-the memory is not.
+The loss is a sum over positions, and the gradient of one position's logits is known as soon as the
+logits are: softmax(logits) - one_hot(target). So the positions are processed in chunks: compute a
+chunk's logits, replace them in place by their gradient, multiply that into the gradients of the
+hidden vectors and of the embedding, and free the chunk. The arithmetic is the same.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 IGNORE_INDEX = -100
-"""Targets with this value are no part of the loss: torch's convention."""
+"""Targets with this value do not count in the loss: torch's convention."""
 
-ELEMENTS_PER_PIECE = 2**25
-"""Logits held at once: 128 MB in float32. Much smaller pieces read the vocabulary too often."""
+MAX_LOGITS_PER_CHUNK = 2**25
+"""Logits in memory at once: 128 MB in float32. Much smaller chunks read the embedding too often."""
 
 
 def shift_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Turn labels into targets: position t is asked for the token at t + 1.
+    """Turn labels into targets: the target of position t is the token at t + 1.
 
     Args:
-        labels: (B, T), the tokens of the text itself; -100 where there is nothing to learn.
-        attention_mask: (B, T), 1 for a token, 0 for padding. Neither is padding predicted, nor
-            is anything predicted from it.
+        labels: (B, T), the tokens of the text itself; -100 where nothing is to be learned.
+        attention_mask: (B, T), 1 for a token, 0 for padding. Padding is not predicted and does
+            not predict.
 
     Returns:
-        (B, T) targets, -100 where a position is no part of the loss; the last position never is.
+        (B, T) targets, -100 where a position does not count; the last position never counts.
     """
     targets = torch.full_like(labels, IGNORE_INDEX, dtype=torch.long)
     targets[:, :-1] = labels[:, 1:]
@@ -48,9 +47,9 @@ def shift_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (..., V) and targets (...), in nats; 0.0 if nothing is asked."""
+    """Mean cross-entropy in nats of logits (..., V) and targets (...); 0.0 without targets."""
     total = F.cross_entropy(
-        _float(logits.flatten(0, -2)),  # (..., V) -> (N, V)
+        _at_least_float32(logits.flatten(0, -2)),  # (..., V) -> (N, V)
         targets.flatten(),
         ignore_index=IGNORE_INDEX,
         reduction="sum",
@@ -58,112 +57,106 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return total / count_targets(targets)
 
 
-def cross_entropy_in_pieces(
-    hidden: Tensor,
-    vocabulary: Tensor,
-    targets: Tensor,
-    elements_per_piece: int = ELEMENTS_PER_PIECE,
+def chunked_cross_entropy(
+    hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, chunk_size: int | None = None
 ) -> Tensor:
-    """Mean cross-entropy of `hidden @ vocabulary.T`, never holding that matrix as a whole.
+    """Mean cross-entropy of `hidden @ lm_head_weight.T` without holding that matrix.
 
-    Equal to `cross_entropy` in value and in both gradients, and as fast. It can be differentiated
-    once, by one call of `backward`.
+    Equals `cross_entropy` in value and in both gradients. It can be differentiated once, by one
+    call of `backward`.
 
     Args:
-        hidden: (..., C), the vectors that the model ends with.
-        vocabulary: (V, C), the output embedding.
-        targets: (...), token ids; -100 where there is nothing to learn.
-        elements_per_piece: logits to hold at once.
+        hidden: (..., C), the model's last hidden states.
+        lm_head_weight: (V, C), the output embedding.
+        targets: (...), token ids; -100 where nothing is to be learned.
+        chunk_size: positions per chunk; None: so many that a chunk has at most
+            `MAX_LOGITS_PER_CHUNK` logits.
 
     Returns:
         The mean over all targets that are not -100, in nats: a scalar; 0.0 when there are none.
     """
     hidden = hidden.reshape(-1, hidden.shape[-1])  # (..., C) -> (N, C)
     targets = targets.reshape(-1)  # (...) -> (N,)
-    if torch.is_grad_enabled() and (hidden.requires_grad or vocabulary.requires_grad):
-        total = _SummedCrossEntropy.apply(hidden, vocabulary, targets, elements_per_piece)
+    if torch.is_grad_enabled() and (hidden.requires_grad or lm_head_weight.requires_grad):
+        total = _SummedCrossEntropy.apply(hidden, lm_head_weight, targets, chunk_size)
     else:
-        total = token_losses(hidden, vocabulary, targets, elements_per_piece)[0].sum()
+        total = token_losses(hidden, lm_head_weight, targets, chunk_size)[0].sum()
     return total / count_targets(targets)
 
 
 def count_targets(targets: Tensor) -> Tensor:
-    """Count the targets that are part of the loss; at least 1, so that it may divide."""
+    """Count the targets that are not -100, clamped to 1 to avoid division by zero."""
     return (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
 @torch.no_grad()
 def token_losses(
-    hidden: Tensor,
-    vocabulary: Tensor,
-    targets: Tensor,
-    elements_per_piece: int = ELEMENTS_PER_PIECE,
+    hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Give each position's own loss and best guess, piece by piece, without gradients.
+    """Compute each position's loss and most likely token, chunk by chunk, without gradients.
 
     Args:
         hidden: (N, C).
-        vocabulary: (V, C).
-        targets: (N,) token ids; -100 where nothing is asked.
-        elements_per_piece: logits to hold at once.
+        lm_head_weight: (V, C).
+        targets: (N,) token ids; -100 where the loss does not count.
+        chunk_size: as for `chunked_cross_entropy`.
 
     Returns:
-        Losses (N,) in nats, 0.0 where nothing is asked, and the likeliest token ids (N,).
+        Losses (N,) in nats, 0.0 where the target is -100, and the most likely token ids (N,).
     """
-    hidden, vocabulary = _as_autocast_would(hidden, vocabulary)
-    losses, guesses = [], []
-    for rows in _pieces(len(hidden), len(vocabulary), elements_per_piece):
-        logits = _float(F.linear(hidden[rows], vocabulary))  # (n, C) @ (C, V) -> (n, V)
+    hidden, lm_head_weight = _autocast_once(hidden, lm_head_weight)
+    losses, predictions = [], []
+    for rows in _chunks(len(hidden), len(lm_head_weight), chunk_size):
+        logits = _at_least_float32(F.linear(hidden[rows], lm_head_weight))  # (n, C) -> (n, V)
         losses.append(
             F.cross_entropy(logits, targets[rows], ignore_index=IGNORE_INDEX, reduction="none")
         )
-        guesses.append(logits.argmax(dim=-1))
-    return torch.cat(losses), torch.cat(guesses)
+        predictions.append(logits.argmax(dim=-1))
+    return torch.cat(losses), torch.cat(predictions)
 
 
-def _pieces(n_rows: int, vocab_size: int, elements_per_piece: int) -> list[slice]:
-    """Cut `n_rows` into equal slices whose logits fit the budget; at least one, perhaps empty."""
-    n_pieces = max(1, -(-n_rows * vocab_size // elements_per_piece))
-    rows_per_piece = max(1, -(-n_rows // n_pieces))
-    return [
-        slice(start, start + rows_per_piece) for start in range(0, max(1, n_rows), rows_per_piece)
-    ]
+def _chunks(n_rows: int, vocab_size: int, chunk_size: int | None) -> list[slice]:
+    """Cut `n_rows` into slices of equal length; at least one, which may be empty."""
+    if chunk_size is None:
+        n_chunks = max(1, -(-n_rows * vocab_size // MAX_LOGITS_PER_CHUNK))
+        chunk_size = max(1, -(-n_rows // n_chunks))
+    return [slice(start, start + chunk_size) for start in range(0, max(1, n_rows), chunk_size)]
 
 
-def _as_autocast_would(hidden: Tensor, vocabulary: Tensor) -> tuple[Tensor, Tensor]:
-    """Cast once for all pieces: autocast itself would cast the vocabulary for each of them."""
+def _autocast_once(hidden: Tensor, lm_head_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Cast before the loop: autocast itself would cast the whole embedding for every chunk."""
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        return hidden.to(dtype), vocabulary.to(dtype)
-    return hidden, vocabulary
+        return hidden.to(dtype), lm_head_weight.to(dtype)
+    return hidden, lm_head_weight
 
 
-def _float(logits: Tensor) -> Tensor:
-    """Softmax needs float32 at least: half precision cannot tell likely tokens apart."""
+def _at_least_float32(logits: Tensor) -> Tensor:
+    """Softmax in half precision cannot distinguish likely tokens."""
     return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """The sum of the losses; both gradients are computed in the forward pass, piece by piece."""
+    """The sum of the losses; the forward pass computes both gradients, chunk by chunk."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, vocabulary: Tensor, targets: Tensor, elements_per_piece: int
+        ctx: Any, hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, chunk_size: int | None
     ) -> Tensor:
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        vocabulary_gradient = torch.zeros_like(vocabulary) if ctx.needs_input_grad[1] else None
+        weight_gradient = torch.zeros_like(lm_head_weight) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        hidden, vocabulary = _as_autocast_would(hidden, vocabulary)
-        for rows in _pieces(len(hidden), len(vocabulary), elements_per_piece):
-            logits = F.linear(hidden[rows], vocabulary)  # (n, C) @ (C, V) -> (n, V)
-            piece_total, gradient = _loss_and_gradient(_float(logits), targets[rows])
-            total += piece_total
-            gradient = gradient.to(vocabulary.dtype)  # (n, V)
+        hidden, lm_head_weight = _autocast_once(hidden, lm_head_weight)
+        for rows in _chunks(len(hidden), len(lm_head_weight), chunk_size):
+            logits = F.linear(hidden[rows], lm_head_weight)  # (n, C) @ (C, V) -> (n, V)
+            chunk_total, gradient = _loss_and_gradient(_at_least_float32(logits), targets[rows])
+            total += chunk_total
+            gradient = gradient.to(lm_head_weight.dtype)  # (n, V)
             if hidden_gradient is not None:
-                hidden_gradient[rows] = gradient @ vocabulary  # (n, V) @ (V, C) -> (n, C)
-            if vocabulary_gradient is not None:
-                _add_product(vocabulary_gradient, gradient, hidden[rows])
-        ctx.gradients = (hidden_gradient, vocabulary_gradient)
+                hidden_gradient[rows] = gradient @ lm_head_weight  # (n, V) @ (V, C) -> (n, C)
+            if weight_gradient is not None:
+                _add_product(weight_gradient, gradient, hidden[rows])
+        ctx.gradients = (hidden_gradient, weight_gradient)
         return total
 
     @staticmethod
@@ -173,31 +166,31 @@ class _SummedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "the loss in pieces gave its gradients away in the first backward(); "
+                "the first backward() freed the gradients of the chunked loss; "
                 "for a second one, compute the loss with return_logits=True"
             )
-        hidden_gradient, vocabulary_gradient = ctx.gradients
-        ctx.gradients = None  # scaled in place below: a copy would be the size of the vocabulary
-        for gradient in (hidden_gradient, vocabulary_gradient):
+        hidden_gradient, weight_gradient = ctx.gradients
+        ctx.gradients = None  # scaled in place below: a copy would have the embedding's size
+        for gradient in (hidden_gradient, weight_gradient):
             if gradient is not None:
                 gradient.mul_(total_gradient)
-        return hidden_gradient, vocabulary_gradient, None, None
+        return hidden_gradient, weight_gradient, None, None
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of logits (n, V), and their gradient in the memory they held."""
+    """Return the summed loss of logits (n, V), and their gradient in the same memory."""
     ignored = targets == IGNORE_INDEX  # (n,)
     targets = targets.masked_fill(ignored, 0)[:, None]  # (n, 1)
-    log_normaliser = logits.logsumexp(dim=-1, keepdim=True)  # (n, 1)
-    losses = (log_normaliser - logits.gather(1, targets)).squeeze(1).masked_fill_(ignored, 0.0)
-    gradient = logits.sub_(log_normaliser).exp_()  # softmax, (n, V)
-    gradient.scatter_add_(1, targets, torch.full_like(log_normaliser, -1.0))
+    log_normalizer = logits.logsumexp(dim=-1, keepdim=True)  # (n, 1)
+    losses = (log_normalizer - logits.gather(1, targets)).squeeze(1).masked_fill_(ignored, 0.0)
+    gradient = logits.sub_(log_normalizer).exp_()  # softmax, (n, V)
+    gradient.scatter_add_(1, targets, torch.full_like(log_normalizer, -1.0))
     gradient.masked_fill_(ignored[:, None], 0.0)
     return losses.sum(), gradient
 
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """Add gradient (n, V) transposed times hidden (n, C) to the vocabulary's gradient (V, C)."""
+    """Add gradient (n, V) transposed times hidden (n, C) to the embedding's gradient (V, C)."""
     if total.dtype == gradient.dtype:
         total.addmm_(gradient.t(), hidden)  # (V, n) @ (n, C), summed inside the product
     else:

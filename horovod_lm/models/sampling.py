@@ -1,8 +1,8 @@
-"""From logits to text: temperature, top-k, top-p, and the loop that draws token after token.
+"""Sampling: temperature, top-k, top-p, and the loop that generates token after token.
 
 Top-k is from Fan, Lewis and Dauphin 2018 (https://arxiv.org/abs/1805.04833), top-p ("nucleus") from
-Holtzman et al. 2020 (https://arxiv.org/abs/1904.09751): both cut off the long tail of unlikely
-tokens, where a language model is least to be trusted.
+Holtzman et al. 2020 (https://arxiv.org/abs/1904.09751). Both remove the tail of unlikely tokens,
+whose probabilities a language model estimates worst.
 """
 
 from __future__ import annotations
@@ -10,146 +10,136 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from horovod_lm.models.attention import KeyValueCache
-from horovod_lm.models.checks import check_token_ids
-from horovod_lm.utils.errors import ConfigError, DataError
+from horovod_lm.models.attention import KVCache
+from horovod_lm.models.transformer_lm import TransformerLM, check_token_ids
+from horovod_lm.utils.config import GenerationConfig, config_from_dict
+from horovod_lm.utils.errors import DataError
 
-if TYPE_CHECKING:
-    from horovod_lm.models.transformer_lm import TransformerLM
+GREEDY_BELOW = 1e-6  # smaller temperatures would overflow the division
 
 
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How the next token is drawn. Filters apply in this order: temperature, top-k, top-p.
+def generation_config(
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float | None = 0.9,
+    num_samples: int = 1,
+    seed: int | None = None,
+) -> GenerationConfig:
+    """Return validated settings; `top_k` and `top_p` may be None, which keeps all tokens.
 
     Raises:
-        ConfigError: a value that cannot work.
+        ConfigError: an invalid value.
     """
-
-    temperature: float = 0.8
-    top_k: int | None = 50
-    top_p: float | None = 0.9
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 0:
-            raise ConfigError(f"top_k must be 0 (all tokens) or above, got {self.top_k}")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p must be above 0 and at most 1 (all tokens), got {self.top_p}")
-
-    @property
-    def greedy(self) -> bool:
-        """True where the likeliest token is always taken: at 0, and where dividing overflows."""
-        return self.temperature < 1e-6
+    settings = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k or 0,
+        "top_p": 1.0 if top_p is None else top_p, "num_samples": num_samples, "seed": seed,
+    }  # fmt: skip
+    return config_from_dict({"generation": settings}, name="invalid settings").generation
 
 
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
-    """Set all but the `top_k` largest logits (..., V) to -inf, so that they are never drawn."""
+    """Set all but the `top_k` largest logits (..., V) to -inf."""
     largest, token_ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
     return torch.full_like(logits, -math.inf).scatter(-1, token_ids, largest)
 
 
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """Keep the likeliest tokens of (..., V) that together reach probability `top_p`; rest to -inf.
+    """Keep the most likely tokens of (..., V) that together reach `top_p`; set the rest to -inf.
 
-    The token that crosses the line is kept, so at least one always is.
+    The token that crosses the threshold is kept, so at least one token is.
     """
-    largest_first, token_ids = logits.sort(dim=-1, descending=True)
-    probabilities = largest_first.softmax(dim=-1)
+    descending, token_ids = logits.sort(dim=-1, descending=True)
+    probabilities = descending.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # probability of all likelier tokens
-    largest_first = largest_first.masked_fill(before >= top_p, -math.inf)
-    return torch.empty_like(logits).scatter(-1, token_ids, largest_first)
+    descending = descending.masked_fill(before >= top_p, -math.inf)
+    return torch.empty_like(logits).scatter(-1, token_ids, descending)
 
 
-def filtered_probabilities(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """Say how likely each token is drawn: (..., V) logits -> (..., V) probabilities."""
-    if settings.greedy:
+def filtered_probabilities(logits: Tensor, settings: GenerationConfig) -> Tensor:
+    """Apply temperature, top-k and top-p, in this order: (..., V) logits -> probabilities."""
+    if settings.temperature < GREEDY_BELOW:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
     logits = logits / settings.temperature
     if settings.top_k:
         logits = keep_top_k(logits, settings.top_k)
-    if settings.top_p is not None and settings.top_p < 1.0:
+    if settings.top_p < 1.0:
         logits = keep_top_p(logits, settings.top_p)
     return logits.softmax(dim=-1)
 
 
-def draw(logits: Tensor, settings: SamplingSettings, generator: torch.Generator) -> Tensor:
-    """Draw one token per row: (B, V) logits -> (B,) token ids, as `filtered_probabilities` says.
+def sample(logits: Tensor, settings: GenerationConfig, generator: torch.Generator) -> Tensor:
+    """Sample one token per row from `filtered_probabilities`: (B, V) logits -> (B,) token ids.
 
-    The same filters in fewer steps: once the largest logits stand in order, both are cuts.
+    Sorts at most once: in descending order, top-k and top-p are both prefixes.
     """
-    if settings.greedy:
+    if settings.temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
     logits, token_ids, vocab_size = logits.float(), None, logits.shape[-1]
-    top_k, top_p = settings.top_k or vocab_size, settings.top_p or 1.0
-    if top_k < vocab_size or top_p < 1.0:
+    top_k = settings.top_k or vocab_size
+    if top_k < vocab_size or settings.top_p < 1.0:
         logits, token_ids = logits.topk(min(top_k, vocab_size), dim=-1)  # (B, V) -> (B, k)
     probabilities = (logits / settings.temperature).softmax(dim=-1)
-    if top_p < 1.0:
+    if settings.top_p < 1.0:
         before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities.masked_fill_(before >= top_p, 0.0)
-    # A race: token i arrives after a random time that is exponential with rate p_i. The first to
-    # arrive is i with probability p_i / sum(p), so nothing needs to be normalised again.
-    arrivals = torch.empty_like(probabilities).exponential_(generator=generator) / probabilities
-    first = arrivals.argmin(dim=-1, keepdim=True)  # (B, 1)
+        probabilities.masked_fill_(before >= settings.top_p, 0.0)
+    # The exponential trick: of independent exponential times with rates p_i, the smallest belongs
+    # to i with probability p_i / sum(p), so the probabilities need no renormalization.
+    times = torch.empty_like(probabilities).exponential_(generator=generator) / probabilities
+    first = times.argmin(dim=-1, keepdim=True)  # (B, 1)
     return (first if token_ids is None else token_ids.gather(-1, first)).squeeze(-1)
 
 
 def make_generator(seed: int | None, device: torch.device | str) -> torch.Generator:
-    """Make a random generator of one's own: the same for the same seed, a new one without."""
+    """Return a random generator with a seed (any integer), or with a new one for None."""
     generator = torch.Generator(device)
     if seed is None:
         generator.seed()
     else:
-        generator.manual_seed(seed % 2**63)  # any whole number will do
+        generator.manual_seed(seed % 2**63)
     return generator
 
 
 @torch.inference_mode()
-def decode(
+def generate_tokens(
     model: TransformerLM,
     input_ids: Tensor,
-    max_new_tokens: int,
-    settings: SamplingSettings,
+    settings: GenerationConfig,
     eos_token_id: int | None = None,
     attention_mask: Tensor | None = None,
     *,
     generator: torch.Generator,
     use_cache: bool = True,
-    watch: Callable[[Tensor], None] | None = None,
+    on_logits: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Tensor]:
-    """Draw token after token for every row, and yield each step's tokens as soon as they are drawn.
+    """Generate token by token for every row, and yield the tokens of each step at once.
 
-    A prompt longer than the model's context is cut on the left, with a warning. When a row has
-    filled the context, it goes on from the newer half of it: positions are learned, so what is kept
-    must be read again at its new positions, and keeping half makes that rare. Every row does so by
-    itself: what it says does not depend on how it was padded.
+    A prompt longer than the model's context is truncated on the left, with a warning. A row that
+    has filled the context continues from its newer half: position embeddings are absolute, so the
+    kept tokens must be processed again at their new positions, and keeping half makes that rare.
+    Each row does so on its own: its text does not depend on its padding.
 
     Args:
-        model: the model; dropout is off while this runs.
+        model: the model; dropout is off during generation.
         input_ids: (B, T) prompts, T >= 1.
-        max_new_tokens: the most steps.
-        settings: how to draw.
-        eos_token_id: a row that draws this has ended; None: none ends early.
+        settings: the maximum number of steps and the sampling settings.
+        eos_token_id: a row that samples this token has ended; None: no row ends early.
         attention_mask: (B, T), zeros (padding), then ones; None: no padding.
-        generator: draws the random numbers.
-        use_cache: False reads the whole row again for each token.
-        watch: is given the logits (B, V) that each step's tokens are drawn from.
+        generator: the random generator.
+        use_cache: False processes the whole row again for each token.
+        on_logits: called with the logits (B, V) that each step samples from.
 
     Yields:
-        (B,) token ids; the padding token for rows that have ended. Stops when all have.
+        (B,) token ids; the padding token for ended rows. Stops when all rows have ended.
 
     Raises:
-        DataError: prompts that are empty, not padded on the left, or of another vocabulary.
+        DataError: prompts that are empty, not padded on the left, or outside the vocabulary.
     """
-    context = _Context(model, input_ids, attention_mask, max_new_tokens, use_cache)
+    context = _Context(model, input_ids, attention_mask, settings.max_new_tokens, use_cache)
     filler = model.pad_token_id
     if filler is None or not 0 <= filler < model.vocab_size:
         filler = eos_token_id
@@ -157,11 +147,11 @@ def decode(
     was_training = model.training
     model.eval()
     try:
-        for _ in range(max_new_tokens):
+        for _ in range(settings.max_new_tokens):
             logits = context.next_logits()  # (B, V)
-            if watch is not None:
-                watch(logits)
-            tokens = draw(logits, settings, generator)  # (B, V) -> (B,)
+            if on_logits is not None:
+                on_logits(logits)
+            tokens = sample(logits, settings, generator)  # (B, V) -> (B,)
             if eos_token_id is not None:
                 tokens = tokens.masked_fill(ended, filler)
                 ended |= tokens == eos_token_id
@@ -174,7 +164,7 @@ def decode(
 
 
 class _Context:
-    """The part of every row that the model sees, and what it remembers of it."""
+    """The window of every row that the model sees, and its key-value cache."""
 
     def __init__(
         self,
@@ -192,30 +182,30 @@ class _Context:
         self.starts = [max(start, self.end - model.max_seq_len) for start in starts]
         if self.starts != starts:
             warnings.warn(
-                f"the prompt has {self.end - min(starts, default=0)} tokens, but the model sees "
-                f"{model.max_seq_len} at once: only its end is used",
+                f"the prompt has {self.end - min(starts, default=0)} tokens, more than the model's "
+                f"context of {model.max_seq_len}: only its end is used",
                 stacklevel=4,
             )
         capacity = min(model.max_seq_len, self.ids.shape[1])
-        self.cache = KeyValueCache(len(model.blocks), capacity) if use_cache else None
-        self.visible: Tensor | None = None  # (B, capacity): which columns are no padding
-        self.unread = 0  # columns from the end that the cache has not seen; 0: read everything
+        self.cache = KVCache(len(model.blocks), capacity) if use_cache else None
+        self.is_token: Tensor | None = None  # (B, max_seq_len), False for padding; None: no padding
+        self.unread = 0  # columns at the end that are not in the cache; 0: process everything
 
     def next_logits(self) -> Tensor:
-        """Read what is new and score every token that might follow: (B, V)."""
+        """Process the new tokens and return the logits of the next one: (B, V)."""
         first = min(self.starts, default=0)
         if self.cache is None or self.unread == 0:
-            self._find_padding(first)
+            self._update_padding(first)
             if self.cache is not None:
                 self.cache.clear()
             self.unread = self.end - first
-        mask = None if self.visible is None else self.visible[:, : self.end - first]
+        mask = None if self.is_token is None else self.is_token[:, : self.end - first]
         new = self.ids[:, self.end - self.unread : self.end]  # (B, unread)
         hidden = self.model.hidden_states(new, mask, self.cache)  # (B, unread, C)
         return self.model.logits(hidden[:, -1])  # (B, C) -> (B, V)
 
     def append(self, tokens: Tensor) -> None:
-        """Add one token (B,) to every row; rows that are full go on from their newer half."""
+        """Add one token (B,) to every row; full rows continue from their newer half."""
         self.ids[:, self.end] = tokens
         self.end += 1
         self.unread = 1
@@ -227,32 +217,31 @@ class _Context:
             ]
             self.unread = 0
 
-    def _find_padding(self, first: int) -> None:
+    def _update_padding(self, first: int) -> None:
         if max(self.starts, default=0) == first:
-            self.visible = None
+            self.is_token = None
             return
-        capacity = self.model.max_seq_len
-        columns = torch.arange(first, first + capacity, device=self.ids.device)  # (capacity,)
+        columns = torch.arange(first, first + self.model.max_seq_len, device=self.ids.device)
         starts = torch.tensor(self.starts, device=self.ids.device)[:, None]  # (B, 1)
-        self.visible = columns >= starts  # (B, capacity)
+        self.is_token = columns >= starts  # (B, max_seq_len)
 
 
 def _prompt_starts(
     input_ids: Tensor, attention_mask: Tensor | None, model: TransformerLM
 ) -> list[int]:
-    """Find the column where each prompt begins, after the padding on its left."""
+    """Return the column of each prompt's first token, after the padding on its left."""
     if input_ids.ndim != 2 or input_ids.shape[1] == 0 or input_ids.is_floating_point():
         raise DataError(
-            "generate() continues token ids of shape (batch, length) with at least one token each, "
-            f"got {input_ids.dtype} of shape {tuple(input_ids.shape)}; begin with the "
-            "end-of-text token where there is no prompt"
+            "generate() needs token ids of shape (batch, length) with at least one token per row, "
+            f"got {input_ids.dtype} of shape {tuple(input_ids.shape)}; for an empty prompt, start "
+            "with the end-of-text token"
         )
     check_token_ids("the prompt", input_ids.cpu(), model.vocab_size)
     if attention_mask is None:
         return [0] * len(input_ids)
     if attention_mask.shape != input_ids.shape:
         raise DataError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids "
+            f"attention_mask has shape {tuple(attention_mask.shape)}, expected "
             f"{tuple(input_ids.shape)}"
         )
     is_token = attention_mask.bool()

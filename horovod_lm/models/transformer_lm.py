@@ -1,10 +1,10 @@
 """TransformerLM: a decoder-only transformer language model with GPT-2's architecture.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": token and learned
-position embeddings; layers of causal self-attention and a feed-forward network, each behind a layer
-norm and added to what came in (pre-norm); a last layer norm; and the token embedding once more, as
-the output (weight tying, Press and Wolf 2017, https://arxiv.org/abs/1608.05859). So GPT-2's real
-weights fit (`horovod_lm.models.gpt2`) and give GPT-2's numbers.
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": token embeddings and
+learned position embeddings; pre-norm layers of causal self-attention and a feed-forward network
+with residual connections; a final layer norm; and an output projection that shares its weight with
+the token embedding (weight tying, Press and Wolf 2017, https://arxiv.org/abs/1608.05859).
+`horovod_lm.models.gpt2` loads GPT-2's weights, and the model then computes GPT-2's logits.
 
 Shapes: B sequences, T positions, C = d_model, V = vocab_size.
 """
@@ -18,34 +18,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from horovod_lm.models.attention import (
-    KeyValueCache,
-    LayerCache,
-    MultiHeadAttention,
-    allowed_positions,
-)
-from horovod_lm.models.checks import check_inputs, check_sizes
-from horovod_lm.models.loss import cross_entropy, cross_entropy_in_pieces, shift_labels
-from horovod_lm.models.sampling import SamplingSettings, decode, make_generator
+from horovod_lm.models.attention import KVCache, LayerCache, MultiHeadAttention, causal_mask
+from horovod_lm.models.loss import IGNORE_INDEX, chunked_cross_entropy, cross_entropy, shift_labels
+from horovod_lm.utils.config import config_from_dict
+from horovod_lm.utils.errors import DataError
 
-GPT2_DEVIATION, GPT2_WIDTH = 0.02, 768  # of every weight at the start, at GPT-2's d_model
+GPT2_INIT_STD, GPT2_D_MODEL = 0.02, 768  # GPT-2's initial standard deviation, at its width
 
 
 class FeedForward(nn.Module):
-    """Each position on its own: widen to `d_ff` numbers, bend by GELU, narrow to `d_model`."""
+    """Position-wise MLP: project to `d_ff`, apply GELU, project back to `d_model`."""
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
-        self.widen = nn.Linear(d_model, d_ff)
-        self.narrow = nn.Linear(d_ff, d_model)
+        self.up_proj = nn.Linear(d_model, d_ff)
+        self.down_proj = nn.Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        return self.narrow(F.gelu(self.widen(x), approximate="tanh"))
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
 
 
 class TransformerBlock(nn.Module):
-    """One layer: positions look at each other, then each thinks for itself; both are added on."""
+    """One pre-norm layer: x + attention(LN(x)), then x + feed_forward(LN(x))."""
 
     def __init__(self, d_model: int, n_heads: int, d_ff: int, dropout: float) -> None:
         super().__init__()
@@ -67,24 +62,24 @@ class TransformerBlock(nn.Module):
 
 
 class TransformerLM(nn.Module):
-    """A GPT-style language model: reads token ids, says how likely each token is to come next.
+    """A GPT-style language model: maps token ids to logits for the next token.
 
     Args:
-        vocab_size: V, number of tokens it knows; 50257 is GPT-2's tokenizer.
+        vocab_size: V, size of the vocabulary; 50257 for GPT-2's tokenizer.
         d_model: C, numbers per position.
         n_heads: attention heads per layer; must divide `d_model`.
-        n_layers: layers.
+        n_layers: number of layers.
         d_ff: width of the feed-forward network, usually 4 x `d_model`.
-        max_seq_len: the longest sequence it can see at once, in tokens.
-        dropout: probability of dropping a number, in training, at GPT-2's three places.
-        pad_token_id: what `generate` fills ended rows with; None: the end-of-text token. What is
-            padding in the input is said by `attention_mask` alone, because GPT-2 pads with its
-            end-of-text token, which is a real token elsewhere.
-        gradient_checkpointing: keep only the input of each layer in training and compute the rest
-            again in the backward pass: less memory, about a third more time, the same numbers.
+        max_seq_len: maximum sequence length (context), in tokens.
+        dropout: dropout probability in training, at GPT-2's three places.
+        pad_token_id: fills rows that `generate` has ended; None: the end-of-text token. Padding in
+            the input is marked by `attention_mask` alone, because GPT-2 pads with its end-of-text
+            token, which is a real token elsewhere.
+        gradient_checkpointing: keep only the input of each layer in training and recompute the
+            rest in the backward pass: less memory, about a third more time, the same numbers.
 
     Raises:
-        ConfigError: the sizes cannot work together.
+        ConfigError: the sizes are invalid.
     """
 
     def __init__(
@@ -100,7 +95,11 @@ class TransformerLM(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(vocab_size, d_model, n_heads, n_layers, d_ff, max_seq_len, dropout)
+        sizes = {
+            "vocab_size": vocab_size, "d_model": d_model, "n_heads": n_heads, "n_layers": n_layers,
+            "d_ff": d_ff, "max_seq_len": max_seq_len, "dropout": dropout, "pad_token_id": None,
+        }  # fmt: skip
+        config_from_dict({"model": sizes}, name="TransformerLM")  # raises ConfigError
         self.vocab_size, self.max_seq_len = vocab_size, max_seq_len
         self.pad_token_id = pad_token_id
         self.dropout = dropout
@@ -112,25 +111,25 @@ class TransformerLM(nn.Module):
             TransformerBlock(d_model, n_heads, d_ff, dropout) for _ in range(n_layers)
         )
         self.final_norm = nn.LayerNorm(d_model)
-        self._initialise()
+        self._init_weights()
 
-    def _initialise(self) -> None:
-        """Draw normal weights, as spread as GPT-2's at its width; what is added on, smaller.
+    def _init_weights(self) -> None:
+        """Draw normal weights with GPT-2's standard deviation, scaled to this model's width.
 
-        A product with C weights grows with sqrt(C): the same 0.02 in a narrow model would leave
-        every score near zero, and attention takes many times longer to find what to look for.
+        The output of a matrix grows with sqrt(C). With 0.02 at every width, attention scores of a
+        narrow model start near zero, and attention takes many more steps to learn.
         """
-        deviation = GPT2_DEVIATION * math.sqrt(GPT2_WIDTH / self.token_embedding.embedding_dim)
+        std = GPT2_INIT_STD * math.sqrt(GPT2_D_MODEL / self.token_embedding.embedding_dim)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=deviation)
+                nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-        # Each layer adds two terms to the residual stream: smaller terms keep their sum's size.
-        residual_deviation = deviation / math.sqrt(2 * len(self.blocks))
+        # Each layer adds two terms to the residual stream: smaller terms keep the sum's scale.
+        residual_std = std / math.sqrt(2 * len(self.blocks))
         for block in self.blocks:
-            nn.init.normal_(block.attention.output.weight, std=residual_deviation)
-            nn.init.normal_(block.feed_forward.narrow.weight, std=residual_deviation)
+            nn.init.normal_(block.attention.out_proj.weight, std=residual_std)
+            nn.init.normal_(block.feed_forward.down_proj.weight, std=residual_std)
 
     def num_parameters(self) -> int:
         """Count the trained numbers; the tied embedding counts once."""
@@ -142,32 +141,29 @@ class TransformerLM(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         *,
-        cache: KeyValueCache | None = None,
+        cache: KVCache | None = None,
         return_logits: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Predict every next token, and compare with `labels` where they are given.
+        """Compute the logits and, with `labels`, the loss.
 
         Args:
             input_ids: (B, T) token ids; B may be 0.
             attention_mask: (B, T), 1 for a token and 0 for padding, on either side; None: no
                 padding. With a cache, (B, cached + T).
-            labels: (B, T), usually `input_ids` itself: the shift by one happens in here. Padding
-                and -100 are left out.
-            cache: keys and values of the positions before these; it takes up the new ones.
-            return_logits: False, with labels, computes the loss in pieces and never holds the
-                (B, T, V) matrix: what training does.
+            labels: (B, T), usually `input_ids` itself: the model shifts them by one. Padding and
+                -100 are ignored.
+            cache: keys and values of earlier positions; the new ones are appended.
+            return_logits: False, with labels, computes the loss in chunks and never holds the
+                (B, T, V) logits: used in training.
 
         Returns:
-            Logits (B, T, V), or None without `return_logits`; and the mean loss over all labels
-            that count, in nats (0.0 if none does), or None without `labels`.
+            Logits (B, T, V), or None without `return_logits`; and the mean loss in nats over all
+            labels that count (0.0 if none does), or None without `labels`.
 
         Raises:
             DataError: ids, shapes or lengths that do not fit this model.
         """
-        check_inputs(
-            input_ids, attention_mask, labels, vocab_size=self.vocab_size,
-            max_seq_len=self.max_seq_len, n_cached=cache.length if cache else 0,
-        )  # fmt: skip
+        self._check_inputs(input_ids, attention_mask, labels, cache.length if cache else 0)
         hidden = self.hidden_states(input_ids, attention_mask, cache)  # (B, T, C)
         logits = self.logits(hidden) if return_logits else None
         if labels is None:
@@ -175,48 +171,41 @@ class TransformerLM(nn.Module):
         targets = shift_labels(labels, attention_mask)
         if logits is not None:
             return logits, cross_entropy(logits, targets)
-        return None, cross_entropy_in_pieces(hidden, self.token_embedding.weight, targets)
+        return None, chunked_cross_entropy(hidden, self.token_embedding.weight, targets)
 
     def hidden_states(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        """Run every layer: (B, T) token ids -> (B, T, C), one vector per position, normalised."""
+        """Run every layer and the final norm: (B, T) token ids -> (B, T, C)."""
         x, mask = self._embed(input_ids, attention_mask, cache.length if cache else 0)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for number, block in enumerate(self.blocks):
             if recompute:
-                # The block itself, not a lambda around it: a lambda made in this loop would look up
-                # `block` only in the backward pass, when the loop variable is the last block.
+                # The block itself, not a lambda: a lambda would look up `block` in the backward
+                # pass, when the loop variable is the last block.
                 x = checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=True)
             else:
                 x = block(x, mask, cache.layers[number] if cache else None)
         return self.final_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Score every token of the vocabulary: (..., C) -> (..., V), by the tied embedding."""
+        """Apply the output projection, tied to the token embedding: (..., C) -> (..., V)."""
         return F.linear(hidden, self.token_embedding.weight)
 
     def attention_weights(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Show where every head of every layer looks.
+        """Return the attention weights of every layer and head, without dropout.
 
         Args:
             input_ids: (B, T) token ids.
             attention_mask: as for `forward`.
 
         Returns:
-            (n_layers, B, H, T, T): each row is one position's weights over itself and its past,
-            as they are without dropout; it sums to 1.
+            (n_layers, B, H, T, T): row t holds the weights of position t over positions 0 to t.
         """
-        check_inputs(
-            input_ids,
-            attention_mask,
-            None,
-            vocab_size=self.vocab_size,
-            max_seq_len=self.max_seq_len,
-        )
+        self._check_inputs(input_ids, attention_mask)
         layers = []
         with torch.no_grad():
             x, mask = self._embed(input_ids, attention_mask)
@@ -243,55 +232,104 @@ class TransformerLM(nn.Module):
 
         Args:
             input_ids: (B, T) token ids of the prompts, T >= 1.
-            max_new_tokens: the most tokens to add.
-            temperature: 0 takes the likeliest token (greedy); below 1 is bolder, above 1 wilder.
-            top_k: draw among the k likeliest tokens only; 0 or None: among all.
-            top_p: draw among the likeliest tokens that reach this probability together; 1 or None:
-                all.
-            eos_token_id: a row ends when it draws this token; None: no row ends early.
+            max_new_tokens: maximum number of tokens to add.
+            temperature: 0 is greedy; below 1 sharpens the distribution, above 1 flattens it.
+            top_k: sample from the k most likely tokens; 0 or None: from all.
+            top_p: sample from the smallest set of tokens with this probability; 1 or None: all.
+            eos_token_id: a row ends when it samples this token; None: no row ends early.
             attention_mask: (B, T), zeros, then ones: shorter prompts are padded on the left.
-            generator: draws the random numbers; on the model's device.
-            seed: instead of a generator: the same seed draws the same text. With neither, each call
-                draws anew. Torch's global generator is never touched.
-            use_cache: False computes everything again for each token: slow, the same text.
+            generator: random generator on the model's device.
+            seed: instead of a generator: the same seed gives the same text. With neither, each call
+                gives another text. Torch's global generator is not used.
+            use_cache: False recomputes everything for each token: slow, the same text.
 
         Returns:
-            (B, T + new): the prompts and what follows. Rows that ended are filled with
-            `pad_token_id`; it stops early once all have ended. Text longer than `max_seq_len` is
-            continued from its last part: see `horovod_lm.models.sampling.decode`.
+            (B, T + new): the prompts and their continuations. Ended rows are filled with
+            `pad_token_id`; generation stops when all rows have ended. Text longer than
+            `max_seq_len` is continued from its last part: see `generate_tokens`.
 
         Raises:
-            DataError: a prompt or a setting that cannot work.
+            ConfigError: an invalid setting.
+            DataError: an invalid prompt.
         """
-        settings = SamplingSettings(temperature, top_k, top_p)
-        generator = generator or make_generator(seed, input_ids.device)
-        steps = decode(
-            self, input_ids, max_new_tokens, settings, eos_token_id, attention_mask,
-            generator=generator, use_cache=use_cache,
-        )  # fmt: skip
+        # Imported here, because sampling imports this module.
+        from horovod_lm.models.sampling import generate_tokens, generation_config, make_generator
+
+        steps = generate_tokens(
+            self,
+            input_ids,
+            generation_config(max_new_tokens, temperature, top_k, top_p),
+            eos_token_id,
+            attention_mask,
+            generator=generator or make_generator(seed, input_ids.device),
+            use_cache=use_cache,
+        )
         new_tokens = [tokens[:, None] for tokens in steps]  # each (B,) -> (B, 1)
         return torch.cat([input_ids, *new_tokens], dim=1)
 
     def _embed(
         self, input_ids: Tensor, attention_mask: Tensor | None, start: int = 0
     ) -> tuple[Tensor, Tensor | None]:
-        """Embed tokens that follow `start` cached positions: (B, T, C), and who may look where."""
+        """Embed tokens after `start` cached positions: (B, T, C), and the attention mask."""
         length = input_ids.shape[1]
-        if (
-            attention_mask is not None
-            and attention_mask.device.type == "cpu"
-            and attention_mask.all()
-        ):
-            attention_mask = (
-                None  # nothing is padded: the quick way. On a GPU, asking would wait for it
-            )
+        if attention_mask is not None and attention_mask.device.type == "cpu":
+            # Without padding, the faster path. Not on a GPU: reading the answer would wait for it.
+            attention_mask = None if attention_mask.all() else attention_mask
         mask = None
         if attention_mask is None:
             positions = self.position_embedding.weight[start : start + length]  # (T, C)
         else:
-            # The first token of a row is at position 0, however much padding stands before it.
+            # The first token of a row has position 0, however much padding precedes it.
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, S)
             positions = self.position_embedding(position_ids[:, start:])  # (B, T, C)
-            mask = allowed_positions(length, start + length, attention_mask)  # (B, 1, T, S)
+            mask = causal_mask(length, start + length, attention_mask)  # (B, 1, T, S)
         x = self.token_embedding(input_ids) + positions  # (B, T, C)
         return F.dropout(x, self.dropout) if self.training and self.dropout else x, mask
+
+    def _check_inputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        n_cached: int = 0,
+    ) -> None:
+        """Raise DataError unless (B, T) `input_ids` and the other tensors fit the model."""
+        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise DataError(
+                "input_ids must be integers of shape (batch, length), got "
+                f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
+            )
+        n_sequences, length = input_ids.shape
+        if n_cached + length > self.max_seq_len:
+            raise DataError(
+                f"the sequence has {n_cached + length} tokens, more than the model's max_seq_len = "
+                f"{self.max_seq_len}: shorten it, or build the model with a larger max_seq_len"
+            )
+        for name, tensor, columns in (
+            ("attention_mask", attention_mask, n_cached + length),
+            ("labels", labels, length),
+        ):
+            if tensor is not None and tensor.shape != (n_sequences, columns):
+                raise DataError(
+                    f"{name} has shape {tuple(tensor.shape)}, expected {(n_sequences, columns)}"
+                )
+        check_token_ids("input_ids", input_ids, self.vocab_size)
+        if labels is not None:
+            check_token_ids("labels", labels, self.vocab_size, ignored=IGNORE_INDEX)
+
+
+def check_token_ids(name: str, ids: Tensor, vocab_size: int, ignored: int = 0) -> None:
+    """Raise DataError if an id is outside the vocabulary.
+
+    Checks only ids on the CPU: reading the result from a GPU would wait for all its work.
+    """
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    lowest, highest = ids.aminmax()
+    if highest >= vocab_size or lowest < 0:
+        outside = ids[((ids < 0) | (ids >= vocab_size)) & (ids != ignored)]
+        if outside.numel():
+            raise DataError(
+                f"{name} contains token {outside[0].item()}, outside this model's vocabulary (0 to "
+                f"{vocab_size - 1}): was the text encoded with another tokenizer?"
+            )

@@ -130,3 +130,12 @@ def _words(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8").split()
     except OSError:
         return []
+
+
+def sync_folder(folder: Path) -> None:
+    """Write a folder's entries to disk: without it, a renamed file may be lost in a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

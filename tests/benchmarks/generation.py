@@ -19,8 +19,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from horovod_lm.load import to_column_major
 from horovod_lm.models.gpt2 import from_gpt2
-from horovod_lm.models.layout import store_by_column
 from tests.benchmarks.options import parser_of
 
 SIZES = {
@@ -48,7 +48,7 @@ def compare(name: str, new_tokens: int, rounds: int, bytes_per_second: float) ->
     torch.manual_seed(0)
     config = GPT2Config(n_positions=512, bos_token_id=0, eos_token_id=0, **SIZES[name])
     theirs = GPT2LMHeadModel(config).eval()
-    ours = store_by_column(from_gpt2(theirs))  # as load_model_for_generation does
+    ours = to_column_major(from_gpt2(theirs))  # as load_model_for_generation does
     prompt = torch.randint(1, config.vocab_size, (1, PROMPT_LENGTH))
     mask = torch.ones_like(prompt)
     size = sum(p.nbytes for p in ours.parameters())

@@ -35,14 +35,14 @@ from horovod_lm.data.stories import generate_stories
 from horovod_lm.data.tokenizers import train_bpe
 from horovod_lm.generate import generate_text
 from horovod_lm.jupyter.playground import Playground
-from horovod_lm.models.layout import store_by_column
+from horovod_lm.load import to_column_major
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.config import config_from_dict
 
 torch.manual_seed(0)
 sizes, how = json.loads('SIZES'), json.loads('HOW')
 tokenizer = train_bpe(generate_stories(200, seed=0), 512)
-model = store_by_column(TransformerLM(**sizes, max_seq_len=512, pad_token_id=None).eval())
+model = to_column_major(TransformerLM(**sizes, max_seq_len=512, pad_token_id=None).eval())
 with torch.no_grad():
     model.token_embedding.weight[tokenizer.eot_id] = 0  # hardly ever the end of a text
 config = config_from_dict({"generation": how})

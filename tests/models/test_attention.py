@@ -1,4 +1,4 @@
-"""Attention as it runs equals attention written out, and nobody sees the future or padding."""
+"""sdpa_attention equals naive_attention, and no position attends to the future or to padding."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horovod_lm.models.attention import (
-    KeyValueCache,
+    KVCache,
     LayerCache,
     MultiHeadAttention,
-    allowed_positions,
-    attention_as_it_runs,
-    attention_written_out,
+    causal_mask,
+    naive_attention,
+    sdpa_attention,
 )
 
 
@@ -26,10 +26,9 @@ def random_heads(n_queries: int, n_keys: int, seed: int = 0) -> tuple[torch.Tens
 
 
 @pytest.mark.parametrize(("n_queries", "n_keys"), [(1, 1), (6, 6), (1, 6), (3, 6)])
-def test_as_it_runs_equals_written_out_without_padding(n_queries, n_keys):
+def test_sdpa_equals_naive_without_padding(n_queries, n_keys):
     heads = random_heads(n_queries, n_keys)
-    written, _ = attention_written_out(*heads)
-    torch.testing.assert_close(attention_as_it_runs(*heads), written)
+    torch.testing.assert_close(sdpa_attention(*heads), naive_attention(*heads)[0])
 
 
 @settings(max_examples=50, deadline=None)
@@ -37,45 +36,44 @@ def test_as_it_runs_equals_written_out_without_padding(n_queries, n_keys):
     padding=st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=2, max_size=2),
     n_queries=st.integers(1, 6),
 )
-def test_as_it_runs_equals_written_out_with_any_padding(padding, n_queries):
+def test_sdpa_equals_naive_with_any_padding(padding, n_queries):
     heads = random_heads(n_queries, 6)
-    mask = allowed_positions(n_queries, 6, torch.tensor(padding))
-    written, weights = attention_written_out(*heads, mask)
-    torch.testing.assert_close(attention_as_it_runs(*heads, mask), written)
+    mask = causal_mask(n_queries, 6, torch.tensor(padding))
+    output, weights = naive_attention(*heads, mask)
+    torch.testing.assert_close(sdpa_attention(*heads, mask), output)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, n_queries, dtype=torch.float64))
     assert not weights[~mask.expand_as(weights)].any()
 
 
-def test_a_query_that_may_look_nowhere_gets_zeros_and_no_nan():
+def test_a_fully_masked_query_gives_zeros_and_finite_gradients():
     query, key, value = random_heads(4, 4)
     query.requires_grad_()
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[2:] = True
-    output, weights = attention_written_out(query, key, value, mask)
+    output, weights = naive_attention(query, key, value, mask)
     assert not output[:, :, :2].any() and not weights[:, :, :2].any()
     output.sum().backward()
     assert query.grad.isfinite().all()
-    torch.testing.assert_close(attention_as_it_runs(query, key, value, mask), output)
+    torch.testing.assert_close(sdpa_attention(query, key, value, mask), output)
 
 
-def test_by_hand_two_positions_of_one_number():
+def test_two_positions_of_one_number_by_hand():
     # Scores of the second query: 1*0 = 0 and 1*ln(3); softmax: 1/4 and 3/4; values 4 and 8.
     query = torch.tensor([5.0, 1.0]).view(1, 1, 2, 1)
     key = torch.tensor([0.0, torch.tensor(3.0).log()]).view(1, 1, 2, 1)
     value = torch.tensor([4.0, 8.0]).view(1, 1, 2, 1)
-    output, weights = attention_written_out(query, key, value)
+    output, weights = naive_attention(query, key, value)
     torch.testing.assert_close(weights[0, 0], torch.tensor([[1.0, 0.0], [0.25, 0.75]]))
     torch.testing.assert_close(output.flatten(), torch.tensor([4.0, 7.0]))
 
 
-def test_allowed_positions_by_hand():
-    without_padding = allowed_positions(2, 3)
-    assert without_padding.tolist() == [[[[True, True, False], [True, True, True]]]]
-    left_padding = allowed_positions(3, 3, torch.tensor([[0, 1, 1]]))
+def test_causal_mask_by_hand():
+    assert causal_mask(2, 3).tolist() == [[[[True, True, False], [True, True, True]]]]
+    left_padding = causal_mask(3, 3, torch.tensor([[0, 1, 1]]))
     assert left_padding[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
 
 
-def test_the_cache_gives_back_what_it_was_given_without_taking_new_memory():
+def test_the_cache_returns_what_was_appended_from_one_buffer():
     _, key, value = random_heads(1, 5)
     cache = LayerCache(capacity=8)
     cache.append(key[:, :, :3], value[:, :, :3])
@@ -85,23 +83,18 @@ def test_the_cache_gives_back_what_it_was_given_without_taking_new_memory():
     assert cache.keys.data_ptr() == memory == keys.data_ptr()
 
 
-def test_attention_in_two_steps_with_a_cache_equals_attention_at_once():
+def test_the_module_with_a_cache_and_its_weights_equal_one_forward_pass():
     torch.manual_seed(0)
     attention = MultiHeadAttention(d_model=24, n_heads=3).double()
     x = torch.randn(2, 7, 24, dtype=torch.float64)
-    cache = KeyValueCache(n_layers=1, capacity=7)
+    expected = attention(x)
+    cache = KVCache(n_layers=1, capacity=7)
     parts = [attention(part, cache=cache.layers[0]) for part in x.split([4, 1, 2], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), attention(x))
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected)
     assert cache.length == 7
     cache.clear()
     assert cache.length == 0
 
-
-def test_weights_of_the_module_are_those_it_uses():
-    torch.manual_seed(0)
-    attention = MultiHeadAttention(d_model=24, n_heads=3).double()
-    x = torch.randn(2, 5, 24, dtype=torch.float64)
-    weights = attention.weights(x)
     _, _, value = attention.project(x)
-    joined = (weights @ value).transpose(1, 2).reshape(2, 5, 24)  # (B, H, T, D) -> (B, T, C)
-    torch.testing.assert_close(attention.output(joined), attention(x))
+    joined = (attention.weights(x) @ value).transpose(1, 2).reshape(2, 7, 24)  # -> (B, T, C)
+    torch.testing.assert_close(attention.out_proj(joined), expected)

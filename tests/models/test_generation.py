@@ -1,4 +1,4 @@
-"""TransformerLM.generate: the cache changes nothing, rows are independent, endings are kept."""
+"""TransformerLM.generate: cached equals uncached, rows are independent, ended rows are padded."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from horovod_lm.models.sampling import SamplingSettings, decode, make_generator
+from horovod_lm.models.sampling import generate_tokens, make_generator
 from horovod_lm.models.transformer_lm import TransformerLM
+from horovod_lm.utils.config import GenerationConfig
 from horovod_lm.utils.errors import ConfigError, DataError
+
+GREEDY = GenerationConfig(max_new_tokens=9, temperature=0.0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -22,7 +25,7 @@ def test_cached_equals_uncached(make_model, left_padded, temperature, new_tokens
     ids, mask = left_padded
     how = {"temperature": temperature, "attention_mask": mask, "seed": 3}
     eos = None
-    if stop:  # a token that really comes, half-way
+    if stop:  # a token that is generated half-way
         eos = model.generate(ids, new_tokens, eos_token_id=None, **how)[
             0, 7 + new_tokens // 2
         ].item()
@@ -32,7 +35,7 @@ def test_cached_equals_uncached(make_model, left_padded, temperature, new_tokens
     assert torch.equal(cached[:, :7], ids)
 
 
-def test_a_row_says_the_same_in_a_padded_batch_as_alone(make_model, left_padded):
+def test_a_row_of_a_padded_batch_equals_the_row_alone(make_model, left_padded):
     model = make_model().double()
     ids, mask = left_padded
     together = model.generate(ids, 40, 0.0, eos_token_id=None, attention_mask=mask)
@@ -41,7 +44,7 @@ def test_a_row_says_the_same_in_a_padded_batch_as_alone(make_model, left_padded)
         assert torch.equal(alone[0, -40:], together[row, -40:])
 
 
-def test_greedy_is_the_likeliest_token_by_forward(make_model):
+def test_greedy_is_the_argmax_of_forward(make_model):
     model = make_model().double().eval()
     ids = torch.randint(1, 50, (2, 3))
     text = model.generate(ids, 13, 0.0, eos_token_id=None)
@@ -50,11 +53,11 @@ def test_greedy_is_the_likeliest_token_by_forward(make_model):
     assert torch.equal(text[:, 3:], logits[:, 2:-1].argmax(-1))
 
 
-def test_beyond_the_context_it_goes_on_from_the_newer_half(make_model):
+def test_beyond_the_context_it_continues_from_the_newer_half(make_model):
     model = make_model().double().eval()
     text = model.generate(torch.tensor([[1, 2, 3]]), 30, 0.0, eos_token_id=None)[0]
-    # Position 16 is the last that sees everything; then the context is the newest 8 tokens, which
-    # grow to 16 again.
+    # Position 16 is the last with the whole text in its context; then the context is the newest
+    # 8 tokens and grows to 16 again.
     with torch.no_grad():
         for end in range(16, 33):
             start = 0 if end == 16 else 9 if end < 26 else 18
@@ -64,7 +67,7 @@ def test_beyond_the_context_it_goes_on_from_the_newer_half(make_model):
             assert text[end] == logits[0, -1].argmax(), end
 
 
-def test_rows_that_ended_are_filled_and_it_stops_when_all_have(make_model):
+def test_ended_rows_are_filled_and_generation_stops_when_all_have_ended(make_model):
     model = make_model(pad_token_id=49).double()
     ids = torch.randint(1, 49, (6, 4))
     free = model.generate(ids, 12, 1.0, eos_token_id=None, seed=0)
@@ -77,7 +80,7 @@ def test_rows_that_ended_are_filled_and_it_stops_when_all_have(make_model):
         assert row[:end] == free_row[:end]
         assert set(row[end + 1 :]) <= {49}
     assert text.shape[1] == 4 + min(12, max(ended_at) + 1)
-    assert len(set(ended_at)) > 1  # rows ended at different steps: the test saw what it is about
+    assert len(set(ended_at)) > 1  # rows ended at different steps
 
     alone = model.generate(ids[:1], 12, 0.0, eos_token_id=None)[0, 4].item()
     assert model.generate(ids[:1], 12, 0.0, eos_token_id=alone).shape == (1, 5)
@@ -109,7 +112,7 @@ def test_seeds_generators_and_the_global_generator(make_model):
 def test_a_prompt_longer_than_the_context_is_cut_on_the_left_with_a_warning(make_model):
     model = make_model().double()
     ids = torch.randint(1, 50, (1, 25))
-    with pytest.warns(UserWarning, match="prompt has 25 tokens.*sees 16 at once"):
+    with pytest.warns(UserWarning, match="prompt has 25 tokens, more than .*context of 16"):
         text = model.generate(ids, 5, 0.0, eos_token_id=None)
     assert torch.equal(text[:, :25], ids)
     assert torch.equal(
@@ -126,7 +129,7 @@ def test_a_prompt_longer_than_the_context_is_cut_on_the_left_with_a_warning(make
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4),
-    new_tokens=st.integers(0, 20),
+    new_tokens=st.integers(1, 20),
     temperature=st.sampled_from([0.0, 0.3, 2.0]),
     top_k=st.sampled_from([None, 0, 1, 5, 500]),
     top_p=st.sampled_from([None, 0.1, 1.0]),
@@ -151,19 +154,19 @@ def test_an_empty_batch(make_model):
     assert make_model().generate(torch.zeros(0, 3, dtype=torch.long), 5).shape[0] == 0
 
 
-def test_dropout_is_off_and_the_mode_is_put_back_even_when_left_half_way(make_model):
+def test_dropout_is_off_and_the_mode_is_restored_even_when_closed_early(make_model):
     model = make_model(dropout=0.5).train()
     ids = torch.tensor([[1, 2]])
     first, second = (model.generate(ids, 9, 0.0, eos_token_id=None) for _ in range(2))
     assert torch.equal(first, second) and model.training
-    steps = decode(model, ids, 9, SamplingSettings(0.0), generator=make_generator(0, "cpu"))
+    steps = generate_tokens(model, ids, GREEDY, generator=make_generator(0, "cpu"))
     next(steps)
     steps.close()
     assert model.training
-    model(ids, labels=ids)[1].backward()  # nothing of inference mode is left behind
+    model(ids, labels=ids)[1].backward()  # inference mode has ended too
 
 
-def test_generation_reads_each_token_once(make_model, monkeypatch):
+def test_generation_processes_each_token_once(make_model, monkeypatch):
     model = make_model()
     read = []
     real = model.hidden_states
@@ -177,28 +180,31 @@ def test_generation_reads_each_token_once(make_model, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error", "sentence"),
     [
-        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, DataError, "at least one token"),
+        (
+            {"input_ids": torch.zeros(1, 0, dtype=torch.long)},
+            DataError,
+            "at least one token",
+        ),
         ({"input_ids": torch.zeros(1, 3)}, DataError, "float32"),
-        ({"input_ids": torch.tensor([[1, 77]])}, DataError, "the prompt holds token 77"),
+        ({"input_ids": torch.tensor([[1, 77]])}, DataError, "the prompt contains token 77"),
         ({"attention_mask": torch.tensor([[1, 1, 0]])}, DataError, "padded on the left"),
         ({"attention_mask": torch.tensor([[1, 0, 1]])}, DataError, "padded on the left"),
         ({"attention_mask": torch.tensor([[0, 0, 0]])}, DataError, "end with a one"),
         ({"attention_mask": torch.ones(2, 3)}, DataError, "attention_mask has shape"),
-        ({"temperature": -1.0}, ConfigError, "temperature"),
-        ({"top_p": 2.0}, ConfigError, "top_p"),
+        ({"temperature": -1.0}, ConfigError, "temperature must be at least 0"),
     ],
 )
-def test_bad_input_is_one_sentence(make_model, arguments, error, sentence):
+def test_invalid_input_is_one_sentence(make_model, arguments, error, sentence):
     with pytest.raises(error, match=sentence) as caught:
         make_model().generate(**({"input_ids": torch.tensor([[1, 2, 3]])} | arguments))
     assert "\n" not in str(caught.value)
 
 
-def test_a_watcher_sees_the_logits_that_each_token_is_drawn_from(make_model):
+def test_on_logits_gets_the_logits_that_each_token_is_sampled_from(make_model):
     model, seen = make_model(), []
     ids = torch.randint(1, 50, (2, 6))
-    steps = decode(
-        model, ids, 5, SamplingSettings(0.0), generator=make_generator(0, "cpu"), watch=seen.append
+    steps = generate_tokens(
+        model, ids, GREEDY, generator=make_generator(0, "cpu"), on_logits=seen.append
     )
     assert all(torch.equal(tokens, seen[-1].argmax(dim=-1)) for tokens in steps)
-    assert [logits.shape for logits in seen] == [(2, 50)] * 5
+    assert [logits.shape for logits in seen] == [(2, 50)] * 9

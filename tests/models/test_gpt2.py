@@ -1,4 +1,4 @@
-"""Our model with GPT-2's weights is GPT-2: logits, loss, padding, greedy text."""
+"""With GPT-2's weights the model is GPT-2: logits, loss, gradients, padding, greedy text."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def test_logits_and_loss_are_gpt2s(pair):
     logits, loss = ours(ids, labels=ids)
     torch.testing.assert_close(logits, expected.logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(loss, expected.loss, rtol=0, atol=1e-5)
-    _, in_pieces = ours(ids, labels=ids, return_logits=False)
-    torch.testing.assert_close(in_pieces, expected.loss, rtol=0, atol=1e-5)
+    _, chunked = ours(ids, labels=ids, return_logits=False)
+    torch.testing.assert_close(chunked, expected.loss, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def test_logits_and_loss_are_gpt2s_with_padding(pair, side):
         mask[row, slice(0, padding) if side == "left" else slice(length - padding, length)] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     labels = ids.masked_fill(mask == 0, -100)
-    # What is predicted from padding is nobody's loss; transformers leaves that to its caller.
+    # Predictions from padding do not count; transformers leaves that to its caller.
     labels[:, 1:].masked_fill_(mask[:, :-1] == 0, -100)
     expected = theirs(ids, attention_mask=mask, position_ids=positions, labels=labels)
     logits, loss = ours(ids, attention_mask=mask, labels=ids)
@@ -99,18 +99,33 @@ def test_greedy_text_is_gpt2s_padded_and_stopped(pair):
                                          attention_mask=mask), expected)  # fmt: skip
 
 
-def test_weights_of_another_model_are_refused():
-    with pytest.raises(CheckpointError, match="h.0.rotary is no part of GPT-2"):
-        gpt2_state_dict({"transformer.h.0.rotary": torch.zeros(1)})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("activation_function", "relu"),
+        ("layer_norm_epsilon", 1e-6),
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("tie_word_embeddings", False),
+        ("add_cross_attention", True),
+        ("attn_pdrop", 0.3),
+    ],
+)
+def test_settings_that_compute_something_else_are_refused_by_name(name, value):
     config = transformers.GPT2Config(
-        vocab_size=20, n_embd=8, n_head=2, n_layer=1, n_positions=8, activation_function="relu"
+        vocab_size=20, n_embd=8, n_head=2, n_layer=1, n_positions=8, **{name: value}
     )
-    with pytest.raises(CheckpointError, match="gelu_new"):
+    with pytest.raises(CheckpointError, match=f"this GPT-2 has {name}={value!r}; .* only "):
         from_gpt2(transformers.GPT2LMHeadModel(config))
 
 
-def test_weights_that_cannot_be_had_get_one_sentence(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be had.*go online once") as error:
+def test_weights_of_another_model_are_refused():
+    with pytest.raises(CheckpointError, match="h.0.rotary is not a parameter of GPT-2"):
+        gpt2_state_dict({"transformer.h.0.rotary": torch.zeros(1)})
+
+
+def test_weights_that_cannot_be_loaded_are_one_sentence(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be loaded.*connect to the network") as error:
         load_gpt2(str(tmp_path / "nothing"))
     assert "\n" not in str(error.value)
 

@@ -1,4 +1,4 @@
-"""The loss in pieces is the loss: forward and backward, whatever the size of the pieces."""
+"""The chunked loss equals the full loss, forward and backward, for any chunk size."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from horovod_lm.models import loss as loss_module
 from horovod_lm.models.loss import (
+    chunked_cross_entropy,
     cross_entropy,
-    cross_entropy_in_pieces,
     shift_labels,
     token_losses,
 )
@@ -24,68 +24,58 @@ V, C = 37, 8
 def random_problem(n_positions: int, dtype=torch.float64, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n_positions, C, generator=generator, dtype=dtype).requires_grad_()
-    vocabulary = torch.randn(V, C, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(V, C, generator=generator, dtype=dtype).requires_grad_()
     targets = torch.randint(0, V, (n_positions,), generator=generator)
-    return hidden, vocabulary, targets
+    return hidden, weight, targets
 
 
 def value_and_gradients(loss, *parameters):
-    loss.backward()
-    gradients = [parameter.grad.clone() for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=False)
     return [loss.detach(), *gradients]
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     n_positions=st.integers(1, 40),
-    elements=st.sampled_from([1, V, 3 * V, 10 * V + 5, 10**9]),
+    chunk_size=st.sampled_from([1, 3, 10, None]),
     ignored=st.sets(st.integers(0, 39)),
 )
-def test_pieces_equal_the_whole_in_float64(n_positions, elements, ignored):
-    hidden, vocabulary, targets = random_problem(n_positions)
+def test_chunks_equal_the_whole_in_float64(n_positions, chunk_size, ignored):
+    hidden, weight, targets = random_problem(n_positions)
     targets[[i for i in ignored if i < n_positions]] = -100
-    pieces = cross_entropy_in_pieces(hidden, vocabulary, targets, elements)
-    ours = value_and_gradients(3.0 * pieces, hidden, vocabulary)
+    chunked = chunked_cross_entropy(hidden, weight, targets, chunk_size)
+    ours = value_and_gradients(3.0 * chunked, hidden, weight)
     if (targets == -100).all():
         assert all(not tensor.any() for tensor in ours)
         return
-    whole = F.cross_entropy(hidden @ vocabulary.T, targets)
-    theirs = value_and_gradients(3.0 * whole, hidden, vocabulary)
+    theirs = value_and_gradients(3.0 * F.cross_entropy(hidden @ weight.T, targets), hidden, weight)
     for our, their in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our, their, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("elements", [5 * V, 10**9])
-def test_pieces_equal_the_whole_in_float32(elements):
-    hidden, vocabulary, targets = random_problem(64, torch.float32)
-    ours = value_and_gradients(
-        cross_entropy_in_pieces(hidden, vocabulary, targets, elements), hidden, vocabulary
-    )
-    theirs = value_and_gradients(
-        F.cross_entropy(hidden @ vocabulary.T, targets), hidden, vocabulary
-    )
-    for our, their in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(our, their)
-
-
-@pytest.mark.parametrize("elements", [5 * V, 10**9])
-@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 2.0**16)])
-def test_under_autocast_gradients_are_float32_and_near(elements, dtype, scale):
-    hidden, vocabulary, targets = random_problem(64, torch.float32)
-    with torch.autocast("cpu", dtype):
-        ours = cross_entropy_in_pieces(hidden, vocabulary, targets, elements)
-    whole = F.cross_entropy(hidden @ vocabulary.T, targets)
-    ours = value_and_gradients(ours * scale, hidden, vocabulary)
-    theirs = value_and_gradients(whole, hidden, vocabulary)
-    ours = [our / scale for our in ours]
+@pytest.mark.parametrize("chunk_size", [5, None])
+@pytest.mark.parametrize(
+    ("dtype", "scale", "rtol", "atol"),
+    [
+        (torch.float32, 1.0, 1.3e-6, 1e-5),
+        (torch.bfloat16, 1.0, 0.05, 0.01),
+        (torch.float16, 2.0**16, 0.05, 0.01),
+    ],
+)
+def test_chunks_equal_the_whole_in_float32_and_nearly_under_autocast(
+    chunk_size, dtype, scale, rtol, atol
+):
+    hidden, weight, targets = random_problem(64, torch.float32)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        chunked = chunked_cross_entropy(hidden, weight, targets, chunk_size)
+    ours = value_and_gradients(chunked * scale, hidden, weight)
+    theirs = value_and_gradients(F.cross_entropy(hidden @ weight.T, targets), hidden, weight)
     for our, their in zip(ours, theirs, strict=True):
         assert our.dtype == torch.float32
-        torch.testing.assert_close(our, their, rtol=0.05, atol=0.01)
+        torch.testing.assert_close(our / scale, their, rtol=rtol, atol=atol)
 
 
-def test_never_holds_more_logits_than_a_piece(monkeypatch):
+def test_memory_holds_one_chunk_of_logits_and_two_gradients(monkeypatch):
     seen = []
     real = loss_module._loss_and_gradient
     monkeypatch.setattr(
@@ -93,60 +83,56 @@ def test_never_holds_more_logits_than_a_piece(monkeypatch):
         "_loss_and_gradient",
         lambda logits, targets: (seen.append(logits.numel()), real(logits, targets))[1],
     )
-    hidden, vocabulary, targets = random_problem(40)
-    cross_entropy_in_pieces(hidden, vocabulary, targets, 6 * V).backward()
+    monkeypatch.setattr(loss_module, "MAX_LOGITS_PER_CHUNK", 6 * V)
+    hidden, weight, targets = random_problem(40)
+    loss = chunked_cross_entropy(hidden, weight, targets)
     assert len(seen) > 1 and max(seen) <= 6 * V and sum(seen) == 40 * V
-
-
-def test_small_logits_are_one_piece():
-    assert loss_module._pieces(2048, 1000, loss_module.ELEMENTS_PER_PIECE) == [slice(0, 2048)]
-
-
-def test_saved_for_backward_is_no_matrix_of_logits():
-    hidden, vocabulary, targets = random_problem(40)
-    loss = cross_entropy_in_pieces(hidden, vocabulary, targets, 6 * V)
     function = loss.grad_fn.next_functions[0][0]
     assert {tuple(gradient.shape) for gradient in function.gradients} == {(40, C), (V, C)}
 
 
+def test_few_logits_are_one_chunk():
+    assert loss_module._chunks(2048, 1000, None) == [slice(0, 2048)]
+
+
 def test_only_what_needs_a_gradient_gets_one():
-    hidden, vocabulary, targets = random_problem(10)
-    cross_entropy_in_pieces(hidden.detach(), vocabulary, targets).backward()
-    assert vocabulary.grad is not None and hidden.grad is None
+    hidden, weight, targets = random_problem(10)
+    chunked_cross_entropy(hidden.detach(), weight, targets).backward()
+    assert weight.grad is not None and hidden.grad is None
     with torch.no_grad():
-        assert not cross_entropy_in_pieces(hidden, vocabulary, targets).requires_grad
+        assert not chunked_cross_entropy(hidden, weight, targets).requires_grad
 
 
-def test_a_second_backward_is_refused_in_words_instead_of_wrong_numbers():
-    hidden, vocabulary, targets = random_problem(10)
-    loss = cross_entropy_in_pieces(hidden, vocabulary, targets)
+def test_a_second_backward_is_an_error_instead_of_wrong_numbers():
+    hidden, weight, targets = random_problem(10)
+    loss = chunked_cross_entropy(hidden, weight, targets)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="return_logits=True"):
         loss.backward()
 
 
-def test_an_empty_batch_costs_nothing_and_has_zero_gradients():
-    hidden, vocabulary, targets = random_problem(0)
-    value, *gradients = value_and_gradients(
-        cross_entropy_in_pieces(hidden, vocabulary, targets), hidden, vocabulary
+def test_an_empty_batch_has_zero_loss_and_gradients():
+    hidden, weight, targets = random_problem(0)
+    value, _, gradient = value_and_gradients(
+        chunked_cross_entropy(hidden, weight, targets), hidden, weight
     )
-    assert value == 0.0 and gradients[1].shape == (V, C) and not gradients[1].any()
+    assert value == 0.0 and gradient.shape == (V, C) and not gradient.any()
     assert cross_entropy(torch.zeros(0, 3, V), torch.zeros(0, 3, dtype=torch.long)) == 0.0
-    losses, guesses = token_losses(hidden, vocabulary, targets)
-    assert len(losses) == len(guesses) == 0
+    losses, predictions = token_losses(hidden, weight, targets)
+    assert len(losses) == len(predictions) == 0
 
 
-def test_token_losses_and_guesses_are_those_of_the_whole():
-    hidden, vocabulary, targets = random_problem(33)
+def test_token_losses_and_predictions_are_those_of_the_whole():
+    hidden, weight, targets = random_problem(33)
     targets[4] = -100
-    logits = hidden @ vocabulary.T
-    losses, guesses = token_losses(hidden, vocabulary, targets, 7 * V)
+    logits = hidden @ weight.T
+    losses, predictions = token_losses(hidden, weight, targets, 7)
     torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none").detach())
-    assert losses[4] == 0.0 and torch.equal(guesses, logits.argmax(-1))
+    assert losses[4] == 0.0 and torch.equal(predictions, logits.argmax(-1))
 
 
 def test_uniform_logits_cost_log_v_nats_each():
-    loss = cross_entropy_in_pieces(torch.zeros(9, C), torch.randn(V, C), torch.arange(9))
+    loss = chunked_cross_entropy(torch.zeros(9, C), torch.randn(V, C), torch.arange(9))
     assert loss.item() == pytest.approx(math.log(V))
 
 

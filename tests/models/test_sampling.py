@@ -1,4 +1,4 @@
-"""The filters by hand, and the frequencies of what is drawn (chi-square)."""
+"""The filters by hand, and the frequencies of the sampled tokens (chi-square)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horovod_lm.models.sampling import (
-    SamplingSettings,
-    draw,
     filtered_probabilities,
+    generation_config,
     keep_top_k,
     keep_top_p,
     make_generator,
+    sample,
 )
+from horovod_lm.utils.config import GenerationConfig
 from horovod_lm.utils.errors import ConfigError
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
 LOGITS = PROBABILITIES.log()
+
+
+def how(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None):
+    return generation_config(temperature=temperature, top_k=top_k, top_p=top_p)
 
 
 def kept(logits: torch.Tensor) -> list[int]:
@@ -44,16 +49,16 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_p(top_p, expected):
 
 
 def test_temperature_by_hand():
-    probabilities = filtered_probabilities(LOGITS, SamplingSettings(0.5, None, None))
+    probabilities = filtered_probabilities(LOGITS, how(0.5))
     torch.testing.assert_close(probabilities, PROBABILITIES**2 / (PROBABILITIES**2).sum())
-    greedy = filtered_probabilities(LOGITS, SamplingSettings(0.0, None, None))
+    greedy = filtered_probabilities(LOGITS, how(0.0))
     assert greedy.tolist() == [0, 1, 0, 0, 0]
 
 
 def test_temperature_comes_first_then_top_k_then_top_p():
     # Squared and normalised among the two likeliest: 0.64 and 0.36. So p = 0.6 keeps one token;
     # of the plain probabilities 0.6 would need two.
-    probabilities = filtered_probabilities(LOGITS, SamplingSettings(0.5, 2, 0.6))
+    probabilities = filtered_probabilities(LOGITS, how(0.5, 2, 0.6))
     assert probabilities.tolist() == [0, 1, 0, 0, 0]
 
 
@@ -67,22 +72,22 @@ def test_temperature_comes_first_then_top_k_then_top_p():
     top_k=st.one_of(st.none(), st.integers(0, 30)),
     top_p=st.one_of(st.none(), st.floats(0.01, 1)),
 )
-def test_any_setting_gives_a_distribution_and_draws_from_it(logits, temperature, top_k, top_p):
+def test_any_setting_gives_a_distribution_and_samples_from_it(logits, temperature, top_k, top_p):
     logits = torch.tensor([logits])
-    how = SamplingSettings(temperature, top_k, top_p)
-    probabilities = filtered_probabilities(logits, how)
+    settings = how(temperature, top_k, top_p)
+    probabilities = filtered_probabilities(logits, settings)
     assert probabilities.sum().item() == pytest.approx(1.0, abs=1e-5)
     assert (probabilities >= 0).all() and probabilities[0, logits.argmax()] > 0
     if top_k:
         assert (probabilities > 0).sum() <= top_k
-    token = draw(logits, how, make_generator(0, "cpu"))
+    token = sample(logits, settings, make_generator(0, "cpu"))
     assert token.shape == (1,) and probabilities[0, token] > 0
 
 
 def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> tuple[float, int]:
     """Pearson's statistic over cells that can occur, and its degrees of freedom."""
     possible = expected > 0
-    assert not counts[~possible].any(), "a token was drawn that the filters forbid"
+    assert not counts[~possible].any(), "a filtered token was sampled"
     difference = counts[possible] - expected[possible]
     return (difference**2 / expected[possible]).sum().item(), int(possible.sum()) - 1
 
@@ -93,30 +98,28 @@ def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> tuple[float, int
 )
 def test_frequencies_match_the_filtered_distribution(temperature, top_k, top_p):
     logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(1)) * 1.5
-    how = SamplingSettings(temperature, top_k, top_p)
+    settings = how(temperature, top_k, top_p)
     n_draws = 50_000
-    drawn = draw(logits.expand(n_draws, -1), how, make_generator(2, "cpu"))
-    expected = filtered_probabilities(logits, how)[0].double() * n_draws
+    drawn = sample(logits.expand(n_draws, -1), settings, make_generator(2, "cpu"))
+    expected = filtered_probabilities(logits, settings)[0].double() * n_draws
     statistic, freedom = chi_square(drawn.bincount(minlength=30).double(), expected)
     # Wilson-Hilferty: the cube root of chi-square / freedom is nearly normal. 4.5 deviations would
     # be passed by chance once in 300,000 seeds, and the seed is fixed.
     spread = 2 / (9 * freedom)
     deviations = ((statistic / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
     assert deviations < 4.5
-    # The test has teeth: a temperature 5 % off would not pass it.
-    wrong = SamplingSettings(temperature * 1.05, top_k, None if top_p is None else top_p)
+    # The test can fail: a temperature 5 % off does not pass.
+    wrong = how(temperature * 1.05, top_k, top_p)
     wrong_expected = filtered_probabilities(logits, wrong)[0].double() * n_draws
     if ((wrong_expected > 0) == (expected > 0)).all():
         statistic, _ = chi_square(drawn.bincount(minlength=30).double(), wrong_expected)
         assert ((statistic / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread) > 4.5
 
 
-def test_rows_are_drawn_each_from_its_own_distribution():
+def test_each_row_is_sampled_from_its_own_distribution():
     logits = torch.full((4, 6), -math.inf)
     logits[range(4), [5, 0, 3, 2]] = 0.0
-    assert draw(logits, SamplingSettings(1.0, None, None), make_generator(0, "cpu")).tolist() == [
-        5, 0, 3, 2
-    ]  # fmt: skip
+    assert sample(logits, how(), make_generator(0, "cpu")).tolist() == [5, 0, 3, 2]
 
 
 def test_generators_repeat_with_a_seed_and_differ_without():
@@ -132,15 +135,22 @@ def test_generators_repeat_with_a_seed_and_differ_without():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"temperature": -0.1}, "temperature must be 0"),
-        ({"temperature": math.nan}, "temperature must be 0"),
-        ({"temperature": math.inf}, "temperature must be 0"),
-        ({"top_k": -1}, "top_k must be 0"),
-        ({"top_p": 0.0}, "top_p must be above 0"),
-        ({"top_p": 1.5}, "top_p must be above 0 and at most 1"),
-        ({"top_p": math.nan}, "top_p must be above 0"),
+        ({"temperature": -0.1}, "temperature must be at least 0, not -0.1"),
+        ({"temperature": math.nan}, "temperature must be"),
+        ({"temperature": math.inf}, "temperature must be a finite number"),
+        ({"top_k": -1}, "top_k must be at least 0, not -1"),
+        ({"top_p": 0.0}, "top_p must be greater than 0, not 0.0"),
+        ({"top_p": 1.5}, "top_p must be at most 1, not 1.5"),
+        ({"top_p": math.nan}, "top_p must be"),
+        ({"num_samples": 0}, "num_samples must be greater than 0, not 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be greater than 0, not -1"),
     ],
 )
-def test_settings_that_cannot_work_are_one_sentence(change, sentence):
-    with pytest.raises(ConfigError, match=sentence):
-        SamplingSettings(**change)
+def test_invalid_settings_are_one_sentence(change, sentence):
+    with pytest.raises(ConfigError, match=f"invalid settings: generation.{sentence}") as error:
+        generation_config(**change)
+    assert "\n" not in str(error.value)
+
+
+def test_defaults_are_those_of_the_configuration():
+    assert generation_config() == GenerationConfig()

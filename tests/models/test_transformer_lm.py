@@ -1,4 +1,4 @@
-"""TransformerLM: what it may see, what it costs, what it is made of, what it says of bad input."""
+"""TransformerLM: masking, cache, loss, gradient checkpointing, parameters, invalid input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from horovod_lm.models.attention import KeyValueCache
+from horovod_lm.models.attention import KVCache
 from horovod_lm.models.transformer_lm import TransformerBlock, TransformerLM
 from horovod_lm.utils.errors import ConfigError, DataError
 
@@ -51,7 +51,7 @@ def test_gpt2_small_has_gpt2s_number_of_parameters():
     assert model.num_parameters() == 124_439_808
 
 
-# What a position may see ---------------------------------------------------------------------
+# Masking ---------------------------------------------------------------------------------------
 
 
 @settings(max_examples=30, deadline=None)
@@ -75,7 +75,7 @@ def test_changing_a_future_token_changes_no_past_logit(changed, padding):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing_whatever_it_holds(make_model, side):
+def test_the_content_of_padding_changes_nothing(make_model, side):
     model = make_model().eval()
     ids = random_ids(1, 7)
     n_padding = 5
@@ -99,7 +99,7 @@ def test_a_mask_of_ones_is_no_mask(make_model):
         assert torch.equal(model(ids, torch.ones_like(ids))[0], model(ids)[0])
 
 
-def test_attention_weights_rows_sum_to_one_and_never_look_ahead(make_model, left_padded):
+def test_attention_weights_sum_to_one_and_are_causal(make_model, left_padded):
     model = make_model()
     ids, mask = left_padded
     weights = model.attention_weights(ids, mask)
@@ -113,13 +113,13 @@ def test_attention_weights_rows_sum_to_one_and_never_look_ahead(make_model, left
 
 
 @pytest.mark.parametrize("parts", [[12], [5, 7], [1] * 12, [4, 1, 7]])
-def test_reading_in_parts_with_a_cache_equals_reading_at_once(make_model, parts):
+def test_parts_with_a_cache_equal_one_forward_pass(make_model, parts):
     model = make_model().double().eval()
     ids = random_ids()
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
     for given_mask in (None, mask):
-        cache, logits, end = KeyValueCache(3, capacity=12), [], 0
+        cache, logits, end = KVCache(3, capacity=12), [], 0
         with torch.no_grad():
             whole, _ = model(ids, given_mask)
             for part in ids.split(parts, dim=1):
@@ -132,7 +132,7 @@ def test_reading_in_parts_with_a_cache_equals_reading_at_once(make_model, parts)
 # Loss ----------------------------------------------------------------------------------------
 
 
-def test_loss_at_the_start_is_about_log_of_the_vocabulary():
+def test_the_initial_loss_is_about_log_of_the_vocabulary():
     torch.manual_seed(0)
     model = TransformerLM(1000, 64, 4, 4, 256, 64, 0.0)
     ids = random_ids(4, 64, 1000)
@@ -148,9 +148,9 @@ def test_loss_without_logits_equals_loss_with_them(make_model, left_padded, dtyp
     labels = ids.clone()
     labels[0, 3] = -100
     whole = gradients(model, ids, mask, labels)
-    pieces = gradients(model, ids, mask, labels, return_logits=False)
+    chunked = gradients(model, ids, mask, labels, return_logits=False)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(pieces, whole, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(chunked, whole, rtol=tolerance, atol=tolerance)
     assert model(ids, mask, labels, return_logits=False)[0] is None
 
 
@@ -167,7 +167,7 @@ def test_an_empty_batch_gives_zero_loss_and_a_zero_gradient_to_every_parameter(
     assert not any(gradient.any() for gradient in grads.values())
 
 
-def test_it_learns_a_sentence_by_heart(make_model):
+def test_it_memorizes_a_sequence(make_model):
     model = make_model(scale=0.0)
     ids = random_ids(1, 16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -204,7 +204,7 @@ def test_autocast_and_accumulation(make_model):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("padded", [False, True])
-def test_gradient_checkpointing_changes_not_one_bit(make_model, left_padded, dropout, padded):
+def test_gradient_checkpointing_changes_no_bit(make_model, left_padded, dropout, padded):
     ids, mask = left_padded
     results = []
     for checkpointing in (False, True):
@@ -217,9 +217,7 @@ def test_gradient_checkpointing_changes_not_one_bit(make_model, left_padded, dro
         assert torch.equal(gradient, recomputed[name]), name
 
 
-def test_gradient_checkpointing_computes_every_block_again_not_the_last_one_often(
-    make_model, monkeypatch
-):
+def test_gradient_checkpointing_recomputes_every_block_once(make_model, monkeypatch):
     model = make_model(gradient_checkpointing=True).train()
     calls = []
     forward = TransformerBlock.forward
@@ -242,7 +240,7 @@ def test_dropout_only_in_training(make_model):
         assert torch.equal(model.eval()(ids)[0], model(ids)[0])
 
 
-# What it is made of (fault 13) ---------------------------------------------------------------
+# Parameters (fault 13) --------------------------------------------------------------------------
 
 
 def test_state_dict_holds_parameters_only_all_of_them_float(make_model):
@@ -258,28 +256,28 @@ def test_residual_projections_start_smaller(d_model, deviation):
     torch.manual_seed(0)
     model = TransformerLM(100, d_model, 4, 8, 512, 64)  # GPT-2's deviation at GPT-2's width
     block = model.blocks[3]
-    weight = block.attention.query_key_value.weight
+    weight = block.attention.qkv_proj.weight
     assert weight.std().item() == pytest.approx(deviation, rel=0.05)
-    for layer in (block.attention.output, block.feed_forward.narrow):
+    for layer in (block.attention.out_proj, block.feed_forward.down_proj):
         assert layer.weight.std().item() == pytest.approx(
             deviation / 4, rel=0.05
         )  # sqrt(2 * 8) = 4
         assert not layer.bias.any()
 
 
-# Bad input: one sentence ---------------------------------------------------------------------
+# Invalid input: one sentence --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"d_model": 30}, "d_model = 30 cannot be shared out to n_heads = 4"),
-        ({"n_layers": 0}, "n_layers must be at least 1, got 0"),
-        ({"vocab_size": -3}, "vocab_size must be at least 1, got -3"),
-        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"d_model": 30}, r"d_model \(30\) must be divisible by n_heads \(4\)"),
+        ({"n_layers": 0}, "TransformerLM: model.n_layers must be greater than 0, not 0"),
+        ({"vocab_size": -3}, "vocab_size must be greater than 0, not -3"),
+        ({"dropout": 1.0}, "dropout must be less than 1, not 1.0"),
     ],
 )
-def test_impossible_sizes(make_model, change, sentence):
+def test_invalid_sizes_are_one_sentence(make_model, change, sentence):
     with pytest.raises(ConfigError, match=sentence):
         make_model(**change)
 
@@ -288,16 +286,19 @@ def test_impossible_sizes(make_model, change, sentence):
     ("arguments", "sentence"),
     [
         ({"input_ids": torch.zeros(17, dtype=torch.long)}, r"shape \(batch, length\)"),
-        ({"input_ids": torch.zeros(1, 4)}, "whole numbers.*float32"),
-        ({"input_ids": torch.zeros(1, 17, dtype=torch.long)}, r"17 tokens.*max_seq_len = 16"),
-        ({"input_ids": torch.tensor([[3, 50]])}, "token 50.*vocabulary is 0 to 49"),
-        ({"input_ids": torch.tensor([[-1, 5]])}, "token -1.*vocabulary is 0 to 49"),
-        ({"labels": torch.tensor([[3, -100, 99]])}, "labels holds token 99"),
-        ({"labels": torch.tensor([[3, 4]])}, r"labels has shape \(1, 2\).*\(1, 3\)"),
+        ({"input_ids": torch.zeros(1, 4)}, "integers.*float32"),
+        (
+            {"input_ids": torch.zeros(1, 17, dtype=torch.long)},
+            "17 tokens, more .* = 16",
+        ),
+        ({"input_ids": torch.tensor([[3, 50]])}, r"token 50, outside .*vocabulary \(0 to 49\)"),
+        ({"input_ids": torch.tensor([[-1, 5]])}, r"token -1, outside .*vocabulary \(0 to 49\)"),
+        ({"labels": torch.tensor([[3, -100, 99]])}, "labels contains token 99"),
+        ({"labels": torch.tensor([[3, 4]])}, r"labels has shape \(1, 2\), expected \(1, 3\)"),
         ({"attention_mask": torch.ones(1, 4)}, r"attention_mask has shape \(1, 4\)"),
     ],
 )
-def test_bad_input_is_one_sentence(make_model, arguments, sentence):
+def test_invalid_input_is_one_sentence(make_model, arguments, sentence):
     arguments = {"input_ids": torch.tensor([[1, 2, 3]])} | arguments
     with pytest.raises(DataError, match=sentence) as error:
         make_model()(**arguments)
