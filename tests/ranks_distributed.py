@@ -44,10 +44,20 @@ seen["broadcast"] = [
     d.broadcast_object({"from": rank}, "g"),
     d.broadcast_object(["one"] if rank else None, "h", root_rank=1),
 ]
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor whose copy in CPU memory is a copy, as a GPU's is."""
+
+    def cpu(self) -> torch.Tensor:
+        return self.clone().as_subclass(torch.Tensor)
+
+
 model = torch.nn.Linear(2, 2)
 torch.nn.init.constant_(model.weight, 5.0 + rank)
+model.register_buffer("elsewhere", torch.full((1, 2), 5.0 + rank).as_subclass(Elsewhere))
 d.broadcast_parameters(model)
-seen["parameters"] = model.weight.tolist()
+seen["parameters"] = [*model.weight.tolist(), *model.elsewhere.tolist()]
 d.barrier()
 
 

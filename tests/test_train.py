@@ -84,10 +84,16 @@ def test_a_run_of_the_same_name_is_set_aside_not_overwritten(tiny_project, train
              "data.path=missing.txt", "--set", "data.data_dir=none"),
             "missing.txt",
         ),
+        (
+            ("--config", "configs/tiny.yaml", "--set", "training.device=cuda"),
+            "training.device is cuda, and torch sees no GPU on ",
+        ),
     ],
 )  # fmt: skip
 def test_a_users_error_is_one_sentence(start, arguments, sentence):
-    finished = start(["-m", "horovod_lm.train", *arguments]).wait(60)
+    # An empty list hides the GPUs that a machine may have.
+    env = {"CUDA_VISIBLE_DEVICES": ""}
+    finished = start(["-m", "horovod_lm.train", *arguments], env=env).wait(60)
     assert finished.code == 2
     assert finished.output.startswith("error: ") and sentence in finished.output
     assert len(finished.output.strip().splitlines()) == 1

@@ -343,7 +343,7 @@ def test_averages_and_sums_are_over_all_ranks(ranks):
 def test_objects_come_in_the_order_of_ranks_and_from_the_root(ranks):
     assert both(ranks, "gathered") == [{"rank": 0, "text": "é"}, {"rank": 1, "text": "éé"}]
     assert both(ranks, "broadcast") == [{"from": 0}, ["one"]]
-    assert both(ranks, "parameters") == [[5.0, 5.0], [5.0, 5.0]]
+    assert both(ranks, "parameters") == [[5.0, 5.0]] * 3
 
 
 def test_once_per_host_is_once_and_the_others_wait(ranks):
