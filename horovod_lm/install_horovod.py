@@ -6,14 +6,20 @@
 
 There is no ready-made Horovod to download: it links against one exact torch, so it is compiled
 here. Look at the tools, and name the build after everything that it depends on; unless that build
-is installed, or kept from an earlier time: fetch the source and check its hash, repair it, compile
+is installed, or kept from an earlier time: fetch the source and check its hash, patch it, compile
 it, try it, keep the wheel. Then install it, and try that too.
 
 Wheels are kept in ~/.cache/horovod_lm (or $HOROVOD_LM_CACHE), one folder per build. The installed
 version carries the key of its build, 0.28.1+lm.<key>: that is how a later call recognises it.
 
-Run so far: Gloo, and --mpi with Open MPI 4.1, on Linux x86-64 under Python 3.11 with torch 2.13.
-Not run so far: NCCL (its options are set as Horovod's manual says), macOS.
+NCCL is built in where a CUDA build of torch and NVIDIA's driver are, with torch's own NCCL. The
+compiler is that of the system's CUDA toolkit, if it has torch's CUDA version (HOROVOD_CUDA_HOME,
+CUDA_HOME, or nvcc on PATH); for CUDA 13 and later it is otherwise installed from PyPI.
+
+Without a network, and without installing anything:
+
+    python -m horovod_lm.install_horovod --source horovod-0.28.1.tar.gz --target FOLDER
+    PYTHONPATH=FOLDER python -m horovod.runner.launch -np 2 python train.py
 """
 
 from __future__ import annotations
@@ -29,15 +35,16 @@ from pathlib import Path
 
 from horovod_lm.installation.build import (
     available_jobs,
+    build_into,
     build_wheel,
+    fetch_source,
     kept_wheel,
     pip_command,
     try_out,
 )
 from horovod_lm.installation.toolchain import Toolchain, inspect_toolchain
-from horovod_lm.installation.trial import last_line
 from horovod_lm.utils.cli import command, run_cli
-from horovod_lm.utils.errors import UserError
+from horovod_lm.utils.errors import UserError, last_line
 
 OUR_VERSION = re.compile(r"\+lm\.([0-9a-f]{12})$")
 
@@ -58,7 +65,7 @@ def install_horovod(toolchain: Toolchain, force: bool = False, jobs: int | None 
         here = installed_version()
         if key_of(here) == toolchain.key and not force:
             try_out(toolchain)
-            print(f"Horovod {here} is installed and works: nothing to do.")
+            print(f"Horovod {here} is installed and works, {toolchain.summary}: nothing to do.")
             return
         if here is not None and not force:
             print(f"replacing what is installed: {why_not_right(here)}.", flush=True)
@@ -67,8 +74,7 @@ def install_horovod(toolchain: Toolchain, force: bool = False, jobs: int | None 
             print(f"installing the wheel kept from an earlier build: {wheel}", flush=True)
         install_wheel(wheel or build_wheel(toolchain, cache, jobs or available_jobs()))
         try_out(toolchain)
-        features = " and ".join(toolchain.features)
-        print(f"Horovod {installed_version()} is installed and works, with {features}.")
+        print(f"Horovod {installed_version()} is installed and works, {toolchain.summary}.")
 
 
 def check_horovod(toolchain: Toolchain) -> None:
@@ -96,16 +102,25 @@ def cache_folder() -> Path:
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Hold a lock on `folder`: a second installer waits, and then finds the work done."""
-    import fcntl  # here, so that this module can be imported on a system without it
+    from filelock import FileLock, Timeout  # the set-up imports this module before it is there
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire(blocking=False)
+        except Timeout:
             print("another installation is building Horovod; waiting for it...", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"Horovod's builds are kept in {folder}, which cannot be written ({error.strerror});"
+            " name another folder: HOROVOD_LM_CACHE=/a/folder"
+        ) from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def installed_version() -> str | None:
@@ -129,7 +144,7 @@ def why_not_right(version: str | None) -> str:
         return "Horovod is not installed"
     if key_of(version) is None:
         return f"Horovod {version} was not built by this project, so it lacks the patches"
-    return f"Horovod {version} was built for another torch, Python, compiler or set of options"
+    return f"Horovod {version} was built with other patches or options, or for another torch"
 
 
 def install_wheel(wheel: Path) -> None:
@@ -156,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--nccl",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="build NCCL in, for GPUs (default: when a CUDA torch, nvcc and nccl.h are all here)",
+        help="build NCCL in, for GPUs (default: with a CUDA build of torch and NVIDIA's driver)",
     )
     parser.add_argument("--force", action="store_true", help="build again, even if all is well")
     parser.add_argument("--check", action="store_true", help="only look and try; change nothing")
@@ -166,11 +181,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N",
         help="compilers at once (default: as cores and memory allow); 1 if memory runs out",
     )
+    parser.add_argument(
+        "--target",
+        type=Path,
+        metavar="FOLDER",
+        help="build into this folder, for PYTHONPATH, and install nothing",
+    )
+    parser.add_argument(
+        "--source",
+        type=Path,
+        metavar="FILE",
+        help="with --target: Horovod's source distribution (default: the kept one, or pip's index)",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.source and not arguments.target:
+        raise UserError("--source needs --target; without it the source is fetched and kept")
+    if arguments.source and not arguments.source.is_file():
+        raise UserError(f"--source {arguments.source} is not a file")
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {arguments.jobs}")
     toolchain = inspect_toolchain(mpi=arguments.mpi, nccl=arguments.nccl)
-    if arguments.check:
+    if arguments.target:
+        source = arguments.source or fetch_source(cache_folder())
+        jobs = arguments.jobs or available_jobs()
+        build_into(toolchain, arguments.target.absolute(), source, jobs)
+        print(f"Horovod is in {arguments.target} and works, {toolchain.summary}.")
+    elif arguments.check:
         check_horovod(toolchain)
     else:
         install_horovod(toolchain, force=arguments.force, jobs=arguments.jobs)

@@ -55,7 +55,7 @@ def test_a_build_of_ours_is_known_by_its_version(version, key):
 def test_what_is_wrong_is_said_for_each_case():
     assert why_not_right(None) == "Horovod is not installed"
     assert "not built by this project" in why_not_right("0.28.1")
-    assert "another torch" in why_not_right("0.28.1+lm.0123456789ab")
+    assert "for another torch" in why_not_right("0.28.1+lm.0123456789ab")
 
 
 def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
@@ -93,7 +93,7 @@ def test_check_refuses_a_horovod_that_is_not_ours(tmp_path):
 
 def test_check_refuses_a_build_for_another_torch(tmp_path):
     done = command("--check", PYTHONPATH=pretend_version(tmp_path, "0.28.1+lm.0123456789ab"))
-    assert done.returncode == 2 and "was built for another torch" in done.stderr
+    assert done.returncode == 2 and "for another torch" in done.stderr
 
 
 @pytest.mark.horovod

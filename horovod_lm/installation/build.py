@@ -1,30 +1,30 @@
-"""Make a Horovod wheel: fetch the source, repair it, compile it, try it, keep it."""
+"""Make a Horovod wheel: fetch the source, patch it, compile it, try it, keep it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 
+from horovod_lm.installation.cuda import build_variables
 from horovod_lm.installation.patches import HOROVOD_VERSION, SDIST_SHA256, apply_patches
 from horovod_lm.installation.progress import run_with_progress
 from horovod_lm.installation.toolchain import Toolchain, find_cmake
 from horovod_lm.installation.trial import (
     TrialError,
     environment_without_horovod,
-    last_line,
+    time_allreduce,
     try_one_rank,
 )
 from horovod_lm.utils.cli import command
-from horovod_lm.utils.errors import UserError
+from horovod_lm.utils.errors import UserError, last_line
+from horovod_lm.utils.machine import available_cores
 
 BYTES_PER_COMPILER = 1.5e9  # what one compiler may hold while it reads torch's headers
 
@@ -43,23 +43,43 @@ def build_wheel(toolchain: Toolchain, cache: Path, jobs: int) -> Path:
         UserError: the source cannot be had, does not compile, or the result does not work.
     """
     source = fetch_source(cache)
-    log = cache / "logs" / f"{toolchain.key}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     for stale in cache.glob("building-*"):  # of a killed build: nobody else holds the lock
         shutil.rmtree(stale, ignore_errors=True)
-    print(f"building Horovod {HOROVOD_VERSION} for torch {toolchain.torch}: about 3.5 minutes on")
-    print(f"  two cores, here {jobs} compiler(s) at once; log: {log}", flush=True)
     with tempfile.TemporaryDirectory(prefix="building-", dir=cache) as folder:
-        wheel = compile_wheel(toolchain, source, Path(folder), log, jobs)
+        wheel = compile_wheel(toolchain, source, Path(folder), cache / "logs", jobs)
         finished = Path(folder) / "finished"
         finished.mkdir()
         wheel.rename(finished / wheel.name)
-        (finished / "toolchain.json").write_text(json.dumps(asdict(toolchain), indent=2) + "\n")
+        (finished / "toolchain.json").write_text(json.dumps(toolchain.described, indent=2) + "\n")
         place = cache / "wheels" / toolchain.key
         shutil.rmtree(place, ignore_errors=True)
         place.parent.mkdir(exist_ok=True)
         finished.rename(place)
     return place / wheel.name
+
+
+def build_into(toolchain: Toolchain, target: Path, source: Path, jobs: int) -> None:
+    """Build Horovod and unpack it into a folder for PYTHONPATH; install nothing.
+
+    Args:
+        toolchain: what to build.
+        target: the folder; an earlier build in it is replaced, other files are not.
+        source: Horovod's source distribution.
+        jobs: how many compilers run at once.
+
+    Raises:
+        UserError: the folder holds something else, the source is another one, does not compile, or
+            the result does not work.
+    """
+    ours = {target / "horovod", *target.glob("horovod-*.dist-info")}
+    if target.exists() and not (target.is_dir() and ours.issuperset(target.iterdir())):
+        raise UserError(f"{target} is not empty and not a build of Horovod; name a new folder")
+    check_source(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="building-", dir=target.parent) as folder:
+        compile_wheel(toolchain, source, Path(folder), target.parent, jobs)
+        shutil.rmtree(target, ignore_errors=True)
+        (Path(folder) / "unpacked").rename(target)
 
 
 def fetch_source(cache: Path) -> Path:
@@ -105,15 +125,21 @@ def check_source(sdist: Path) -> None:
         )
 
 
-def compile_wheel(toolchain: Toolchain, sdist: Path, folder: Path, log: Path, jobs: int) -> Path:
-    """Unpack, repair, compile and try out; every file of it stays inside `folder`.
+def compile_wheel(toolchain: Toolchain, sdist: Path, folder: Path, logs: Path, jobs: int) -> Path:
+    """Unpack, patch, compile and try out; every file of it stays inside `folder`.
 
     Returns:
-        The wheel.
+        The wheel; what it holds is in `folder`/unpacked.
 
     Raises:
-        UserError: with the lines that matter, a cure if one is known, and the log's path.
+        UserError: with the compiler's errors, what to do, and the log's path.
     """
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"horovod-{toolchain.key}.log"
+    print(f"building Horovod {HOROVOD_VERSION} for torch {toolchain.torch}, {toolchain.summary}:")
+    print(
+        f"  about 3.5 minutes on two cores, here {jobs} compiler(s) at once; log: {log}", flush=True
+    )
     with tarfile.open(sdist) as archive:
         archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python >= 3.11.4
         archive.extractall(folder)
@@ -121,11 +147,14 @@ def compile_wheel(toolchain: Toolchain, sdist: Path, folder: Path, log: Path, jo
     apply_patches(source)
     command = pip_command("wheel --verbose --no-deps --no-build-isolation --use-pep517")
     command += ["--wheel-dir", str(folder), str(source)]
-    run_with_progress(command, env=build_environment(toolchain, jobs), log=log, title="Horovod")
+    env = build_environment(toolchain, jobs)
+    if toolchain.cuda:
+        env |= build_variables(toolchain.cuda, folder / "links")
+    run_with_progress(command, env=env, log=log, title="Horovod")
     wheel = next(folder.glob("horovod-*.whl"))
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder / "trial")
-    try_out(toolchain, folder / "trial")
+        archive.extractall(folder / "unpacked")
+    try_out(toolchain, folder / "unpacked")
     return wheel
 
 
@@ -137,8 +166,7 @@ def build_environment(toolchain: Toolchain, jobs: int) -> dict[str, str]:
         jobs: how many compilers run at once.
     """
     # A stray HOROVOD_WITH_... of the user's would make a wheel that its key does not describe.
-    places = ("HOROVOD_NCCL_", "HOROVOD_CUDA_HOME", "HOROVOD_BUILD_CUDA_CC_LIST")
-    env = environment_without_horovod(keep=places) | {
+    env = environment_without_horovod() | {
         "HOROVOD_WITH_PYTORCH": "1",
         "HOROVOD_WITHOUT_TENSORFLOW": "1",
         "HOROVOD_WITHOUT_MXNET": "1",
@@ -172,6 +200,8 @@ def try_out(toolchain: Toolchain, folder: Path | None = None) -> None:
         lacking = [feature for feature in toolchain.features if not built[feature]]
         if lacking:
             raise TrialError(f"{' and '.join(lacking)} is not in this build")
+        if toolchain.nccl:
+            time_allreduce(size=4000, folder=folder)
     except TrialError as error:
         raise UserError(
             f"Horovod is built but does not work ({error}); build it again from nothing: "
@@ -180,14 +210,11 @@ def try_out(toolchain: Toolchain, folder: Path | None = None) -> None:
 
 
 def available_jobs() -> int:
-    """As many compilers as there are cores, but no more than memory holds."""
+    """Return as many compilers as there are cores, but no more than memory holds."""
     import psutil
 
-    process = psutil.Process()
-    can_be_bound = hasattr(process, "cpu_affinity")  # not on macOS
-    cores = len(process.cpu_affinity()) if can_be_bound else (os.cpu_count() or 1)
     by_memory = int(psutil.virtual_memory().available // BYTES_PER_COMPILER)
-    return max(1, min(cores, by_memory))
+    return max(1, min(available_cores(), by_memory))
 
 
 def pip_command(arguments: str) -> list[str]:

@@ -10,14 +10,16 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from horovod_lm.installation.cuda import Cuda, find_cuda, why_no_gpu
 from horovod_lm.installation.patches import HOROVOD_VERSION, patches_digest
 from horovod_lm.utils.errors import UserError
 
 # What Horovod's setup.py imports, and what Horovod itself imports when it runs.
-NEEDED_MODULES = "cffi cloudpickle numpy packaging psutil setuptools wheel yaml".split()
+NEEDED_MODULES = "cloudpickle numpy packaging psutil setuptools wheel yaml".split()
+NOT_IN_KEY = ("cuda", "why_not")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,10 @@ class Toolchain:
         platform: operating system and processor.
         compiler: what the C++ compiler calls itself.
         mpi: what MPI calls itself, or None for a build without MPI.
-        nccl: the CUDA version of torch, or None for a build without NCCL.
+        nccl: the versions of CUDA and NCCL and the GPU architectures, or None for a build without
+            NCCL.
+        cuda: where they are; not part of the key.
+        why_not: why there is no NCCL; not part of the key.
     """
 
     horovod: str
@@ -43,11 +48,18 @@ class Toolchain:
     compiler: str
     mpi: str | None = None
     nccl: str | None = None
+    cuda: Cuda | None = field(default=None, compare=False)
+    why_not: str = field(default="", compare=False)
+
+    @property
+    def described(self) -> dict[str, str | None]:
+        """What decides the build."""
+        return {name: value for name, value in asdict(self).items() if name not in NOT_IN_KEY}
 
     @property
     def key(self) -> str:
         """Twelve hexadecimal digits that name the build: another toolchain, another key."""
-        described = json.dumps(asdict(self), sort_keys=True)
+        described = json.dumps(self.described, sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()[:12]
 
     @property
@@ -55,27 +67,41 @@ class Toolchain:
         """What the build can communicate with."""
         return ["gloo"] + ["mpi"] * (self.mpi is not None) + ["nccl"] * (self.nccl is not None)
 
+    @property
+    def summary(self) -> str:
+        """What is built in, and why NCCL is not, for a person."""
+        parts = ["Gloo", *(["MPI"] if self.mpi else []), *([self.nccl] if self.nccl else [])]
+        without = f"; without NCCL: {self.why_not}" if self.why_not else ""
+        return f"with {' and '.join(parts)}{without}"
+
 
 def inspect_toolchain(mpi: bool = False, nccl: bool | None = None) -> Toolchain:
     """Look at what is installed, and decide what the build will contain.
 
     Args:
         mpi: build MPI in beside Gloo.
-        nccl: build NCCL in; None means when all that it needs is here.
+        nccl: build NCCL in; None means where NVIDIA's driver and a CUDA build of torch are.
 
     Raises:
         UserError: something that the build needs, or that was asked for, is not here.
     """
     torch_version, torch_cuda = _installed_torch()
-    lacking = what_nccl_lacks(torch_cuda)
-    if nccl and lacking:
-        raise UserError(f"--nccl cannot be built here: {'; '.join(lacking)}")
     if mpi and not (shutil.which("mpicxx") and shutil.which("mpirun")):
         raise UserError(
             "--mpi needs MPI's `mpicxx` and `mpirun` on PATH; on Debian or Ubuntu: "
             "apt-get install libopenmpi-dev openmpi-bin"
         )
     _check_what_the_build_needs()
+    cuda, why_not = None, "--no-nccl was given"
+    if nccl is not False:
+        why_not = "" if nccl else why_no_gpu(torch_cuda) or ""
+    if not why_not:
+        try:
+            cuda = find_cuda(torch_cuda)
+        except UserError as error:
+            if nccl:
+                raise
+            why_not = str(error)
     return Toolchain(
         horovod=HOROVOD_VERSION,
         patches=patches_digest(),
@@ -84,30 +110,10 @@ def inspect_toolchain(mpi: bool = False, nccl: bool | None = None) -> Toolchain:
         platform=sysconfig.get_platform(),
         compiler=describe_compiler(),
         mpi=_first_line("mpirun", "--version") if mpi else None,
-        nccl=f"CUDA {torch_cuda}" if nccl or (nccl is None and not lacking) else None,
+        nccl=str(cuda) if cuda else None,
+        cuda=cuda,
+        why_not=why_not,
     )
-
-
-def what_nccl_lacks(torch_cuda: str | None) -> list[str]:
-    """What is missing to build NCCL in, a few words each.
-
-    Args:
-        torch_cuda: the CUDA version that torch was built for, or None.
-    """
-    lacking = []
-    if torch_cuda is None:
-        lacking.append("the torch that is installed is not a CUDA build")
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        lacking.append("NVIDIA's compiler `nvcc` is not on PATH")
-    chosen = [os.environ.get("HOROVOD_NCCL_INCLUDE"), os.environ.get("HOROVOD_NCCL_HOME")]
-    folders = [Path(place) for place in (*chosen, os.environ.get("CONDA_PREFIX")) if place]
-    folders += [Path(nvcc).resolve().parents[1]] if nvcc else []
-    folders += [Path("/usr"), Path("/usr/local")]
-    headers = [folder / name for folder in folders for name in ("nccl.h", "include/nccl.h")]
-    if not any(header.is_file() for header in headers):
-        lacking.append("nccl.h was not found (install libnccl-dev, or set HOROVOD_NCCL_HOME)")
-    return lacking
 
 
 def find_compiler() -> str:
@@ -162,7 +168,8 @@ def _check_what_the_build_needs() -> None:
             f"the build needs {', '.join(missing)}, not installed here; "
             f"install what the project needs: {sys.executable} -m pip install -e ."
         )
-    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+    places = [sysconfig.get_path("include"), *os.environ.get("CPATH", "").split(os.pathsep)]
+    if not any(Path(place, "Python.h").is_file() for place in places if place):
         raise UserError(
             "Python's own headers (Python.h) are missing; on Debian or Ubuntu: "
             "apt-get install python3-dev"

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from horovod_lm.utils.errors import UserError
+from horovod_lm.utils.errors import UserError, last_line
 
 SECONDS_FOR_ONE_RANK = 120  # importing torch from a cold disk is most of it
 SECONDS_FOR_RANKS = 60
@@ -22,6 +22,9 @@ hvd.init()
 total = hvd.allreduce(torch.arange(3.0), op=hvd.Sum, name="trial")
 assert total.tolist() == [0.0, 1.0, 2.0], total
 built = {"gloo": hvd.gloo_built(), "mpi": hvd.mpi_built(), "nccl": hvd.nccl_built()}
+if built["nccl"] and torch.cuda.is_available():
+    total = hvd.allreduce(torch.arange(3.0, device="cuda"), op=hvd.Sum, name="trial of a GPU")
+    assert total.tolist() == [0.0, 1.0, 2.0], total
 hvd.shutdown()
 print(json.dumps({name: bool(has) for name, has in built.items()}))
 """
@@ -47,7 +50,7 @@ class TrialError(UserError, RuntimeError):
 
 
 def try_one_rank(folder: Path | None = None) -> dict[str, bool]:
-    """Import Horovod, start one rank, reduce a tensor.
+    """Import Horovod, start one rank, reduce a tensor; with NCCL and a GPU, one there, too.
 
     Args:
         folder: an unpacked wheel to try instead of the installed Horovod.
@@ -58,20 +61,19 @@ def try_one_rank(folder: Path | None = None) -> dict[str, bool]:
     Raises:
         TrialError: something of this did not work.
     """
-    env = environment_without_horovod()
-    env |= {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo", "OMP_NUM_THREADS": "1"}
-    if folder is not None:
-        env["PYTHONPATH"] = os.pathsep.join([str(folder), env.get("PYTHONPATH", "")])
+    env = _environment(folder)
+    env |= {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}
     said = _run([sys.executable, "-c", ONE_RANK], env, SECONDS_FOR_ONE_RANK)
     return dict(json.loads(said.splitlines()[-1]))
 
 
-def time_allreduce(ranks: int = 2, size: int = 4_000_000) -> float:
+def time_allreduce(ranks: int = 2, size: int = 4_000_000, folder: Path | None = None) -> float:
     """Start ranks with horovodrun and time an allreduce between them.
 
     Args:
         ranks: how many.
         size: of the tensor, in bytes.
+        folder: an unpacked wheel to try instead of the installed Horovod.
 
     Returns:
         The median time of 20 allreduces, in seconds.
@@ -79,24 +81,27 @@ def time_allreduce(ranks: int = 2, size: int = 4_000_000) -> float:
     Raises:
         TrialError: the ranks did not come up, or did not end in time.
     """
-    horovodrun = Path(sys.executable).parent / "horovodrun"
-    env = environment_without_horovod() | {"OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "seconds.json"
-        command = [str(horovodrun), "--gloo", "-np", str(ranks), sys.executable, "-c", ALL_RANKS]
-        _run([*command, str(ranks), str(size), str(answer)], env, SECONDS_FOR_RANKS)
+    command = [str(Path(sys.executable).parent / "horovodrun")]
+    if folder is not None:
+        command = [sys.executable, "-m", "horovod.runner.launch"]
+    with tempfile.TemporaryDirectory() as answers:
+        answer = Path(answers) / "seconds.json"
+        command += ["--gloo", "-np", str(ranks), sys.executable, "-c", ALL_RANKS]
+        command += [str(ranks), str(size), str(answer)]
+        _run(command, _environment(folder), SECONDS_FOR_RANKS)
         return float(json.loads(answer.read_text()))
 
 
-def environment_without_horovod(keep: tuple[str, ...] = ()) -> dict[str, str]:
-    """This process's environment, less what steers Horovod (a rank's, or a user's)."""
-    mine = os.environ.items()
-    return {k: v for k, v in mine if not k.startswith("HOROVOD_") or k.startswith(keep)}
+def environment_without_horovod() -> dict[str, str]:
+    """Return this process's environment, less what steers Horovod (a rank's, or a user's)."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
 
 
-def last_line(said: str) -> str:
-    """The last line that a process said: where it says why it failed."""
-    return (said.strip().splitlines() or ["it said nothing"])[-1].strip()
+def _environment(folder: Path | None) -> dict[str, str]:
+    env = environment_without_horovod() | {"OMP_NUM_THREADS": "1"}
+    if folder is not None:
+        env["PYTHONPATH"] = os.pathsep.join([str(folder), env.get("PYTHONPATH", "")])
+    return env
 
 
 def _run(command: list[str], env: dict[str, str], seconds: float) -> str:
@@ -131,7 +136,7 @@ def _reason(code: int, out: str, err: str) -> str:
     if code < 0 and not err.strip():
         return f"the process was ended by {signal.Signals(-code).name}, and said nothing"
     of_ranks = [line for line in err.splitlines() if "<stderr>:" in line and "Error: " in line]
-    return last_line(of_ranks[0] if of_ranks else err or out)
+    return last_line(of_ranks[0] if of_ranks else err or out) or "it said nothing"
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

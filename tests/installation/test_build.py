@@ -61,12 +61,12 @@ def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(tmp_path, monk
 def test_only_the_options_steer_the_build(monkeypatch):
     monkeypatch.setenv("HOROVOD_WITH_TENSORFLOW", "1")
     monkeypatch.setenv("HOROVOD_WITH_MPI", "1")
-    monkeypatch.setenv("HOROVOD_NCCL_HOME", "/opt/nccl")
+    monkeypatch.setenv("HOROVOD_CUDA_HOME", "/opt/cuda")
     monkeypatch.setenv("MAKEFLAGS", "-j9 --jobserver-auth=3,4")
     env = build_environment(HERE, jobs=2)
     assert "HOROVOD_WITH_TENSORFLOW" not in env and "HOROVOD_WITH_MPI" not in env
     assert env["HOROVOD_WITHOUT_MPI"] == "1" and "HOROVOD_GPU_OPERATIONS" not in env
-    assert env["HOROVOD_NCCL_HOME"] == "/opt/nccl"  # where a library is, not what to build
+    assert "HOROVOD_CUDA_HOME" not in env  # it would make a build with CUDA
     assert env["MAKEFLAGS"] == "-j2"
     assert env["HOROVOD_LOCAL_VERSION"] == f"lm.{HERE.key}"
 
@@ -81,11 +81,11 @@ def test_a_build_that_fails_leaves_a_log_and_no_wheel(cache, monkeypatch):
     monkeypatch.setenv("CXX", shutil.which("false"))
     toolchain = replace(inspect_toolchain(nccl=False), compiler="one that always fails")
     (cache / "building-of-a-killed-run").mkdir()
-    with pytest.raises(UserError, match="the build failed; it said:(?s:.*)CMake Error") as error:
+    with pytest.raises(UserError, match="the build failed:(?s:.*)CMake Error") as error:
         build_wheel(toolchain, cache, jobs=1)
     assert kept_wheel(cache, toolchain.key) is None
     assert not list(cache.glob("building-*"))
-    log = cache / "logs" / f"{toolchain.key}.log"
+    log = cache / "logs" / f"horovod-{toolchain.key}.log"
     assert str(log) in str(error.value) and "CMake Error" in log.read_text()
 
 
@@ -98,7 +98,7 @@ def build(cache):
     root = psutil.Process(process.pid)
     family: list[psutil.Process] = []
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180  # other work may keep the cores busy
         while not any(_compiles(member) for member in family):
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
 
 import pytest
 
-from horovod_lm.installation import toolchain
+from horovod_lm.installation import cuda, toolchain
 from horovod_lm.installation.toolchain import Toolchain, inspect_toolchain
 from horovod_lm.utils.errors import UserError
 
@@ -19,13 +20,17 @@ def test_the_key_is_twelve_digits_and_stays_the_same():
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Toolchain)])
-def test_the_key_changes_with_everything_that_the_wheel_depends_on(field):
-    assert replace(HERE, **{field: "another"}).key != HERE.key
+def test_the_key_changes_with_everything_that_the_wheel_depends_on_and_nothing_else(field):
+    same = replace(HERE, **{field: "another"}).key == HERE.key
+    assert same == (field in ("cuda", "why_not"))
 
 
-def test_features_are_gloo_and_what_else_is_built():
-    assert HERE.features == ["gloo"]
-    assert replace(HERE, mpi="g++ 12", nccl="CUDA 12.8").features == ["gloo", "mpi", "nccl"]
+def test_the_summary_says_what_is_built_in_and_why_nccl_is_not():
+    cuda = "CUDA 12.8, NCCL 2.26.2, GPU architectures 80"
+    assert replace(HERE, mpi="g++ 12", nccl=cuda).summary == f"with Gloo and MPI and {cuda}"
+    assert replace(HERE, why_not="no NVIDIA driver was found").summary == (
+        "with Gloo; without NCCL: no NVIDIA driver was found"
+    )
 
 
 def test_this_machine_can_be_inspected():
@@ -80,21 +85,17 @@ def test_mpi_without_its_compiler_is_one_sentence(only_on_path):
         inspect_toolchain(mpi=True)
 
 
-def test_nccl_that_cannot_be_built_says_all_that_is_lacking(only_on_path):
-    only_on_path("make", "c++")
-    with pytest.raises(UserError, match="^--nccl cannot be built here: .*`nvcc` is not on PATH"):
+def test_a_build_without_nccl_says_why_and_is_refused_where_nccl_is_asked_for(monkeypatch):
+    monkeypatch.setattr(toolchain, "_installed_torch", lambda: ("2.9.0+cu128", "12.8"))
+    monkeypatch.setattr(cuda, "find_toolkit", lambda *_, **__: None)
+    monkeypatch.setattr(cuda, "has_gpu_driver", lambda: True)
+    monkeypatch.setattr(cuda, "driver_cuda", lambda: (12, 4))
+    reason = r"NCCL needs the compiler of CUDA 12\.8, .*: install NVIDIA's CUDA toolkit 12\.8"
+    found = inspect_toolchain()
+    assert found.nccl is None and re.match(reason, found.why_not)
+    with pytest.raises(UserError, match=reason):
         inspect_toolchain(nccl=True)
-
-
-def test_nccl_is_found_where_the_user_says(only_on_path, tmp_path, monkeypatch):
-    only_on_path("make")
-    (tmp_path / "nvcc").write_text("#!/bin/sh\n")
-    (tmp_path / "nvcc").chmod(0o755)
-    (tmp_path / "include").mkdir()
-    (tmp_path / "include" / "nccl.h").write_text("")
-    monkeypatch.setenv("HOROVOD_NCCL_HOME", str(tmp_path))
-    assert toolchain.what_nccl_lacks("12.8") == []
-    assert toolchain.what_nccl_lacks(None) == ["the torch that is installed is not a CUDA build"]
+    assert inspect_toolchain(nccl=False).why_not == "--no-nccl was given"
 
 
 def test_missing_modules_are_named(monkeypatch):
