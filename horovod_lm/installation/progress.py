@@ -1,36 +1,28 @@
-"""A long build, watched: one moving line on a terminal, a few plain lines elsewhere, a full log.
-
-When the build fails, the lines that matter are picked out of thousands, with a cure if its kind
-is known.
-"""
+"""Run a long build: its percentage on the screen, its output in a log, and its errors explained."""
 
 from __future__ import annotations
 
 import os
 import re
-import selectors
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 from horovod_lm.utils.errors import UserError
 
 PERCENT = re.compile(r"\[\s*(\d{1,3})%\] (?:Building|Linking|Built)")
-STAGES = (
-    (re.compile(r"Running CMake|The CXX compiler identification"), "configuring"),
-    (re.compile(r"\[\s*\d+%\]"), "compiling"),
-    (re.compile(r"creating '.*\.whl'|running install_lib"), "packing the wheel"),
+ERROR = re.compile(
+    r"\berror\s*:|CMake Error|\bfatal\s*:|undefined reference|cannot find -l|Error: "
+    r"|No space left on device|[Cc]annot allocate memory|Killed"
 )
-TELLING = re.compile(
-    r"\berror\b|CMake Error|No such file|No space left|not found|Killed|cannot allocate",
-    re.IGNORECASE,
-)
-NOISE = re.compile(r"Wno-error|Werror|error_code|subprocess-exited|^-- |warning:", re.IGNORECASE)
+NOISE = re.compile(r"subprocess-exited|metadata-generation-failed|ERROR: Failed|CalledProcessError")
+SOURCE_LINE = re.compile(r"\s*\d* +\| ")  # GCC's copy of the source, with a caret below
+BLOCKS_SHOWN, LINES_OF_A_BLOCK = 3, 8
 
-# (what the log says, what to do about it); the first that is found is told.
+# (what the log says, what to do about it); the first that is found is shown.
 CURES = (
     (
         r"No space left on device",
@@ -41,135 +33,97 @@ CURES = (
         "the compiler ran out of memory: run again with --jobs 1",
     ),
     (r"Python\.h: No such file", "Python's headers are missing: apt-get install python3-dev"),
-    (r"Could NOT find NCCL", "NCCL's headers are missing: install libnccl-dev, or give --no-nccl"),
+    (r"Could NOT find NCCL", "NCCL's library was not found: set HOROVOD_NCCL_HOME, or --no-nccl"),
     (r"Could NOT find MPI", "MPI does not compile: install libopenmpi-dev, or leave out --mpi"),
+    (
+        r"Unsupported gpu architecture|unsupported GNU version",
+        "this CUDA does not support this GPU or this compiler: install another CUDA build of torch,"
+        " name another compiler in CXX, or build without NCCL: --no-nccl",
+    ),
     (
         r"You need C\+\+\d+|unrecognized command.line option .-std=",
         "the C++ compiler is too old for this torch: install a newer one and name it in CXX",
     ),
     (r"CMake \d\S* or higher is required", "CMake is too old: python -m pip install -U cmake"),
 )
-OTHERWISE = "the build may simply be run again; the log holds everything that was said"
-
-
-class Progress:
-    """What is shown while a build runs: stage, percent of the files compiled, time so far."""
-
-    def __init__(self, title: str, stream: TextIO) -> None:
-        self.title = title
-        self.stream = stream
-        self.moving = stream.isatty()
-        self.started = time.monotonic()
-        self.stage = "unpacking"
-        self.percent = 0
-        self.shown: tuple[str, int] | None = None
-
-    def read(self, line: str) -> None:
-        """Take one line of the build's output into account."""
-        for pattern, stage in STAGES:
-            if pattern.search(line):
-                self.stage = stage
-        found = PERCENT.search(line)
-        if found:
-            self.percent = max(self.percent, int(found.group(1)))  # parallel jobs end out of order
-
-    def show(self) -> None:
-        """Draw the moving line, or print a plain one when the stage or the tenth has changed."""
-        state = (self.stage, self.percent // 10 if self.stage == "compiling" else 0)
-        if self.moving:
-            self.stream.write(f"\r\x1b[K{self}")
-        elif state != self.shown:
-            self.stream.write(f"{self}\n")
-        self.shown = state
-        self.stream.flush()
-
-    def finish(self, outcome: str) -> None:
-        """Replace the moving line by a last, plain one."""
-        clear = "\r\x1b[K" if self.moving else ""
-        self.stream.write(f"{clear}  {self.title}: {outcome} after {self.elapsed()}\n")
-        self.stream.flush()
-
-    def elapsed(self) -> str:
-        """The time so far, as 3m05s."""
-        minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
-        return f"{minutes}m{seconds:02d}s"
-
-    def __str__(self) -> str:
-        percent = f" {self.percent:3d} %" if self.stage == "compiling" else ""
-        return f"  {self.title}: {self.stage}{percent}  {self.elapsed()}"
+OTHERWISE = "no fix is known for this error; another compiler, named in CXX, may not have it"
 
 
 def run_with_progress(
     command: list[str], env: dict[str, str], log: Path, title: str, stream: TextIO | None = None
 ) -> None:
-    """Run a build to its end, showing how far it is, and keep all its output in `log`.
+    """Run a build to its end, show its percentage, and write all its output to `log`.
+
+    Args:
+        command: the build; an interrupt ends it and every process that it started.
+        env: its environment variables.
+        log: the file for its output.
+        title: what is built.
+        stream: where the percentage is shown: one changing line on a terminal, elsewhere a line
+            for each tenth; None is stdout.
 
     Raises:
-        UserError: it failed; with the telling lines, a cure, and the path of the log.
+        UserError: it failed; with its errors, what to do, and the path of the log.
     """
-    progress = Progress(title, stream or sys.stdout)
-    lines: list[str] = []
+    stream = stream or sys.stdout
+    started, shown = time.monotonic(), -1
+    start, end = ("\r\x1b[K", "") if stream.isatty() else ("", "\n")
+
+    def show(state: str, end: str = "\n") -> None:
+        minutes, seconds = divmod(int(time.monotonic() - started), 60)
+        stream.write(f"{start}  {title}: {state} after {minutes}m{seconds:02d}s{end}")
+        stream.flush()
+
     with log.open("w", encoding="utf-8") as kept:
         process = subprocess.Popen(
-            command,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+            command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True, text=True, errors="replace",
+        )  # fmt: skip
+        assert process.stdout is not None
         try:
-            for line in _lines_or_ticks(process):
-                if line is not None:
-                    lines.append(line)
-                    kept.write(line + "\n")
-                    progress.read(line)
-                progress.show()
+            for line in process.stdout:
+                kept.write(line)
+                found = PERCENT.search(line)
+                # Parallel compilers finish out of order: the percentage only rises.
+                if found and int(found[1]) // (1 if start else 10) > shown:
+                    shown = int(found[1]) // (1 if start else 10)
+                    show(f"{found[1]} % compiled", end)
             code = process.wait()
         except BaseException:
             _stop_group(process)
-            progress.finish("stopped")
+            show("stopped")
             raise
-    progress.finish("built" if code == 0 else "failed")
+    show("built" if code == 0 else "failed")
     if code != 0:
-        raise UserError(explain_failure(lines, log))
+        raise UserError(explain_failure(log))
 
 
-def explain_failure(lines: list[str], log: Path) -> str:
-    """The few lines of a failed build that say why, what to do, and where the rest is."""
-    telling = [line.strip() for line in lines if TELLING.search(line) and not NOISE.search(line)]
-    chosen = telling[:8] if telling else [line.strip() for line in lines[-15:]]
+def explain_failure(log: Path) -> str:
+    """Return the errors of a failed build as its tools printed them, what to do, and the log."""
+    lines = log.read_text(encoding="utf-8").splitlines()
+    blocks: list[list[str]] = []
+    for number, line in enumerate(lines):
+        if ERROR.search(line) and not NOISE.search(line):
+            block = [line]
+            for after in lines[number + 1 : number + LINES_OF_A_BLOCK]:
+                deeper = _indent(after) > _indent(line) or not after.strip()
+                if ERROR.search(after) or not (deeper or SOURCE_LINE.match(after)):
+                    break
+                block.append(after)
+            blocks.append(block)
+    chosen = sum(blocks[:BLOCKS_SHOWN], []) or lines[-15:]
+    said = "\n".join(f"  | {line}" for line in chosen if line.strip())
     text = "\n".join(lines)
     cure = next((cure for pattern, cure in CURES if re.search(pattern, text)), OTHERWISE)
-    said = "\n".join(f"  | {line[:200]}" for line in chosen)
-    return f"the build failed; it said:\n{said}\nWhat to do: {cure}\nThe full log: {log}"
+    return f"the build failed:\n{said}\nWhat to do: {cure}\nThe full log: {log}"
 
 
-def _lines_or_ticks(process: subprocess.Popen[bytes]) -> Iterator[str | None]:
-    """Each line of the output as it comes, and None after every second of silence."""
-    assert process.stdout is not None
-    pipe = process.stdout.fileno()
-    rest = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(pipe, selectors.EVENT_READ)
-        while True:
-            if not selector.select(timeout=1.0):
-                yield None
-                continue
-            chunk = os.read(pipe, 65536)
-            if not chunk:
-                break
-            *complete, rest = (rest + chunk).split(b"\n")
-            for line in complete:
-                yield line.decode("utf-8", errors="replace")
-    if rest:
-        yield rest.decode("utf-8", errors="replace")
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
-def _stop_group(process: subprocess.Popen[bytes]) -> None:
+def _stop_group(process: subprocess.Popen[str]) -> None:
     """End the build and every compiler that it started."""
-    import signal
-
     try:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(timeout=10)

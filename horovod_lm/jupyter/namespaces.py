@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from horovod_lm.utils.errors import DistributedError
+from horovod_lm.utils.errors import DistributedError, last_line
 
 INTERFACE, SWITCH = "hv0", "switch"
 SSH_PORT = 2222
@@ -179,8 +179,3 @@ def run(command: Sequence[str], check: bool = True) -> subprocess.CompletedProce
     if check and done.returncode:
         raise DistributedError(f"{' '.join(command)} failed: {last_line(done.stderr)}")
     return done
-
-
-def last_line(said: str) -> str:
-    """Return the last line that is not empty, where a command says why it failed."""
-    return next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "")

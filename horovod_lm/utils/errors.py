@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def last_line(printed: str) -> str:
+    """Return the last line that is not empty: where a command says why it failed."""
+    return next((line.strip() for line in reversed(printed.splitlines()) if line.strip()), "")
+
+
 class UserError(Exception):
     """An error a user can mend. Its text is the whole message: command lines print it alone."""
 
