@@ -208,7 +208,7 @@ def pytest_terminal_summary(terminalreporter):
 # ---- several workers -----------------------------------------------------------------------------
 
 # Only one worker makes hosts of network namespaces at a time: each test sees that none are left.
-MAKE_HOSTS = ("test_hosts", "test_cluster_hosts", "test_doctor_hosts", "test_job_files",
+MAKE_HOSTS = ("test_hosts", "test_doctor_hosts", "test_job_files",
               "test_hosts_page")  # fmt: skip
 
 

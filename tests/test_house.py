@@ -23,7 +23,8 @@ FLOORS = (
 )  # fmt: skip
 # elastic.py replaces Horovod's own elastic state and must derive from it; it needs Horovod anyway.
 DOORS_TO_HOROVOD = {
-    "utils/distributed.py", "elastic.py", "jupyter/engine_side.py", "jupyter/rendezvous.py"
+    "utils/distributed.py", "elastic.py", "jupyter/engine_side.py",
+    "jupyter/framed_horovodrun.py", "jupyter/rendezvous.py",
 }  # fmt: skip
 # The contract's one name for a terminal and a notebook: only in a notebook does it look upstairs.
 STAIRS_UP = {("generate.py", "horovod_lm.jupyter.playground")}

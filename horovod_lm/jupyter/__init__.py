@@ -1,7 +1,8 @@
 """What only notebooks need: ranks started from a cell, figures, and the notebooks themselves.
 
-`%load_ext horovod_lm.jupyter` gives a notebook the magic `%%horovodrun`. In it, `!command` runs
-this environment's `python` and `horovodrun`, and stops the page when the command fails.
+`%load_ext horovod_lm.jupyter` gives a notebook the magics `%%horovodrun` and `%%px`. In it,
+`!command` runs this environment's `python` and `horovodrun`, and stops the page when the command
+fails.
 """
 
 

@@ -1,198 +1,186 @@
-"""One call of horovodrun, as a notebook makes it: hosts, environment, threads, and the cell."""
+"""A job: one run of horovodrun, described (`JobSpec`) and started (`JobProcess`)."""
 
 from __future__ import annotations
 
-import argparse
-import base64
+import importlib.util
 import os
 import re
-import shlex
-import socket
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TextIO
 
 from horovod_lm.jupyter import rank_cell
-from horovod_lm.jupyter.supervisor import Job
-from horovod_lm.utils.cli import command
-from horovod_lm.utils.discovery import elastic_command, loopback_name, write_hosts
-from horovod_lm.utils.errors import ConfigError, DistributedError
+from horovod_lm.jupyter.framed_horovodrun import SECONDS_TO_AGREE
+from horovod_lm.jupyter.outcome import JobResult
+from horovod_lm.jupyter.processes import LONGEST_KILL, Processes
+from horovod_lm.utils.cli import command as shell_command
+from horovod_lm.utils.errors import DistributedError
 from horovod_lm.utils.machine import available_cores
 
-COMMANDS_PATIENCE = 8.0  # seconds that a command has to save and end when it is asked to
-# Linux's limit for one argument is 128 KiB, and a rank's whole call is one argument.
-LARGEST_INLINE = 64 * 1024
-_HOST = re.compile(r"^(\S+)\s+slots\s*=\s*(\d+)$")
-_LOCAL = {"localhost", "127.0.0.1"}
-# What a kernel has in its environment for itself, and what would make ranks of ranks.
-_NOT_PASSED_ON = re.compile(
+HOROVODRUN = "horovod_lm.jupyter.framed_horovodrun"
+NAME = "horovodrun"
+CELL_GRACE_PERIOD = 2.0  # seconds that ranks have to end after SIGTERM
+COMMAND_GRACE_PERIOD = 8.0  # the same for a command, which may save something
+# Variables for the kernel alone, and those that would make ranks of what a rank has started.
+_NOT_INHERITED = re.compile(
     r"^(HOROVOD_(RANK|SIZE|LOCAL_.*|CROSS_.*|HOSTNAME|GLOO_RENDEZVOUS.*)|MPLBACKEND|JPY_.*|PYDEVD_.*)$"
 )
+_noted: set[str] = set()
 
 
 @dataclass
-class Call:
-    """What is run, where, and how.
+class JobSpec:
+    """What to run, where, and how.
 
     Attributes:
-        size: how many ranks.
-        hosts: slots by host, in order; None: this one alone.
-        launcher: horovodrun and its options.
-        command: what each rank runs.
+        size: the number of ranks.
+        call: horovodrun with its options, and what each rank runs.
         env: environment variables of every rank, on top of the kernel's.
-        what: the name of it in sentences.
+        what: a name for it in sentences.
         elastic: whether ranks may come and go.
-        cell: the packed cell, where one is run.
-        timeout: seconds; 0: without end.
-        patience: seconds that ranks have to end by themselves.
-        log_dir: where the ranks' output is kept, if anywhere.
-        cwd: the folder that it is started in.
+        cell_folder: what `rank_cell.write_cell` has filled, where a cell is run.
+        timeout: the time limit in seconds; 0: none.
+        grace_period: seconds between SIGTERM and SIGKILL when it is stopped.
+        log_dir: where each rank's output is kept, as `console-rankN.log`; None: nowhere.
+        cwd: the working directory.
     """
 
     size: int
-    hosts: dict[str, int] | None
-    launcher: list[str]
-    command: list[str]
-    env: dict[str, str]
+    call: list[str]
+    env: dict[str, str] = field(default_factory=dict)
     what: str = "the cell"
     elastic: bool = False
-    cell: bytes = b""
+    cell_folder: Path | None = None
     timeout: float = 0.0
-    patience: float = 2.0
-    log_dir: str = ""
+    grace_period: float = CELL_GRACE_PERIOD
+    log_dir: Path | None = None
     cwd: str = field(default_factory=os.getcwd)
 
-    @classmethod
-    def of_command(cls, arguments: argparse.Namespace, command: Sequence[str]) -> Call:
-        """Return the call that runs a command, with the options that a magic's line gives."""
-        program = list(command)
-        if program[0] in ("python", "python3"):
-            program[0] = sys.executable  # the kernel's, whatever the PATH says
-        name = " ".join(program[1:3]) if program[0] == sys.executable else program[0]
-        # A command may have something to save when it is asked to end.
-        return cls(**_common(arguments), command=program, what=name, patience=COMMANDS_PATIENCE)
 
-    @classmethod
-    def of_cell(cls, arguments: argparse.Namespace, source: str, pushed: str) -> Call:
-        """Return the call that runs a cell's body.
+class JobProcess:
+    """The processes of one job, which end with the kernel at the latest.
 
-        Args:
-            arguments: the options of the magic's line.
-            source: the body.
-            pushed: what `pack_names` returned.
-        """
-        packed = rank_cell.pack(
-            source,
-            push=pushed,
-            wanted=bool(arguments.out),
-            paths=[path for path in sys.path if path],
-        )
-        command = [sys.executable, "-m", rank_cell.__name__]
-        return cls(**_common(arguments), command=command, cell=packed)
+    Args:
+        spec: what to run.
+        on_event: called with each event of the supervisor, in a thread of its own; the last one is
+            `{"event": "closed"}`.
 
-    @property
-    def is_command(self) -> bool:
-        """Whether a command is run, not a cell."""
-        return not self.cell
-
-    @property
-    def is_local(self) -> bool:
-        """Whether every rank is on this host."""
-        names = _LOCAL | {socket.gethostname()}
-        return self.hosts is None or all(host in names for host in self.hosts)
-
-    @property
-    def arguments(self) -> list[str]:
-        """The whole call, horovodrun first."""
-        return [*self.launcher, *self.command]
-
-    @contextmanager
-    def ready(self) -> Iterator[Job]:
-        """Yield the job, with the cell where its ranks find it.
-
-        Raises:
-            DistributedError: Horovod is not installed, or a cell for other hosts is too large.
-        """
-        env = {**inherited(), **self.env}
-        with tempfile.TemporaryDirectory(prefix="horovodrun-") as folder:
-            if self.cell:
-                env[rank_cell.VARIABLE] = self._place(Path(folder, "cell"))
-            find_horovodrun()
-            if self.timeout:
-                env[rank_cell.DEADLINE] = str(time.time() + self.timeout)
-            yield Job(
-                self.arguments, self.size, env, self.cwd, os.getpid(), self.patience,
-                gentle=self.is_command, elastic=self.elastic, timeout=self.timeout,
-                log_dir=self.log_dir,
-            )  # fmt: skip
-
-    def describe(self) -> str:
-        """Return what would be run, in lines.
-
-        Raises:
-            DistributedError: it could not be run, because Horovod is not installed.
-        """
-        find_horovodrun()
-        threads = self.env["OMP_NUM_THREADS"]
-        shown = [Path(word).name if word == sys.executable else word for word in self.arguments]
-        hosts = "this host" if self.hosts is None else _joined(self.hosts)
-        return "\n".join(
-            [
-                shlex.join(shown),
-                f"{self.size} ranks on {hosts}, CPU threads of each: {threads}",
-                "nothing was started",
-            ]
-        )
-
-    def _place(self, path: Path) -> str:
-        if self.is_local:
-            path.write_bytes(self.cell)
-            return f"@{path}"
-        text = base64.b64encode(self.cell).decode()
-        if len(text) > LARGEST_INLINE:
-            raise DistributedError(
-                f"the cell and what it is given take {len(text) / 1024:.0f} KiB, and other hosts"
-                f" can be sent {LARGEST_INLINE // 1024}: save data to a file that every host has"
-            )
-        return text
-
-
-def find_horovodrun() -> str:
-    """Return the path of the horovodrun that belongs to this Python.
+    Attributes:
+        result: what is known so far.
+        seconds: how long it ran; None while it runs.
+        ended: resolved with the result when no process of the job is left.
 
     Raises:
-        DistributedError: there is none.
+        DistributedError: Horovod is not installed.
     """
-    path = Path(sys.executable).with_name("horovodrun")
-    if not path.exists():
+
+    def __init__(
+        self, spec: JobSpec, on_event: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
+        require_horovod()
+        self._spec, self._on_event = spec, on_event
+        self.result = JobResult(spec.size, spec.what, spec.timeout, spec.elastic)
+        self.ended: Future[JobResult] = Future()
+        self.seconds: float | None = None
+        self._started = time.monotonic()
+        self._logs: dict[int, TextIO] = {}
+        env = {**inherited(), **spec.env}
+        if spec.cell_folder is not None:
+            env[rank_cell.VARIABLE] = str(spec.cell_folder)
+        if spec.timeout:
+            env[rank_cell.DEADLINE] = str(time.time() + spec.timeout)
+        at = next(i for i, word in enumerate(spec.call) if Path(word).name == NAME)
+        call = [*spec.call[:at], sys.executable, "-m", HOROVODRUN, *spec.call[at + 1 :]]
+        self._processes = Processes(self._hear)
+        self._processes.start(
+            NAME, call, env, cwd=spec.cwd,
+            grace_period=spec.grace_period, limit=spec.timeout,
+            ranks=1 if spec.elastic else spec.size,
+        )  # fmt: skip
+
+    def terminate(self) -> None:
+        """Stop every rank: SIGTERM, the grace period, SIGKILL. Return at once."""
+        self._processes.stop(NAME)
+
+    def stop(self) -> JobResult:
+        """Stop every rank, and return when no process is left."""
+        self.terminate()
+        return self.wait(self._spec.grace_period + 2 * LONGEST_KILL)
+
+    def wait(self, timeout: float | None = None) -> JobResult:
+        """Wait for the end. Raises TimeoutError if it does not come within `timeout` seconds."""
+        return self.ended.result(timeout)
+
+    def _hear(self, event: dict[str, Any]) -> None:
+        if event["event"] != "closed":
+            self._note(event)
+        if self._on_event is not None:
+            self._on_event(event)
+        if event["event"] == "ended":
+            self._processes.hang_up()
+        elif event["event"] == "closed":
+            for log in self._logs.values():
+                log.close()
+            self.seconds = time.monotonic() - self._started
+            self.ended.set_result(self.result)
+
+    def _note(self, event: dict[str, Any]) -> None:
+        self.result.add(event)
+        rank = event.get("rank")
+        if event["event"] == "output" and rank is not None:
+            self._log(rank, event["text"])
+        elif event["event"] == "rank_ended" and not self._spec.elastic:
+            self._processes.stop(NAME, "failed", after=SECONDS_TO_AGREE)
+        elif event["event"] == "ended" and self._spec.cell_folder is not None:
+            self.result.read_reports(self._spec.cell_folder)
+
+    def _log(self, rank: int, text: str) -> None:
+        if self._spec.log_dir is None:
+            return
+        try:
+            if rank not in self._logs:
+                path = self._spec.log_dir / f"console-rank{rank}.log"
+                self._logs[rank] = open(path, "a", encoding="utf-8", buffering=1)
+            self._logs[rank].write(text)
+        except OSError:  # a full disk ends the log, not the job
+            self._spec.log_dir = None
+
+
+def require_horovod() -> None:
+    """Raise a DistributedError if Horovod is not installed."""
+    if importlib.util.find_spec("horovod") is None:
         raise DistributedError(
-            f"there is no horovodrun beside {sys.executable}:"
-            f" run {command('horovod_lm.install_horovod')}"
+            f"Horovod is not installed: run {shell_command('horovod_lm.install_horovod')}"
         )
-    return str(path)
 
 
 def inherited() -> dict[str, str]:
-    """Return the kernel's environment, without what is meant for the kernel alone."""
-    env = {name: value for name, value in os.environ.items() if not _NOT_PASSED_ON.match(name)}
+    """Return the kernel's environment without the variables that are for the kernel alone."""
+    env = {name: value for name, value in os.environ.items() if not _NOT_INHERITED.match(name)}
     commands = str(Path(sys.executable).parent)
     return {**env, "PATH": os.pathsep.join([commands, env.get("PATH", "")])}
 
 
-def share_the_cores(ranks: int, threads: int | None, cores: int | None = None) -> int:
-    """Return how many threads each rank of this host takes; warn where there are too few cores.
+def threads_per_rank(ranks: int, threads: int | None, option: str = "") -> int:
+    """Return the number of CPU threads of each rank; warn if they are more than the cores.
 
     Args:
         ranks: how many of them are on this host.
-        threads: what the user asks for; None: a fair share.
-        cores: how many there are; default: those that this process may use.
+        threads: what the user asks for; None: an equal share of the cores, at least 1.
+        option: how the user sets it, for a note that is printed once; "": no note.
     """
-    cores = cores or available_cores()
+    cores = available_cores()
     share = threads or max(1, cores // ranks)
+    if option and option not in _noted and threads is None and ranks > 1:
+        _noted.add(option)
+        print(
+            f"note: the ranks share this machine's cores evenly; {option} gives each N",
+            file=sys.stderr,
+        )
     if ranks * share > cores:
         print(
             f"warning: {ranks} ranks with {share} threads each want {ranks * share} cores, and"
@@ -200,116 +188,3 @@ def share_the_cores(ranks: int, threads: int | None, cores: int | None = None) -
             file=sys.stderr,
         )
     return share
-
-
-def read_hosts(hosts: str | None, hostfile: str | None) -> dict[str, int] | None:
-    """Return slots by host, from `-H`'s text or from a hostfile, whose comments are left out.
-
-    Raises:
-        ConfigError: a host is not written as it must be, or the file cannot be read.
-    """
-    if hosts and hostfile:
-        raise ConfigError("-H and --hostfile both name hosts: give one of them")
-    if hosts:
-        pairs = [_host_of(text, *text.rpartition(":")[::2]) for text in hosts.split(",")]
-    elif hostfile:
-        try:
-            lines = Path(hostfile).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise ConfigError(f"the hostfile {hostfile} cannot be read: {error.strerror}") from None
-        # Horovod: horovodrun itself ends with an IndexError at a comment or a blank line.
-        stripped = [line.partition("#")[0].strip() for line in lines]
-        found = [(line, _HOST.match(line)) for line in stripped if line]
-        pairs = [_host_of(line, *(match.groups() if match else ("", ""))) for line, match in found]
-    else:
-        return None
-    return dict(pairs)
-
-
-def _host_of(text: str, name: str, slots: str) -> tuple[str, int]:
-    if not name or not slots.isdigit() or int(slots) < 1:
-        raise ConfigError(
-            f"the host {text.strip()!r} has no number of slots: write NAME:2 after -H, or"
-            " NAME slots=2 in a hostfile"
-        )
-    return name.strip(), int(slots)
-
-
-def _common(arguments: argparse.Namespace) -> dict:
-    hosts = read_hosts(arguments.hosts, arguments.hostfile)
-    slots = sum(hosts.values()) if hosts else None
-    size = arguments.np if arguments.np is not None else slots or 2
-    if size < 1:
-        raise ConfigError(f"-np {size}: there must be at least one rank")
-    if slots is not None and slots != size:
-        # Horovod: it starts one process per slot, however many -np asks for.
-        raise ConfigError(f"-np {size} and the hosts' {slots} slots differ: make them equal")
-    stall = {} if arguments.stall is None else _stall(arguments.stall)
-    here = max(hosts.values()) if hosts else size
-    threads = share_the_cores(here, arguments.threads)
-    where = ["-H", _joined(hosts)] if hosts else []
-    launcher = ["horovodrun", "-np", str(size), *where]
-    if arguments.elastic:
-        launcher = _elastic_launcher(arguments, size)
-    return {
-        "size": size,
-        "hosts": hosts,
-        "launcher": [*launcher, *_options(arguments)],
-        "elastic": bool(arguments.elastic),
-        "env": {
-            **stall,
-            "OMP_NUM_THREADS": str(threads),
-            **_env(arguments.env),
-        },
-        "timeout": arguments.timeout,
-    }
-
-
-def _elastic_launcher(arguments: argparse.Namespace, size: int) -> list[str]:
-    """Return horovodrun's elastic call, which follows a file of hosts; it is written if need be."""
-    if arguments.hosts or arguments.hostfile:
-        raise ConfigError(
-            "--elastic takes its hosts from its own file: leave -H and --hostfile out"
-        )
-    file = Path(arguments.elastic)
-    if not file.exists():
-        write_hosts(file, [f"{loopback_name(number)}:1" for number in range(size)])
-    return elastic_command([], file, arguments.min_np, arguments.max_np, size)
-
-
-def _options(arguments: argparse.Namespace) -> list[str]:
-    names = {
-        "timeline": "--timeline-filename",
-        "fusion_threshold_mb": "--fusion-threshold-mb",
-        "cycle_time_ms": "--cycle-time-ms",
-        "ssh_port": "--ssh-port",
-        "ssh_identity_file": "--ssh-identity-file",
-        "network_interface": "--network-interfaces",
-    }
-    words: list[str] = []
-    for name, option in names.items():
-        value = getattr(arguments, name)
-        if value is not None:
-            words += [option, f"{value:g}" if isinstance(value, float) else str(value)]
-    return words
-
-
-def _stall(seconds: int) -> dict[str, str]:
-    # Horovod: it looks as often as it warns, and sees a limit pass at the next look only.
-    looks = [each for each in (5, 4, 3, 2, 1) if seconds % each == 0]
-    return {
-        "HOROVOD_STALL_CHECK_TIME_SECONDS": str(looks[0] if seconds else 60),
-        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(seconds),
-        "HOROVOD_GLOO_TIMEOUT_SECONDS": str(max(30, 2 * seconds)),
-    }
-
-
-def _env(pairs: Sequence[str]) -> dict[str, str]:
-    for pair in pairs:
-        if not re.match(r"^[A-Za-z_]\w*=", pair):
-            raise ConfigError(f"--env {pair}: write NAME=VALUE")
-    return dict(pair.split("=", 1) for pair in pairs)
-
-
-def _joined(hosts: dict[str, int]) -> str:
-    return ",".join(f"{name}:{slots}" for name, slots in hosts.items())

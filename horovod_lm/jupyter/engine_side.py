@@ -1,17 +1,15 @@
-"""What runs on the engines of a live cluster: a rank's start and end, and each cell's run.
+"""What runs in the engines of live ranks: a rank's start and end, and each cell.
 
-An engine is an ipyparallel engine in whose main thread Horovod lives. Whatever fails there ends
-Horovod on that rank, so that the other ranks hear of it instead of waiting for ever.
+An engine is an ipyparallel engine in whose main thread Horovod runs. Whatever fails there shuts
+Horovod down on that rank, so that the other ranks get an error instead of waiting for ever.
 """
 
 from __future__ import annotations
 
 import builtins
 import json
-import linecache
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -24,35 +22,11 @@ from horovod_lm.jupyter import rank_cell
 from horovod_lm.utils.endings import end_at_once
 
 CONNECTION = "security/ipcontroller-engine.json"  # in the profile's folder
-SECONDS_TO_BE_CALLED = 60.0
-SECONDS_TO_BE_INTERRUPTED = 0.5  # then it waits in Horovod, which has to be ended under it
+SECONDS_FOR_CONTROLLER = 60.0
+SECONDS_TO_BE_INTERRUPTED = 0.5  # if it lasts longer, the rank waits inside Horovod
 _busy = threading.Event()
-_ending = threading.Lock()
-_token = ""
-_task = 0  # counts what this engine was given to do
-_listening = False
-
-
-def hostname() -> str:
-    """Return the name of this engine's host."""
-    return socket.gethostname()
-
-
-def token() -> str:
-    """Return what the one who started this engine calls it."""
-    return _token
-
-
-def built_with_mpi() -> bool:
-    """Say whether the Horovod that is installed can talk over MPI."""
-    import horovod.torch as hvd
-
-    return hvd.mpi_built()
-
-
-def mpi_place() -> tuple[int, int]:
-    """Return the rank that Open MPI gave to this engine, and its process id."""
-    return int(os.environ["OMPI_COMM_WORLD_RANK"]), os.getpid()
+_shutting_down = threading.Lock()
+_task = 0  # counts the tasks of this engine
 
 
 def start_rank(env: dict[str, str], threads: int) -> dict[str, Any]:
@@ -85,12 +59,12 @@ def start_rank(env: dict[str, str], threads: int) -> dict[str, Any]:
 
 
 def end_rank() -> None:
-    """End Horovod on this engine; nothing happens where it does not run."""
+    """Shut Horovod down on this engine, if it runs."""
     import horovod.torch as hvd
 
-    # Horovod: two threads that end it at once both wait for its thread, the later one for ever; an
-    # interrupt ends it from a thread of its own.
-    with _ending:
+    # Horovod: when two threads shut it down at once, the later one waits for ever, and an
+    # interrupt shuts it down from a thread of its own.
+    with _shutting_down:
         hvd.shutdown()
 
 
@@ -99,16 +73,16 @@ def run_cell(source: str, wanted: bool) -> dict[str, Any]:
 
     Args:
         source: Python, as IPython understands it.
-        wanted: whether its last value goes back instead of being shown.
+        wanted: whether its last value is returned instead of being shown.
 
     Returns:
-        `{"value": bytes}`, pickled, or `{"error": {...}}` as `rank_cell.describe` gives it.
+        `{"value": bytes}`, pickled, or `{"error": {...}}` as `rank_cell.describe` returns it.
     """
     return _guarded(lambda: _execute(source, wanted))
 
 
 def run_function(packed: bytes) -> dict[str, Any]:
-    """Call a function that cloudpickle packed with its arguments; returns what `run_cell` does."""
+    """Call a function that cloudpickle packed with its arguments; return what `run_cell` does."""
 
     def call() -> Any:
         import cloudpickle
@@ -126,7 +100,7 @@ def _guarded(work: Callable[[], Any]) -> dict[str, Any]:
     _task += 1
     _busy.set()
     try:
-        return {"value": rank_cell.packed_value(work())}
+        return {"value": rank_cell.pickled_value(work())}
     except BaseException as error:
         end_rank()  # Horovod: the other ranks wait for this one until it does
         return {"error": rank_cell.describe(error)}
@@ -136,16 +110,11 @@ def _guarded(work: Callable[[], Any]) -> dict[str, Any]:
 
 
 def _execute(source: str, wanted: bool) -> Any:
-    namespace = user_namespace()
     source = _shell().transform_cell(source)
-    lines = ["%%px\n", *source.splitlines(keepends=True)]
-    linecache.cache[rank_cell.CELL] = (sum(map(len, lines)), None, lines, rank_cell.CELL)
-    body, expression = rank_cell.parse(source)
-    exec(body, namespace)
-    value = eval(expression, namespace) if expression else None
+    value = rank_cell.execute(source, user_namespace(), "%%px")
     if wanted:
         return value
-    if value is not None and not source.rstrip().endswith(";"):
+    if rank_cell.is_shown(value, source):
         _show(value)
     return None
 
@@ -174,11 +143,7 @@ def user_namespace() -> dict[str, Any]:
 
 @cache
 def _free_when_interrupted() -> None:
-    """End Horovod under a rank that an interrupt does not reach, because it waits for another."""
-    global _listening
-    if _listening:
-        return
-    _listening = True
+    """Shut Horovod down when an interrupt does not reach Python, because the rank waits in it."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -188,15 +153,14 @@ def _free_when_interrupted() -> None:
             if number[0] == signal.SIGINT and _busy.is_set():
                 interrupted = _task
                 time.sleep(SECONDS_TO_BE_INTERRUPTED)
-                # By now it may do something else, which nobody has interrupted.
-                if _busy.is_set() and _task == interrupted:
+                if _busy.is_set() and _task == interrupted:  # not a later task by now
                     end_rank()
 
     threading.Thread(target=listen, daemon=True, name="interrupts").start()
 
 
 def whole_json(path: Path) -> str:
-    """Return a file's text once it is there and whole; "" until then."""
+    """Return a file's text once it exists and is complete JSON; "" until then."""
     try:
         text = path.read_text(encoding="utf-8")
         json.loads(text)
@@ -205,39 +169,25 @@ def whole_json(path: Path) -> str:
     return text
 
 
-def _end_with_the_parent() -> None:
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True, name="parent").start()
-
-
 def main(arguments: list[str]) -> None:
     """Run one engine until it is told to end.
 
     Args:
-        arguments: what this engine is called, then `ipengine`'s, the profile's folder first.
+        arguments: `ipengine`'s, the profile's folder first.
     """
-    global _token
-    _token = arguments[0]
-    _end_with_the_parent()
     end_at_once()
     # Imported while the controller starts, so that the first cell need not wait for it.
     import horovod.torch  # noqa: F401
     from ipyparallel.engine.app import IPEngine
 
     # ipyparallel: it reads the controller's file as soon as it exists, even half written.
-    connection = Path(arguments[1].partition("=")[2], CONNECTION)
-    deadline = time.monotonic() + SECONDS_TO_BE_CALLED
+    connection = Path(arguments[0].partition("=")[2], CONNECTION)
+    deadline = time.monotonic() + SECONDS_FOR_CONTROLLER
     while not whole_json(connection) and time.monotonic() < deadline:
         time.sleep(0.02)
 
     application = IPEngine.instance()
-    application.initialize(arguments[1:])
+    application.initialize(arguments)
     application.start()
 
 

@@ -11,16 +11,14 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
-import time
 from collections.abc import Generator, Iterable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from horovod_lm.jupyter.call import COMMANDS_PATIENCE, Call, share_the_cores
-from horovod_lm.jupyter.outcome import Outcome, RankError
-from horovod_lm.jupyter.ranks import Ranks
-from horovod_lm.jupyter.run_reader import RunReader
+from horovod_lm.jupyter.call import COMMAND_GRACE_PERIOD, JobProcess, JobSpec, threads_per_rank
+from horovod_lm.jupyter.outcome import RankError
+from horovod_lm.jupyter.run_view import RunReader
 from horovod_lm.utils.cluster import check_names, horovodrun_command, write_hostfile
 from horovod_lm.utils.config import Config, load_config, save_config
 from horovod_lm.utils.discovery import elastic_command, loopback_name, read_hosts, write_hosts
@@ -34,8 +32,7 @@ if TYPE_CHECKING:
     from horovod_lm.jupyter.dashboard import Dashboard
 
 SECONDS_BETWEEN_LOOKS = 0.2
-HOSTS_FILE = "hosts"  # in the folder of an elastic run: the places for its workers
-SECONDS_TO_END = COMMANDS_PATIENCE + 12  # to save, to be killed if need be, and to be counted
+HOSTS_FILE = "hosts"  # in the folder of an elastic run: a line for each of its workers
 
 
 def launch(
@@ -56,10 +53,10 @@ def launch(
         np: how many ranks; default: the slots of the configuration's hosts, or 2.
         overrides: changes on top of `config`, as `load_config` takes them.
         run_name: the run's folder under `runs/`; default: a name that no run has.
-        resume: go on with the run of that name, from its newest checkpoint.
-        elastic: go on when ranks die, and let others join: `job.add_worker()`. On this host, which
-            gets a name for each of them.
-        threads: CPU threads of each rank; default: the host's cores shared evenly.
+        resume: resume the run of that name from its newest checkpoint.
+        elastic: continue when ranks die, and let others join (`job.add_worker()`); this host only,
+            where each worker gets a host name of its own.
+        threads: CPU threads of each rank; default: an equal share of the host's cores.
         env: environment variables of every rank.
 
     Raises:
@@ -76,7 +73,7 @@ def launch(
     if not resume:
         run.set_aside_earlier_run()
         save_config(config, run.run_dir / "config.yaml")
-    return TrainingJob(run, _call(config, run, np, resume, elastic, threads, env or {}))
+    return TrainingJob(run, _spec(config, run, np, resume, elastic, threads, env or {}))
 
 
 class TrainingJob:
@@ -87,38 +84,33 @@ class TrainingJob:
         error: what it failed with, or None.
     """
 
-    def __init__(self, run: RunFolder, call: Call) -> None:
-        self.run, self.size = run, call.size
+    def __init__(self, run: RunFolder, spec: JobSpec) -> None:
+        self.run, self.size = run, spec.size
         self._reader = RunReader(run.log_dir)
-        self._reader.skip_what_is_there()
-        self._outcome = Outcome(call.size, f"run {run.name}", elastic=call.elastic)
-        self._started, self._seconds = time.monotonic(), math.nan
-        # horovodrun never comes back to a place where a rank has failed.
-        self._names_ever = {loopback_name(number) for number in range(call.size)}
+        self._reader.skip_existing()
+        # horovodrun never uses a host name again on which a rank has failed.
+        self._names_used = {loopback_name(number) for number in range(spec.size)}
         run.log_dir.mkdir(parents=True, exist_ok=True)
-        # A command's job needs nothing of the folder that `ready` takes away again.
-        with call.ready() as job:
-            self._ranks = Ranks(job, self._outcome)
-        self._ranks.ended.add_done_callback(self._look_for_the_last_time)
+        self._process = JobProcess(spec, self._note)
 
-    # ---- looking --------------------------------------------------------------------------------
+    # ---- its state ------------------------------------------------------------------------------
 
     @property
     def is_running(self) -> bool:
         """Whether a process of it may still live."""
-        return not self._ranks.ended.done()
+        return not self._process.ended.done()
 
     @property
     def error(self) -> RankError | None:
         """What it failed with; None while it runs, when it is done, and when you stopped it."""
         if self.is_running:
             return None
-        error = self._outcome.error()
+        error = self._process.result.error()
         return error if isinstance(error, RankError) else None
 
     @property
     def status(self) -> str:
-        """How it stands, in words."""
+        """Its state in words."""
         if self.is_running:
             self._reader.update()
         total = self._reader.total_steps
@@ -126,8 +118,8 @@ class TrainingJob:
         loss = "" if math.isnan(self._reader.loss) else f", loss {self._reader.loss:.4f}"
         if self.is_running:
             return f"running: {at}{loss}" if total else "starting"
-        after = f"after {at}{loss}, {format_seconds(self._seconds)}"
-        if self._outcome.reason == "stopped":
+        after = f"after {at}{loss}, {format_seconds(self._process.seconds)}"
+        if self._process.result.reason == "stopped":
             return f"stopped by you {after}; launch(..., run_name={self.run.name!r}, resume=True)"
         if self.error is not None:
             return f"failed {after}: {self.error}; log: {self._log_of(self.error.rank)}"
@@ -136,7 +128,7 @@ class TrainingJob:
     @property
     def processes(self) -> dict[int, int]:
         """Process ids of the ranks on this host, by rank."""
-        return dict(self._outcome.processes)
+        return dict(self._process.result.processes)
 
     def log(self, rank: int = 0) -> str:
         """Return what a rank has printed so far; the file is `logs/console-rankN.log`.
@@ -146,7 +138,7 @@ class TrainingJob:
         """
         if not 0 <= rank < self.size:
             raise ConfigError(f"there is no rank {rank}: the job has ranks 0 to {self.size - 1}")
-        return self._outcome.text(rank)
+        return self._process.result.text(rank)
 
     def metrics(self) -> pandas.DataFrame:
         """Return `metrics.csv` as a table, one row per measurement; empty before the first one."""
@@ -165,31 +157,31 @@ class TrainingJob:
 
         return Dashboard(self)
 
-    # ---- workers that come and go ---------------------------------------------------------------
+    # ---- the workers of an elastic job ----------------------------------------------------------
 
     def add_worker(self) -> str:
-        """Offer an elastic job one more worker on this host; return the name of its place.
+        """Let an elastic job start one more worker on this host; return the worker's host name.
 
         Raises:
             ConfigError: the job is not elastic.
         """
         hosts = self._hosts()
-        name = loopback_name(next(n for n in count() if loopback_name(n) not in self._names_ever))
-        self._names_ever.add(name)
+        name = loopback_name(next(n for n in count() if loopback_name(n) not in self._names_used))
+        self._names_used.add(name)
         write_hosts(self._hosts_file, [*hosts, f"{name}:1"])
         return name
 
     def remove_worker(self, name: str | None = None) -> str:
-        """Take a worker's place away, by default the last one's; return its name.
+        """Let an elastic job end a worker, by default the last one; return its host name.
 
         Raises:
-            ConfigError: the job is not elastic, or has no such place.
+            ConfigError: the job is not elastic, or has no worker of that name.
         """
         hosts = self._hosts()
         names = [host.partition(":")[0] for host in hosts]
         name = names[-1] if name is None else name
         if name not in names:
-            raise ConfigError(f"there is no place {name!r}: there are {', '.join(names)}")
+            raise ConfigError(f"there is no worker {name!r}: there are {', '.join(names)}")
         write_hosts(self._hosts_file, [host for host in hosts if host != f"{name}:1"])
         return name
 
@@ -198,30 +190,32 @@ class TrainingJob:
         return self.run.run_dir / HOSTS_FILE
 
     def _hosts(self) -> list[str]:
-        if not self._outcome.elastic:
+        if not self._process.result.elastic:
             raise ConfigError(f"run {self.run.name} is not elastic: launch(..., elastic=True)")
         return [f"{name}:{slots}" for name, slots in read_hosts(self._hosts_file).items()]
 
     # ---- ending ---------------------------------------------------------------------------------
 
     def ask_to_stop(self) -> None:
-        """Ask every rank to end after the step it is at, with a checkpoint; return at once."""
-        self._ranks.stop()
+        """Ask every rank to end after its current step, with a checkpoint; return at once."""
+        self._process.terminate()
 
     def stop(self) -> str:
-        """End every rank after the step it is at, with a checkpoint; return the status."""
-        self.ask_to_stop()
-        self._ranks.wait(SECONDS_TO_END)
+        """End every rank after its current step, with a checkpoint; return the status."""
+        self._process.stop()
         return self.status
 
     def wait(self, timeout: float | None = None) -> TrainingJob:
-        """Wait for the end, also outside notebooks; the kernel does nothing else meanwhile.
+        """Wait for the end, also outside notebooks; this blocks the kernel.
+
+        Args:
+            timeout: in seconds; None: no limit.
 
         Raises:
             RankError: it failed.
-            TimeoutError: it did not end in time; it goes on.
+            TimeoutError: it did not end in time, and continues.
         """
-        self._ranks.wait(timeout)
+        self._process.wait(timeout)
         return self._ended()
 
     def __await__(self) -> Generator[Any, None, TrainingJob]:
@@ -246,15 +240,15 @@ class TrainingJob:
     def __repr__(self) -> str:
         return f"<run {self.run.name}, {self.size} ranks: {self.status}>"
 
-    def _look_for_the_last_time(self, _: object) -> None:
-        self._reader.update()  # a later run of the name takes the folder
-        self._seconds = time.monotonic() - self._started
+    def _note(self, event: dict[str, Any]) -> None:
+        if event["event"] == "closed":
+            self._reader.update()  # for the last time: a later run of this name takes the folder
 
     def _log_of(self, rank: int | None) -> Path:
         return self.run.log_dir / f"console-rank{rank or 0}.log"
 
 
-def _call(
+def _spec(
     config: Config,
     run: RunFolder,
     np: int | None,
@@ -262,41 +256,42 @@ def _call(
     elastic: bool,
     threads: int | None,
     env: Mapping[str, str],
-) -> Call:
-    """Return the call of horovodrun for a run whose configuration stands in its folder."""
-    # Elastic ranks come and go on this host, each in a place of its own.
+) -> JobSpec:
+    """Return how to start a run whose configuration is in its folder."""
+    # Elastic ranks come and go on this host, each under a host name of its own.
     hosts = {} if elastic else {host.name: host.slots for host in config.distributed.hosts}
     size = _size(np, sum(hosts.values()))
-    launcher, command = ["horovodrun", "-np", str(size)], _training(run, resume)
+    env = dict(env)
     if elastic:
-        places = [f"{loopback_name(number)}:1" for number in range(size)]
-        hosts_file = write_hosts(run.run_dir / HOSTS_FILE, places)
-        launcher, command = elastic_command([*command, "--elastic"], hosts_file), []
-    elif hosts:  # then the whole call follows from the configuration
+        names = [f"{loopback_name(number)}:1" for number in range(size)]
+        hosts_file = write_hosts(run.run_dir / HOSTS_FILE, names)
+        call = elastic_command([*_training(run, resume), "--elastic"], hosts_file)
+    elif hosts:
         check_names(config)
         hostfile = write_hostfile(config, run.run_dir / "hostfile")
-        launcher, command = horovodrun_command(config, command, hostfile), []
+        call = horovodrun_command(config, _training(run, resume), hostfile)
+    else:
+        call = ["horovodrun", "-np", str(size), *_training(run, resume)]
     if not elastic:
         given = config.distributed.threads_per_rank
         threads = threads or (None if given == "auto" else given)
-        threads = share_the_cores(max(hosts.values(), default=size), threads)
-    return Call(
+        threads = threads_per_rank(max(hosts.values(), default=size), threads)
+    if threads:  # elastic ranks divide the cores themselves whenever their number changes
+        env["OMP_NUM_THREADS"] = str(threads)
+    return JobSpec(
         size=size,
-        hosts=hosts or None,
-        launcher=launcher,
-        command=command,
-        # Elastic ranks share the cores anew whenever their number changes, unless told otherwise.
-        env={**({"OMP_NUM_THREADS": str(threads)} if threads else {}), **env},
+        call=call,
+        env=env,
         what=f"run {run.name}",
         elastic=elastic,
-        patience=COMMANDS_PATIENCE,
-        log_dir=str(run.log_dir),
+        grace_period=COMMAND_GRACE_PERIOD,
+        log_dir=run.log_dir,
         cwd=str(config.project_root),
     )
 
 
 def _size(np: int | None, slots: int) -> int:
-    """Return how many ranks to start: what is asked for, or as many as the hosts have slots."""
+    """Return the number of ranks: `np`, or the number of the hosts' slots."""
     size = np if np is not None else slots or 2
     if size < 1:
         raise ConfigError(f"np={size}: there must be at least one rank")
@@ -306,7 +301,7 @@ def _size(np: int | None, slots: int) -> int:
 
 
 def _training(run: RunFolder, resume: bool) -> list[str]:
-    """Return the command of each rank of a run whose configuration stands in its folder."""
+    """Return the command of each rank."""
     new = ["--config", str(run.run_dir / "config.yaml"), "--run-name", run.name]
     what = ["--resume", str(run.run_dir)] if resume else new
     return [sys.executable, "-m", "horovod_lm.train", *what]

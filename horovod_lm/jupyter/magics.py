@@ -1,4 +1,4 @@
-"""`%%horovodrun -np 2`: a cell on N fresh processes; `%horovodrun -np 2 COMMAND`: a command.
+"""`%%horovodrun` runs a cell on fresh ranks, `%horovodrun` a command; `%%px` a cell on live ranks.
 
     %load_ext horovod_lm.jupyter
 
@@ -7,174 +7,242 @@
     hvd.init()
     hvd.rank()
 
-The body sees what it imports itself and what `--push` names. Each line that it prints comes back
-behind its rank; rank 0's at once, the others' in order when all have ended, so that the same cell
-always shows the same text. The call that is made, and what it needs: `%%horovodrun --check`.
+The body sees what it imports itself and what `--push` names. Each line that it prints is shown
+behind its rank: rank 0's at once, the others' in order when all ranks have ended, so that the same
+cell always shows the same text.
+
+    %%px                       every live rank of a HorovodCluster
+    %%px --rank 1              one alone: let it call no collective that the others do not call
+    %%px --out sizes           a list of each rank's last value, by rank
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import re
+import pickle
+import queue
 import shlex
 import sys
+import tempfile
 import traceback
-from collections.abc import Mapping
-from typing import Any
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
 
 from horovod_lm.jupyter import rank_cell
-from horovod_lm.jupyter.call import Call
-from horovod_lm.jupyter.outcome import Outcome, RankError, is_of_a_stall
-from horovod_lm.jupyter.ranks import follow
-from horovod_lm.utils.errors import ConfigError
+from horovod_lm.jupyter.call import COMMAND_GRACE_PERIOD, JobProcess, JobSpec, threads_per_rank
+from horovod_lm.jupyter.outcome import JobResult, RankError, StallReports, readable
+from horovod_lm.utils.errors import ConfigError, DistributedError
 
-# Horovod: what its own code logs: when, how bad, where in its source; then what.
-_LOGGED = re.compile(r"^\[\d{4}-[^\]]*: [A-Z] [^\]]*\] (?:\[\d+\]: )?")
-# By the error at the cell's end.
-_SAID_BETTER = ("Horovod background loop uncaught exception", "One or more rank (marked by")
 STALL_SECONDS = 20  # that a cell's ranks wait for one that does not come
-NOTE = "note: the ranks of a cell share this machine's cores evenly; --threads N gives each N"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with a magic's line in a sentence, and does not end the kernel."""
+    """Raises a ConfigError where argparse would print usage and end the kernel."""
 
-    def error(self, message: str) -> None:
-        raise ConfigError(f"%horovodrun: {message} (%horovodrun --help lists the options)")
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message} ({self.prog} --help lists the options)")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Describe the magic's line."""
-    parser = _Parser(prog="%%horovodrun", description=__doc__.split("\n")[0], add_help=False,
-                     allow_abbrev=False)  # fmt: skip
+def build_horovodrun_parser() -> argparse.ArgumentParser:
+    """Return the parser of `%%horovodrun`'s line."""
+    parser = _Parser(
+        prog="%%horovodrun", add_help=False, allow_abbrev=False,
+        description="Run a cell's body (%%%%horovodrun) or a command (%%horovodrun) on several"
+        " ranks of this host.",
+    )  # fmt: skip
     add = parser.add_argument
     add("-h", "--help", action="store_true", help="show this")
-    add("-np", "--num-proc", dest="np", type=int, metavar="N", help="how many ranks (default: 2)")
-    add("-H", "--hosts", metavar="HOST:N,...", help="on which hosts (default: this one)")
-    add("--hostfile", metavar="FILE", help="the same from a file: a line `host slots=N` for each")
-    add("--elastic", metavar="FILE",
-        help="ranks may die and join: follow this file of hosts while it changes; it is written"
-        " with N places on this host where it is not there")  # fmt: skip
-    add("--min-np", type=int, default=1, metavar="N", help="elastic: end with fewer ranks")
-    add("--max-np", type=int, metavar="N", help="elastic: never start more")
-    add("--ssh-port", type=int, metavar="N", help="of the other hosts")
-    add("--ssh-identity-file", metavar="FILE", help="the private key for the other hosts")
-    add("--network-interface", metavar="NAME", help="that the hosts share, for example eth0")
+    add("-np", "--num-proc", dest="np", type=int, default=2, metavar="N",
+        help="number of ranks (default: 2)")  # fmt: skip
     add("--timeout", type=float, default=0.0, metavar="SECONDS",
-        help="end every rank after so long, and say where each was (default: never)")  # fmt: skip
+        help="end every rank after this time, and say where each was (default: never)")  # fmt: skip
     add("--stall", type=int, metavar="SECONDS",
-        help="end the job when ranks have waited for another so long; warned of before (0: never;"
-        f" default: {STALL_SECONDS} for a cell, what a command itself sets)")  # fmt: skip
-    add("--env", action="append", default=[], metavar="NAME=VALUE",
-        help="an environment variable of every rank (repeatable)")  # fmt: skip
-    add("--threads", type=int, metavar="N", help="CPU threads of each rank (default: a fair share)")
+        help="end the job when ranks have waited for another one for this time, with a warning"
+        f" before (0: never; default: {STALL_SECONDS} for a cell; a command sets it itself)",
+        )  # fmt: skip
+    add("--threads", type=int, metavar="N",
+        help="CPU threads of each rank (default: an equal share)")  # fmt: skip
     add("--timeline", metavar="FILE", help="record Horovod's timeline of rank 0")
-    add("--fusion-threshold-mb", type=float, metavar="MB", help="tensors are joined up to so much")
-    add("--cycle-time-ms", type=float, metavar="MS", help="time between two looks at what is ready")
-    add("--push", default="", metavar="A,B", help="names of the notebook that the cell sees")
+    add("--push", default="", metavar="A,B", help="variables of the notebook that the cell sees")
     add("--out", metavar="NAME", help="a list of each rank's last value, by rank")
-    add("--check", action="store_true", help="say what would be run, and start nothing")
-    add("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="what a line (one %%) runs")
+    add("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="what %%horovodrun runs")
+    return parser
+
+
+def build_px_parser() -> argparse.ArgumentParser:
+    """Return the parser of `%%px`'s line."""
+    parser = _Parser(prog="%%px", add_help=False, allow_abbrev=False,
+                     description="Run a cell on the live ranks of a HorovodCluster.")  # fmt: skip
+    parser.add_argument("-h", "--help", action="store_true", help="show this")
+    parser.add_argument("--rank", type=int, action="append", metavar="N",
+                        help="a rank that runs it (repeatable; default: all)")  # fmt: skip
+    parser.add_argument("--out", metavar="NAME", help="a list of each rank's last value, by rank")
     return parser
 
 
 @magics_class
 class HorovodMagics(Magics):
-    """The magic, for one notebook."""
-
-    _said = False
+    """The magics of one notebook."""
 
     @no_var_expand
     @line_cell_magic
     def horovodrun(self, line: str, cell: str | None = None) -> None:
         """Run a cell, or a command, on several Horovod ranks."""
+        parser = build_horovodrun_parser()
         if cell is None:
             line = self.shell.var_expand(line)
-        arguments = build_parser().parse_args(shlex.split(line))
+        arguments = parser.parse_args(shlex.split(line))
         if arguments.help:
-            print(build_parser().format_help())
+            print(parser.format_help())
             return
-        call = self._call(arguments, cell)
-        if arguments.check:
-            print(call.describe())
-            return
-        if arguments.threads is None and call.size > 1:
-            self._say_once()
-        values = self._run(call, arguments)
-        if arguments.out:
-            self.shell.user_ns[arguments.out] = values
-
-    def _call(self, arguments: argparse.Namespace, cell: str | None) -> Call:
+        _check(arguments, cell)
         if cell is None:
-            if not arguments.command:
-                raise ConfigError(
-                    "%horovodrun needs a command, for example: %horovodrun -np 2 python train.py;"
-                    " for code in the cell itself write %%horovodrun, with two %"
-                )
-            if arguments.out or arguments.push:
-                raise ConfigError("--out and --push belong to a cell: write %%horovodrun")
-            return Call.of_command(arguments, arguments.command)
-        if arguments.command:
-            raise ConfigError(
-                f"%%horovodrun runs the cell's body, and {shlex.join(arguments.command)} stands on"
-                " its line: write %horovodrun, with one %, to run a command"
-            )
+            self._run_command(arguments)
+        else:
+            values = self._run_cell(arguments, cell)
+            if arguments.out:
+                self.shell.user_ns[arguments.out] = values
+
+    def _run_cell(self, arguments: argparse.Namespace, cell: str) -> list[Any]:
+        source = checked(cell)
+        pushed = pickle_variables(arguments.push, self.shell.user_ns)
         if arguments.stall is None:
             arguments.stall = STALL_SECONDS
-        pushed = pack_names(arguments.push, self.shell.user_ns)
-        return Call.of_cell(arguments, checked(cell), pushed)
+        with tempfile.TemporaryDirectory(prefix="horovodrun-") as name:
+            folder = Path(name)
+            rank_cell.write_cell(folder, source, pushed, bool(arguments.out))
+            spec = _spec(arguments, [sys.executable, "-m", rank_cell.__name__])
+            spec.cell_folder = folder
+            error = _run(spec).error()
+            if error is not None:
+                raise error from None
+            values = rank_cell.read_reports(folder, "value")
+        return [pickle.loads(values[rank]) if rank in values else None for rank in range(spec.size)]
 
-    def _run(self, call: Call, arguments: argparse.Namespace) -> list[Any]:
-        outcome = Outcome(call.size, call.what, arguments.timeout, call.elastic)
-        shown = _Output(call.size)
-        with call.ready() as job:
-            try:
-                follow(job, outcome, shown.add)
-            except KeyboardInterrupt:
-                outcome.reason = "stopped"
-            finally:
-                shown.finish()
-        error = outcome.error()
-        if isinstance(error, RankError) and call.is_command:
-            error.trace = ""  # a command's last words have just been shown
+    def _run_command(self, arguments: argparse.Namespace) -> None:
+        command = list(arguments.command)
+        if command[0] in ("python", "python3"):
+            command[0] = sys.executable  # the kernel's, whatever is on PATH
+        spec = _spec(arguments, command)
+        spec.what = " ".join(command[1:3]) if command[0] == sys.executable else command[0]
+        spec.grace_period = COMMAND_GRACE_PERIOD
+        error = _run(spec).error()
+        if isinstance(error, RankError):
+            error.trace = ""  # the last lines of its output were shown already
         if error is not None:
             raise error from None
-        return [_unpack(outcome.values.get(rank)) for rank in range(call.size)]
 
-    def _say_once(self) -> None:
-        if not HorovodMagics._said:
-            HorovodMagics._said = True
-            print(NOTE, file=sys.stderr)
+    @no_var_expand
+    @line_cell_magic
+    def px(self, line: str, cell: str | None = None) -> None:
+        """Run a cell, or a line, on the live ranks of a HorovodCluster."""
+        from horovod_lm.jupyter.cluster import HorovodCluster
+
+        parser = build_px_parser()
+        arguments = parser.parse_args(shlex.split(line) if cell is not None else [])
+        if arguments.help:
+            print(parser.format_help())
+            return
+        cluster = HorovodCluster.current
+        if cluster is None:
+            raise DistributedError("no cluster is running: HorovodCluster(n=2).start() starts one")
+        source = checked(self.shell.transform_cell(line if cell is None else cell))
+        if arguments.out:
+            self.shell.user_ns[arguments.out] = cluster.run(source, only=arguments.rank)
+        else:
+            cluster.run_cell(source, only=arguments.rank)
+
+
+def _check(arguments: argparse.Namespace, cell: str | None) -> None:
+    if arguments.np < 1:
+        raise ConfigError(f"-np {arguments.np}: there must be at least one rank")
+    if cell is None and not arguments.command:
+        raise ConfigError(
+            "%horovodrun needs a command, for example: %horovodrun -np 2 python train.py;"
+            " for code in the cell itself write %%horovodrun, with two %"
+        )
+    if cell is None and (arguments.out or arguments.push):
+        raise ConfigError("--out and --push need a cell: write %%horovodrun, with two %")
+    if cell is not None and arguments.command:
+        raise ConfigError(
+            f"%%horovodrun runs the cell's body, but its line has {shlex.join(arguments.command)}:"
+            " write %horovodrun, with one %, to run a command"
+        )
+
+
+def _spec(arguments: argparse.Namespace, command: Sequence[str]) -> JobSpec:
+    call = ["horovodrun", "-np", str(arguments.np)]
+    if arguments.timeline:
+        call += ["--timeline-filename", arguments.timeline]
+    env = {} if arguments.stall is None else _stall_settings(arguments.stall)
+    threads = threads_per_rank(arguments.np, arguments.threads, "--threads N")
+    env["OMP_NUM_THREADS"] = str(threads)
+    return JobSpec(arguments.np, [*call, *command], env, timeout=arguments.timeout)
+
+
+def _stall_settings(seconds: int) -> dict[str, str]:
+    # Horovod: it looks once in each warning period, so only a period that divides the limit works.
+    periods = [each for each in (5, 4, 3, 2, 1) if seconds % each == 0]
+    return {
+        "HOROVOD_STALL_CHECK_TIME_SECONDS": str(periods[0] if seconds else 60),
+        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(seconds),
+        "HOROVOD_GLOO_TIMEOUT_SECONDS": str(max(30, 2 * seconds)),
+    }
+
+
+def _run(spec: JobSpec) -> JobResult:
+    """Run a job to its end, and show what it prints; an interrupt stops every rank."""
+    events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    job, shown, interrupted = JobProcess(spec, events.put), _Output(), False
+    try:
+        while True:
+            try:
+                event = events.get()
+                if event["event"] == "closed":
+                    break
+                shown.add(event)
+            except KeyboardInterrupt:
+                if interrupted:
+                    raise
+                interrupted = True
+                job.terminate()
+    finally:
+        result = job.stop()  # nothing is left to stop, unless an error has ended the loop
+        shown.finish()
+    if interrupted:
+        result.reason = "stopped"
+    return result
 
 
 class _Output:
     """Shows what the ranks print: rank 0's lines at once, the others' by rank at the end."""
 
-    def __init__(self, size: int) -> None:
-        self._later: dict[int, list[str]] = {rank: [] for rank in range(1, size)}
-        self._stalls: set[tuple[int, str]] = set()
+    def __init__(self) -> None:
+        self._later: dict[int, list[str]] = defaultdict(list)
+        self._reports: dict[int, StallReports] = defaultdict(StallReports)
+        self._reported: set[tuple[int, str]] = set()
 
-    def add(self, event: dict) -> None:
-        if event["event"] != "line":
+    def add(self, event: dict[str, Any]) -> None:
+        rank = event.get("rank")
+        if event["event"] != "output" or rank is None:
             return
-        rank, text = event["rank"], readable(event["text"])
-        if is_of_a_stall(text):
+        text = readable(event["text"])
+        if self._reports[rank].includes(text):
             # Horovod: whether it reports once more before it gives up is a matter of chance.
             text = text.replace("!: [", ": [", 1)
-            if (rank, text) in self._stalls:
+            if (rank, text) in self._reported:
                 return
-            self._stalls.add((rank, text))
+            self._reported.add((rank, text))
         if not text:
             return
         if rank == 0:
             self._show(rank, text)
-        elif text.endswith("\r"):  # a progress line that is written over: only its end is kept
-            pass
-        else:
-            self._later.setdefault(rank, []).append(text)
+        elif not text.endswith("\r"):  # of progress that is written over only the end is kept
+            self._later[rank].append(text)
 
     def finish(self) -> None:
         for rank, lines in sorted(self._later.items()):
@@ -189,17 +257,11 @@ class _Output:
             sys.stdout.flush()
 
 
-def readable(line: str) -> str:
-    """Return a rank's line as it is shown: Horovod's own log as "Horovod: ...", or not at all."""
-    text = _LOGGED.sub("Horovod: ", line)
-    return "" if any(words in text for words in _SAID_BETTER) else text
-
-
 def checked(cell: str) -> str:
     """Return a cell that compiles.
 
     Raises:
-        RankError: the cell is not Python; it shows where.
+        RankError: the cell is not Python; the text says where.
     """
     try:
         rank_cell.parse(cell)
@@ -212,35 +274,24 @@ def checked(cell: str) -> str:
     return cell
 
 
-def pack_names(names: str, namespace: Mapping[str, Any]) -> str:
-    """Return the values of comma-separated names as text that a rank unpacks.
+def pickle_variables(names: str, namespace: Mapping[str, Any]) -> bytes:
+    """Return a pickled dictionary of the variables with comma-separated names.
 
     Raises:
-        ConfigError: a name is not defined, or its value cannot be sent to another process.
+        ConfigError: a name is not defined, or its value cannot be pickled.
     """
+    import cloudpickle
+
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    if not wanted:
-        return ""
     missing = [name for name in wanted if name not in namespace]
     if missing:
         raise ConfigError(
             f"--push {missing[0]}: there is no such name; run the cell that defines it first"
         )
-    import cloudpickle
-
     try:
-        packed = cloudpickle.dumps({name: namespace[name] for name in wanted})
+        return cloudpickle.dumps({name: namespace[name] for name in wanted})
     except Exception as error:
         raise ConfigError(
             f"--push {names}: a value cannot be sent to another process ({error});"
             " make it in the cell instead"
         ) from None
-    return base64.b64encode(packed).decode()
-
-
-def _unpack(packed: str | None) -> Any:
-    if packed is None:
-        return None
-    import cloudpickle
-
-    return cloudpickle.loads(base64.b64decode(packed))

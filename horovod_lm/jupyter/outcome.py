@@ -1,25 +1,30 @@
-"""What became of a job's ranks, in words: which one failed first, why, and how the others ended."""
+"""The result of a job: which rank failed first, why, and how the others ended, in one sentence."""
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from horovod_lm.jupyter import rank_cell
 from horovod_lm.utils.errors import DistributedError
 
 LAST_LINES = 12  # of a failed command's output, in the error
 _LOST = "HorovodInternalError"  # Horovod: raised on the ranks that survive another one
-# Horovod: the same exception when the ranks are all there and their calls do not fit together.
-_DISAGREEMENT = re.compile(r"^(Mismatched |No \w+ operation enabled)")
-# Horovod: its stall check reports in three lines, and again at each look that it takes.
-_STALLED = ("Horovod: One or more tensors", "Missing ranks:", "One or more rank")
+# Horovod: the same exception where all ranks live, but their calls do not match.
+_MISMATCH = re.compile(r"^(Mismatched |No \w+ operation enabled)")
+# Horovod: its log begins with the time, the level and the place in its source.
+_LOG_PREFIX = re.compile(r"^\[\d{4}-[^\]]*: [A-Z] [^\]]*\] (?:\[\d+\]: )?")
 _MISSING = re.compile(r"^(\d+)!?: \[(.+)\]")
 _STALL_ENDS = re.compile(r"is stalled for longer than (\d+) seconds\. Will shutdown")
+# Horovod's log, which the error at the end of the cell puts better.
+_REPEATED_IN_ERROR = ("Horovod background loop uncaught exception", "One or more rank (marked by")
 # What horovodrun says about an end that the ranks' own words explain better.
-_NOISE = re.compile(r"^(Terminating remaining workers|horovodrun: process )")
+_NOISE = re.compile(r"^(Terminating remaining workers|Process \d+ exit|horovodrun: process )")
 
 
 class RankError(DistributedError):
@@ -38,83 +43,107 @@ class RankError(DistributedError):
         self.rank, self.code, self.trace = rank, code, trace
 
     def _render_traceback_(self) -> list[str]:
-        # IPython asks for this instead of showing how the magic works inside.
+        # IPython asks for this instead of showing the frames of the magic.
         return [*self.trace.rstrip("\n").splitlines(), f"{type(self).__name__}: {self}"]
 
 
 class RanksStopped(KeyboardInterrupt):
-    """The reader interrupted a cell; every rank was ended."""
+    """The user interrupted a cell; every rank was ended."""
 
     def _render_traceback_(self) -> list[str]:
         return [str(self)]
 
 
+def readable(line: str) -> str:
+    """Return a rank's line as it is shown: Horovod's log as "Horovod: ...", or "" to omit it."""
+    text = _LOG_PREFIX.sub("Horovod: ", line)
+    is_log = text != line
+    return "" if is_log and any(words in text for words in _REPEATED_IN_ERROR) else text
+
+
+class StallReports:
+    """Recognises the reports of Horovod's stall check in the output of one rank.
+
+    A report has a line "One or more tensors ...", a line "Missing ranks:", and a line for each
+    missing rank. Lines like the latter two that stand elsewhere are the program's own.
+    """
+
+    def __init__(self) -> None:
+        self._inside = False
+
+    def includes(self, line: str) -> bool:
+        """Return whether the next line, as `readable` returns it, belongs to a report."""
+        begins = line.startswith("Horovod: One or more tensors")
+        goes_on = line.startswith("Missing ranks:") or _MISSING.match(line) is not None
+        self._inside = begins or (self._inside and goes_on)
+        return self._inside
+
+
 @dataclass
-class Outcome:
-    """Everything that was heard of a job's ranks.
+class JobResult:
+    """Everything that is known about the ranks of a job.
 
     Attributes:
-        size: how many ranks there are.
+        size: the number of ranks.
         what: what they run, for sentences: "the cell", or a command's name.
-        timeout: seconds that it was given; 0: no limit.
+        timeout: its time limit in seconds; 0: none.
         elastic: whether ranks may fail while the job goes on; then only its end counts.
-        launcher: horovodrun's process id.
         processes: process ids of the ranks on this host, by rank.
         printed: each rank's output, by rank.
-        values: each rank's last value, packed.
+        errors: what `rank_cell.describe` returned, by rank.
         code: horovodrun's exit code; None while it runs.
-        reason: why it was ended: "", "stopped", "timeout", "kernel", "failed".
-        left: ids of processes that could not be ended; empty, or something is badly wrong.
+        reason: why the job was ended: "", "stopped", "timeout", "kernel" or "failed".
+        left: ids of processes that could not be ended; normally empty.
     """
 
     size: int
     what: str = "the cell"
     timeout: float = 0.0
     elastic: bool = False
-    launcher: int | None = None
     processes: dict[int, int] = field(default_factory=dict)
     printed: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
-    values: dict[int, str] = field(default_factory=dict)
+    errors: dict[int, dict[str, Any]] = field(default_factory=dict)
     code: int | None = None
     reason: str = ""
     left: list[int] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
+    _said: str = ""  # by horovodrun itself
     _codes: dict[int, int] = field(default_factory=dict)
-    _errors: dict[int, dict] = field(default_factory=dict)
     _frozen: dict[int, float] = field(default_factory=dict)
-    _places: dict[int, dict] = field(default_factory=dict)
+    _places: dict[int, dict[str, Any]] = field(default_factory=dict)
     _missing: dict[int, str] = field(default_factory=dict)
+    _reports: dict[int, StallReports] = field(default_factory=lambda: defaultdict(StallReports))
     _stalled: int = 0
 
-    def add(self, event: dict) -> None:
+    def add(self, event: dict[str, Any]) -> None:
         """Take in one event of the supervisor."""
         kind, rank = event["event"], event.get("rank")
-        if kind == "line":
+        if kind == "output" and rank is None:
+            self._said += event["text"]
+        elif kind == "output":
             self.printed[rank].append(event["text"])
-            self._look_for_a_stall(event["text"])
-        elif kind == "mark":
-            stores = {"value": self.values, "error": self._errors, "where": self._places}
-            stores[event["kind"]][rank] = event["packed"] if event["kind"] == "value" else event
-        elif kind == "started":
-            self.launcher = event["pid"]
-        elif kind == "rank":
+            self._look_for_a_stall(rank, event["text"])
+        elif kind == "rank_started":
             self.processes[rank] = event["pid"]
         elif kind == "rank_ended":
             self._codes.setdefault(rank, event["code"])
-        elif kind == "rank_stopped":
+        elif kind == "frozen":
             self._frozen[rank] = event["seconds"]
-        elif kind == "said":
-            self.said.append(event["text"])
         elif kind == "ended":
             self.code, self.reason, self.left = event["code"], event["reason"], event["left"]
 
+    def read_reports(self, folder: Path) -> None:
+        """Read what the ranks of a cell have written to its folder."""
+        for kind, into in (("error", self.errors), ("where", self._places)):
+            reports = rank_cell.read_reports(folder, kind)
+            into.update({rank: json.loads(report) for rank, report in reports.items()})
+
     def error(self) -> RankError | RanksStopped | None:
-        """Return the error that the job ended with, or None where all is well."""
+        """Return the error that the job ended with, or None if it succeeded."""
         if self.reason == "stopped":
             return RanksStopped(f"stopped by you: every rank of {self.what} was ended")
         if self.reason == "timeout":
             return RankError(self._too_long())
-        if self.code == 0 and (self.elastic or not (self._errors or self._codes)):
+        if self.code == 0 and (self.elastic or not (self.errors or self._codes)):
             return None
         return (
             self._own_error()
@@ -133,8 +162,8 @@ class Outcome:
     def _own_error(self) -> RankError | None:
         own = {
             rank: error
-            for rank, error in self._errors.items()
-            if error["name"] != _LOST or _DISAGREEMENT.match(error["text"])
+            for rank, error in self.errors.items()
+            if error["name"] != _LOST or _MISMATCH.match(error["text"])
         }
         if not own:
             return None
@@ -147,7 +176,7 @@ class Outcome:
         ]
         where = f" (line {error['line']} of the cell)" if error["line"] else ""
         text = f"{error['name']}: {error['text']}" if error["text"] else error["name"]
-        name = "every rank" if len(same) == self.size > 1 else ranks(same)
+        name = "every rank" if len(same) == self.size > 1 else rank_list(same)
         others = "" if len(same) == self.size else self._others(*same)
         return RankError(f"{name}: {text}{where}{others}", rank, 1, "".join(error["traceback"]))
 
@@ -164,32 +193,33 @@ class Outcome:
         rank, tensor = min(self._missing.items())
         waiting = [other for other in range(self.size) if other not in self._missing]
         text = (
-            f"{ranks(sorted(self._missing))} did not come to {tensor!r}, where"
-            f" {ranks(waiting)} waited for {self._stalled} s: every rank must make the same"
+            f"{rank_list(sorted(self._missing))} did not come to {tensor!r}, where"
+            f" {rank_list(waiting)} waited for {self._stalled} s: every rank must make the same"
             " collective calls in the same order"
         )
         return RankError(text, rank)
 
     def _ended_first(self) -> RankError | None:
-        # horovodrun's own SIGTERM is how the others end; the first one that it names is the cause.
-        codes = {rank: code for rank, code in self._codes.items() if rank not in self._errors}
-        if self._errors:  # a rank that was only about to end, and was ended because of the others
+        # The others are ended by SIGTERM, so the first one that ended is the cause.
+        codes = {rank: code for rank, code in self._codes.items() if rank not in self.errors}
+        if self.errors:  # a rank that was exiting when it was ended because of the others
             codes = {rank: code for rank, code in codes.items() if code != 128 + signal.SIGTERM}
         if not codes:
             return None
         rank, code = next(iter(codes.items()))
         trace = "".join(self.text(rank).splitlines(keepends=True)[-LAST_LINES:])
-        return RankError(f"rank {rank} {how(code)}{self._others(rank)}", rank, code, trace)
+        return RankError(f"rank {rank} {how_it_ended(code)}{self._others(rank)}", rank, code, trace)
 
     def _without_a_cause(self) -> RankError:
-        if self._errors:
-            rank, error = min(self._errors.items())
-            gone = [other for other in range(self.size) if other not in self._errors]
+        if self.errors:
+            rank, error = min(self.errors.items())
+            gone = [other for other in range(self.size) if other not in self.errors]
             line = f" at line {error['line']} of the cell" if error["line"] else ""
-            # They ended well, and too early: Horovod calls that a shutdown.
-            left = f", because {ranks(gone)} had already come to the end" if gone else ""
+            # They exited with code 0, but too early: Horovod calls that a shutdown.
+            left = f", because {rank_list(gone)} had already come to the end" if gone else ""
             return RankError(f"rank {rank} lost the others{line}{left}", rank, 1)
-        words = [line.strip() for line in self.said if line.strip() and not _NOISE.match(line)]
+        lines = map(str.strip, self._said.splitlines())
+        words = [line for line in lines if line and not _NOISE.match(line)]
         last = words[-1] if words else f"it ended with exit code {self.code}"
         last = last.removeprefix("horovodrun: ")
         return RankError(f"horovodrun could not run {self.what}: {last}", trace="")
@@ -206,11 +236,12 @@ class Outcome:
         others = [rank for rank in range(self.size) if rank not in failed]
         if not others:
             return ""
-        return f"; {ranks(others)} {'was' if len(others) == 1 else 'were'} ended with it"
+        return f"; {rank_list(others)} {'was' if len(others) == 1 else 'were'} ended with it"
 
-    def _look_for_a_stall(self, text: str) -> None:
-        missing = _MISSING.match(text.strip())
-        if missing:
+    def _look_for_a_stall(self, rank: int, text: str) -> None:
+        line = readable(text)
+        missing = _MISSING.match(line.strip())
+        if self._reports[rank].includes(line) and missing:
             name = missing[2].split(", ")[0]
             self._missing[int(missing[1])] = name.partition(".")[2] or name
         ends = _STALL_ENDS.search(text)
@@ -218,21 +249,7 @@ class Outcome:
             self._stalled = int(ends[1])
 
 
-def is_of_a_stall(line: str) -> bool:
-    """Say whether a line, as it is shown, is one of the stall check's."""
-    return line.startswith(_STALLED) or _MISSING.match(line) is not None
-
-
-def without_stalls(lines: Iterable[str]) -> Iterator[str]:
-    """Leave out what the stall check reports: its sentences, and the ranks listed right below."""
-    reporting = False
-    for line in lines:
-        reporting = line.startswith(_STALLED) or (reporting and is_of_a_stall(line))
-        if not reporting:
-            yield line
-
-
-def ranks(numbers: list[int]) -> str:
+def rank_list(numbers: list[int]) -> str:
     """Return "rank 1", or "ranks 0, 2 and 3"."""
     if len(numbers) == 1:
         return f"rank {numbers[0]}"
@@ -240,7 +257,7 @@ def ranks(numbers: list[int]) -> str:
     return f"ranks {', '.join(first)} and {last}"
 
 
-def how(code: int) -> str:
+def how_it_ended(code: int) -> str:
     """Return how a process ended, from its exit code as a shell gives it."""
     if code <= 128 or code - 128 not in {number.value for number in signal.Signals}:
         return f"ended with exit code {code}"

@@ -1,141 +1,186 @@
-"""The processes of a live cluster as the kernel holds them, through their guardian."""
+"""The kernel's side of a supervisor: commands that end with this process, however it ends."""
 
 from __future__ import annotations
 
+import atexit
 import json
-import os
-import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import IO
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-GUARDIAN = "horovod_lm.jupyter.guardian"
-SECONDS_TO_END = 8.0
+import psutil
+
+from horovod_lm.utils.errors import last_line
+
+SUPERVISOR = "horovod_lm.jupyter.supervisor"
+LONGEST_KILL = 10.0  # seconds a supervisor has to kill its commands, after their grace period
+_ALL: weakref.WeakSet[Processes] = weakref.WeakSet()
 
 
 class Processes:
-    """Named processes of this host that end with this one, however it ends.
+    """Named commands under one supervisor.
 
     Args:
-        on_end: called with a name and an exit code, in a thread of its own, when one has ended.
+        on_event: called with each event (see `supervisor`), in a thread of its own; the last one is
+            `{"event": "closed"}`, when the supervisor has ended.
 
     Attributes:
-        folder: what they keep on disk.
-        pids: process ids by name, of those that live.
-        codes: exit codes by name, as a shell gives them, of those that ended.
-        frozen: the time since when a process is stopped, by name.
-        last: the last words of those that ended, by name.
-        lost: why the end of some was not seen, by name.
+        pids: process ids of the commands that run, by name.
+        codes: exit codes of those that have ended, by name, in the order of their ends; 128 and the
+            signal's number where a signal ended one.
+        supervisor: its process id.
     """
 
-    def __init__(self, on_end: Callable[[str, int], None]) -> None:
-        self._on_end = on_end
-        self.folder = Path(tempfile.mkdtemp(prefix="horovod-cluster-"))
+    def __init__(self, on_event: Callable[[dict[str, Any]], None]) -> None:
+        self._on_event, self._grace_period = on_event, 0.0
         self.pids: dict[str, int] = {}
         self.codes: dict[str, int] = {}
-        self.frozen: dict[str, float] = {}
-        self.last: dict[str, str] = {}
-        self.lost: dict[str, str] = {}
-        self._begin([sys.executable, "-m", GUARDIAN, str(self.folder)])
-
-    def _begin(self, command: list[str], complaints: IO[str] | None = None) -> None:
-        self._names: set[str] = set()
-        self._guardian = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints,
-            start_new_session=True,
-        )  # fmt: skip
-        self._thread = threading.Thread(target=self._hear, daemon=True, name="guardian")
+        self._names: set[str] = set()  # of commands whose end was not reported yet
+        self._lock = threading.Lock()
+        self._channel, theirs = socket.socketpair()
+        self._complaints = tempfile.TemporaryFile()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", SUPERVISOR, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                stdout=self._complaints, stderr=self._complaints, start_new_session=True,
+            )  # fmt: skip
+        self.supervisor = self._process.pid
+        _ALL.add(self)
+        self._thread = threading.Thread(target=self._read, daemon=True, name="supervisor")
         self._thread.start()
 
-    @property
-    def parent(self) -> int:
-        """The process id of their parent."""
-        return self._guardian.pid
+    def start(
+        self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None,
+        *, cwd: str | None = None, grace_period: float = 2.0, limit: float = 0.0, ranks: int = 0,
+    ) -> None:  # fmt: skip
+        """Start a command.
 
-    def start(self, name: str, command: list[str], env: dict[str, str] | None) -> None:
-        """Start a process; its output goes to `log(name)`."""
-        self._names.add(name)
-        self.lost.pop(name, None)
-        self.codes.pop(name, None)
-        self.pids.pop(name, None)
-        self._tell({"start": name, "command": command, "env": env, "log": str(self._log(name))})
-        if not self._thread.is_alive():  # the guardian is gone
-            self._lose(name)
+        Args:
+            name: its name in events; one that has ended may be started again.
+            command: the program and its arguments.
+            env: its environment; None: this process's.
+            cwd: its working directory; None: this process's.
+            grace_period: seconds between SIGTERM and SIGKILL when it is stopped.
+            limit: seconds after which it is stopped; 0: none.
+            ranks: how many Horovod ranks it starts, which are watched, and stopped first.
+        """
+        self._grace_period = max(self._grace_period, grace_period)
+        with self._lock:
+            self._names.add(name)
+            self.codes.pop(name, None)
+            closed = not self._thread.is_alive()
+        if closed:
+            self._lose([name])
+            return
+        self._ask(
+            start=name, command=list(command), env=None if env is None else dict(env), cwd=cwd,
+            grace_period=grace_period, limit=limit, ranks=ranks,
+        )  # fmt: skip
 
-    def watch(self, name: str, pid: int) -> None:
-        """Name a process that one of these has started: it can be killed, and is seen to freeze."""
-        self._names.add(name)
-        self.pids[name] = pid
-        self._tell({"watch": name, "pid": pid})
+    def signal(self, name: str, number: int) -> None:
+        """Send a signal to a command's own process."""
+        self._ask(signal=name, number=int(number))
 
-    def kill(self, name: str) -> None:
-        """Kill a process and what it has started."""
-        self._tell({"kill": name})
+    def stop(self, name: str, reason: str = "stopped", after: float = 0.0) -> None:
+        """Stop a command and what it has started, `after` seconds from now; return at once."""
+        self._ask(stop=name, reason=reason, after=after)
 
-    def interrupt(self, name: str) -> None:
-        """Do to a process what Ctrl-C does."""
-        self._tell({"interrupt": name})
-
-    def log(self, name: str) -> str:
-        """Return what a process wrote past its own streams."""
-        path = self._log(name)
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    def hang_up(self) -> None:
+        """Stop every command; the supervisor then ends. Return at once."""
+        try:
+            self._channel.shutdown(socket.SHUT_WR)
+        except OSError:  # it has ended
+            pass
 
     def close(self) -> None:
-        """End every process, and return when all are gone."""
+        """Stop every command, and return when all of them and the supervisor have ended."""
+        self.hang_up()
+        self._thread.join(self._grace_period + LONGEST_KILL)
+        if self._thread.is_alive():
+            self._process.kill()  # then `_read` ends what is left
+            self._thread.join()
+
+    def _ask(self, **request: Any) -> None:
         try:
-            self._guardian.stdin.close()
-        except OSError:
+            with self._lock:
+                self._channel.sendall(json.dumps(request).encode() + b"\n")
+        except OSError:  # the supervisor has ended, and `_read` deals with that
             pass
+
+    def _read(self) -> None:
+        complaint = ""
         try:
-            self._guardian.wait(SECONDS_TO_END)
+            with self._channel.makefile("rb") as events:
+                for line in events:
+                    self._take(json.loads(line))
+        except Exception as error:
+            complaint = f"the reader of its events failed: {type(error).__name__}: {error}"
+            self.hang_up()
+        try:
+            self._process.wait(self._grace_period + LONGEST_KILL)
         except subprocess.TimeoutExpired:
-            self._guardian.kill()
-            self._guardian.wait()
-        self._thread.join()
-        self._guardian.stdout.close()
-        shutil.rmtree(self.folder, ignore_errors=True)  # what a killed guardian has left
-
-    def _log(self, name: str) -> Path:
-        return self.folder / f"{name.replace(' ', '-')}.log"
-
-    def _tell(self, asked: dict) -> None:
+            self._process.kill()
+            self._process.wait()
+        self._channel.close()
+        self._complaints.seek(0)
+        said = last_line(self._complaints.read().decode(errors="replace"))
+        self._complaints.close()
+        if self._process.returncode < 0:
+            said = "its supervisor was killed"
         try:
-            self._guardian.stdin.write(json.dumps(asked).encode() + b"\n")
-            self._guardian.stdin.flush()
-        except (OSError, ValueError):  # the guardian was killed, and they end with it
-            pass
+            self._lose(self._names, complaint or said)
+        finally:
+            self._on_event({"event": "closed"})
 
-    def _hear(self) -> None:
-        for line in self._guardian.stdout:
-            event = json.loads(line)
-            name = event["name"]
-            if event["event"] == "started":
-                self.pids[name] = event["pid"]
-            elif event["event"] == "frozen":
-                self.frozen[name] = time.monotonic()
-            elif event["event"] == "woken":
-                self.frozen.pop(name, None)
-            else:
-                self.pids.pop(name, None)
-                self.frozen.pop(name, None)
-                self.last[name] = event["last"]
-                self._on_end(name, event["code"])
-                self.codes[name] = event["code"]
-        for name in self._names - set(self.codes):
-            self._lose(name)
+    def _take(self, event: dict[str, Any]) -> None:
+        if event["event"] == "started":
+            self.pids[event["name"]] = event["pid"]
+        elif event["event"] == "ended":
+            self.pids.pop(event["name"], None)
+            self._names.discard(event["name"])
+        self._on_event(event)
+        if event["event"] == "ended":  # only now: who waits for the code may rely on the event
+            self.codes[event["name"]] = event["code"]
 
-    def _lose(self, name: str) -> None:
-        """Do what the guardian would have done: it was killed itself."""
+    def _lose(self, names: Sequence[str] | set[str], why: str = "its supervisor has ended") -> None:
+        """Do what a supervisor that has died cannot do any more."""
+        for name in sorted(names):
+            left = kill_process_tree(self.pids.get(name))
+            code = 128 + signal.SIGKILL
+            self._take({"event": "output", "name": name, "rank": None, "text": f"{why}\n"})
+            self._take(
+                {"event": "ended", "name": name, "code": code, "reason": "failed", "left": left}
+            )
+
+
+def kill_process_tree(pid: int | None, seconds: float = 5.0) -> list[int]:
+    """Kill a process and all that it has started; return the ids of those that do not end."""
+    try:
+        root = psutil.Process(pid) if pid else None
+        tree = [*root.children(recursive=True), root] if root else []
+    except psutil.NoSuchProcess:
+        tree = []
+    for process in tree:
         try:
-            if name in self.pids:
-                os.killpg(self.pids.pop(name), signal.SIGKILL)
-        except ProcessLookupError:
+            process.kill()
+        except psutil.NoSuchProcess:
             pass
-        self.codes[name] = 128 + signal.SIGKILL
+    _, left = psutil.wait_procs(tree, timeout=seconds)
+    return [process.pid for process in left]
+
+
+@atexit.register
+def _close_all() -> None:
+    """Leave nothing behind when the kernel ends in the ordinary way."""
+    running = list(_ALL)
+    for processes in running:
+        processes.hang_up()
+    for processes in running:
+        processes.close()

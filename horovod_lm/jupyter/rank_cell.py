@@ -1,52 +1,51 @@
 """What each rank of a `%%horovodrun` cell runs: the cell's body, its last value, its error.
 
-It reads the cell from the file or text that HOROVOD_LM_CELL holds, and reports, among what the cell
-prints, in lines that begin with a mark: so it works on hosts that share nothing with the notebook.
+The notebook writes the cell to a folder that HOROVOD_LM_CELL names, and a rank writes its value,
+its error and, near the time limit, the line that it is at to files there. None of these goes
+through the rank's output, which is the cell's alone.
 """
 
 from __future__ import annotations
 
 import ast
-import base64
 import builtins
 import json
 import linecache
 import os
+import pickle
 import sys
 import threading
 import time
 import traceback
 import types
-import zlib
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from horovod_lm.jupyter.supervisor import MARK
-
-CELL = "<cell>"  # the name of the file that the cell's code stands in
+CELL = "<cell>"  # the file name in tracebacks
 VARIABLE = "HOROVOD_LM_CELL"
-DEADLINE = "HOROVOD_LM_DEADLINE"  # seconds since 1970, when the cell will be ended
-SECONDS_TO_SAY_WHERE = 1.0  # before that
-LARGEST_RESULT = 32 * 2**20  # bytes, pickled
-SECONDS_TO_BE_ENDED = 15  # a rank that failed is ended by its supervisor, not by itself
+DEADLINE = "HOROVOD_LM_DEADLINE"  # seconds since 1970, when the cell is stopped
+SECONDS_TO_REPORT = 1.0  # before the deadline
+LARGEST_VALUE = 32 * 2**20  # bytes, pickled
 
 
-def pack(source: str, **options) -> bytes:
-    """Return a cell and its options as the bytes that `unpack` reads."""
-    return zlib.compress(json.dumps({"source": source, **options}).encode())
+def write_cell(folder: Path, source: str, pushed: bytes, wanted: bool) -> None:
+    """Write what the ranks of a cell read.
 
-
-def unpack(variable: str) -> dict:
-    """Return what `pack` was given: `@PATH` names a file, everything else is the text itself."""
-    if variable.startswith("@"):
-        with open(variable[1:], "rb") as file:
-            packed = file.read()
-    else:
-        packed = base64.b64decode(variable)
-    return json.loads(zlib.decompress(packed))
+    Args:
+        folder: an empty folder.
+        source: the cell's body.
+        pushed: a pickled dictionary of the variables that it sees.
+        wanted: whether its last value goes to the notebook instead of being printed.
+    """
+    paths = [path for path in sys.path if path]
+    cell = {"source": source, "wanted": wanted, "paths": paths}
+    (folder / "cell.json").write_text(json.dumps(cell), encoding="utf-8")
+    (folder / "pushed.pickle").write_bytes(pushed)
 
 
 def parse(source: str) -> tuple[types.CodeType, types.CodeType | None]:
-    """Compile a cell: its body, and the expression that it ends with, if it does.
+    """Compile a cell's body, and the expression at its end, if there is one.
 
     Raises:
         SyntaxError: the cell is not Python; its line numbers are those of the notebook's cell.
@@ -58,34 +57,44 @@ def parse(source: str) -> tuple[types.CodeType, types.CodeType | None]:
     return body, compile(ast.Expression(last.value), CELL, "eval") if last else None
 
 
-def run(cell: dict) -> None:
-    """Run a cell in a fresh `__main__`, and report its last value."""
-    sys.path += [path for path in cell["paths"] if path not in sys.path]
-    main = types.ModuleType("__main__", "A cell on one rank.")
-    main.__dict__.update({"__builtins__": builtins, **_pushed(cell["push"])})
-    sys.modules["__main__"] = main
-    sys.argv = [CELL]
-    lines = ["%%horovodrun\n", *cell["source"].splitlines(keepends=True)]
+def execute(source: str, namespace: dict[str, Any], magic: str) -> Any:
+    """Run a cell's body in a namespace; return the value of the expression at its end.
+
+    Args:
+        source: the body.
+        namespace: its global variables.
+        magic: the cell's first line, for tracebacks.
+    """
+    lines = [f"{magic}\n", *source.splitlines(keepends=True)]
     linecache.cache[CELL] = (sum(map(len, lines)), None, lines, CELL)
-    body, expression = parse(cell["source"])
-    exec(body, main.__dict__)
-    value = eval(expression, main.__dict__) if expression else None
+    body, expression = parse(source)
+    exec(body, namespace)
+    return eval(expression, namespace) if expression else None
+
+
+def is_shown(value: Any, source: str) -> bool:
+    """Return whether a notebook shows a cell's last value."""
+    return value is not None and not source.rstrip().endswith(";")
+
+
+def run(folder: Path) -> None:
+    """Run a cell in a fresh `__main__`, and print its last value or write it to a file."""
+    cell = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+    sys.path += [path for path in cell["paths"] if path not in sys.path]
+    main_module = types.ModuleType("__main__", "A cell on one rank.")
+    sys.modules["__main__"] = main_module
+    pushed = pickle.loads((folder / "pushed.pickle").read_bytes())
+    main_module.__dict__.update({"__builtins__": builtins, **pushed})
+    sys.argv = [CELL]
+    value = execute(cell["source"], main_module.__dict__, "%%horovodrun")
     if cell["wanted"]:
-        _report_value(value)
-    elif value is not None and not cell["source"].rstrip().endswith(";"):
+        _write(folder, "value", pickled_value(value))
+    elif is_shown(value, cell["source"]):
         print(repr(value))
 
 
-def report(kind: str, **values) -> None:
-    """Send one report to the notebook."""
-    line = base64.b64encode(json.dumps({"kind": kind, **values}).encode()).decode()
-    sys.stdout.flush()
-    sys.stdout.write(f"{MARK}{line}\n")
-    sys.stdout.flush()
-
-
-def describe(error: BaseException) -> dict:
-    """Return an error's name, text, line of the cell, and its traceback as the reader needs it."""
+def describe(error: BaseException) -> dict[str, Any]:
+    """Return an error's name, text, line of the cell, and traceback from the cell's frame on."""
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename != CELL:
         trace = trace.tb_next
@@ -100,35 +109,8 @@ def describe(error: BaseException) -> dict:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run this rank's cell; a failing one waits to be ended, so that every rank can say why."""
-    # One pipe, or what a cell prints and what it warns of would arrive in either order.
-    os.dup2(1, 2)
-    cell = unpack(os.environ.pop(VARIABLE))
-    if DEADLINE in os.environ:
-        _say_where_it_is_at(float(os.environ.pop(DEADLINE)) - SECONDS_TO_SAY_WHERE)
-    try:
-        run(cell)
-    except SystemExit as end:
-        return _exit_code(end)
-    except BaseException as error:
-        sys.stdout.flush()
-        report("error", **describe(error))
-        time.sleep(SECONDS_TO_BE_ENDED)
-        os._exit(1)
-    return 0
-
-
-def _pushed(packed: str) -> dict:
-    if not packed:
-        return {}
-    import cloudpickle
-
-    return cloudpickle.loads(base64.b64decode(packed))
-
-
-def packed_value(value) -> bytes:
-    """Return a value as bytes that the notebook unpacks.
+def pickled_value(value: Any) -> bytes:
+    """Return a cell's last value, pickled.
 
     Raises:
         TypeError: it cannot be pickled.
@@ -137,34 +119,51 @@ def packed_value(value) -> bytes:
     import cloudpickle
 
     try:
-        packed = cloudpickle.dumps(value)
+        pickled = cloudpickle.dumps(value)
     except Exception as error:
         raise TypeError(
             f"the last value, a {type(value).__name__}, cannot be sent to the notebook ({error}):"
             " end the cell with numbers, tensors or plain containers of them"
         ) from None
-    if len(packed) > LARGEST_RESULT:
+    if len(pickled) > LARGEST_VALUE:
         raise ValueError(
-            f"the last value has {len(packed) / 2**20:.0f} MiB, and at most"
-            f" {LARGEST_RESULT / 2**20:.0f} can be sent to the notebook: save it to a file"
+            f"the last value has {len(pickled) / 2**20:.0f} MiB, and at most"
+            f" {LARGEST_VALUE / 2**20:.0f} can be sent to the notebook: save it to a file"
         )
-    return packed
+    return pickled
 
 
-def _report_value(value) -> None:
-    report("value", packed=base64.b64encode(packed_value(value)).decode())
+def read_reports(folder: Path, kind: str) -> dict[int, bytes]:
+    """Return what ranks have written, by rank.
+
+    Args:
+        folder: the cell's.
+        kind: "value" (pickled), or "error" or "where" (JSON).
+    """
+    found = {int(path.suffix[1:]): path.read_bytes() for path in folder.glob(f"{kind}.*")}
+    return dict(sorted(found.items()))
 
 
-def _say_where_it_is_at(moment: float) -> None:
+def _write(folder: Path, kind: str, content: bytes) -> None:
+    """Write a report, whole or not at all: a rank may be killed at any time."""
+    rank = os.environ["HOROVOD_RANK"]
+    temporary = folder / f"unfinished-{kind}.{rank}"
+    temporary.write_bytes(content)
+    temporary.rename(folder / f"{kind}.{rank}")
+
+
+def _report_line_at(moment: float, folder: Path) -> None:
+    """Report the line that the main thread is at, at a moment in seconds since 1970."""
     main_thread = threading.main_thread().ident
 
-    def say() -> None:
+    def report() -> None:
         frames = traceback.extract_stack(sys._current_frames()[main_thread])
         at = [frame for frame in frames if frame.filename == CELL]
         if at:
-            report("where", line=at[-1].lineno, code=at[-1].line)
+            place = {"line": at[-1].lineno, "code": at[-1].line}
+            _write(folder, "where", json.dumps(place).encode())
 
-    timer = threading.Timer(moment - time.time(), say)
+    timer = threading.Timer(moment - time.time(), report)
     timer.daemon = True
     timer.start()
 
@@ -174,6 +173,27 @@ def _exit_code(end: SystemExit) -> int:
         return end.code or 0
     print(end.code)
     return 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run this rank's cell; return the exit code."""
+    # One pipe, or what a cell prints and what it warns of would arrive in either order.
+    os.dup2(1, 2)
+    folder = Path(os.environ.pop(VARIABLE))
+    if DEADLINE in os.environ:
+        _report_line_at(float(os.environ.pop(DEADLINE)) - SECONDS_TO_REPORT, folder)
+    try:
+        run(folder)
+    except SystemExit as end:
+        return _exit_code(end)
+    except BaseException as error:
+        try:
+            _write(folder, "error", json.dumps(describe(error)).encode())
+        except OSError:  # no space: then the traceback is the rank's last output
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        os._exit(1)  # without Horovod's shutdown, which would wait for the other ranks
+    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils import process
 from IPython.utils.text import LSString, SList
 
-from horovod_lm.jupyter.outcome import how
+from horovod_lm.jupyter.outcome import how_it_ended
 from horovod_lm.utils.cli import program
 from horovod_lm.utils.errors import ConfigError, UserError
 
@@ -69,4 +69,4 @@ def _check(shell: InteractiveShell, line: str, code: int, output: str = "") -> N
     if code:
         last = output.strip().splitlines()[-LINES_SHOWN:]
         said = "".join(f"\n    {text}" for text in ["its last lines:", *last]) if last else ""
-        raise CommandError(f"this command {how(code)}: {line.strip()}{said}")
+        raise CommandError(f"this command {how_it_ended(code)}: {line.strip()}{said}")

@@ -1,295 +1,327 @@
-"""Stands between a notebook's kernel and horovodrun: passes on, watches, and ends all of it.
+"""A process that starts commands, watches them, and ends every process that they have started.
 
-A process of its own, because a kernel can be killed: then its end of the pipe closes, and whatever
-it had started is ended here. It imports next to nothing, so that a cell starts as fast as a shell's
-horovodrun does.
+It is a process of its own because a kernel can be killed: then the socket between them closes, and
+the supervisor ends its commands. It imports next to nothing, so that a cell starts as fast as
+horovodrun does in a shell. Both sides write JSON, one object per line, to the socket. Nothing that
+a command prints goes there except inside such an object, so no output can be taken for an event.
 
-    its standard input     a line of JSON, the `Job`; afterwards `stop`, or the end of the file
-    its standard output    a line of JSON for each thing that happens:
-        {"event": "started", "pid": 7}                      horovodrun's process
-        {"event": "rank", "rank": 0, "pid": 9}              a rank on this host was found
-        {"event": "line", "rank": 0, "stream": "stdout", "text": "step 1\\n"}
-        {"event": "mark", "rank": 0, "kind": "error", ...}  what a cell's runner reports
-        {"event": "said", "text": "..."}                    horovodrun's own words
-        {"event": "rank_ended", "rank": 1, "code": 137}     not sent for ranks that ended well
-        {"event": "rank_stopped", "rank": 1, "seconds": 3}  it was frozen, and is killed now
-        {"event": "ended", "code": 1, "reason": "", "left": []}   the last one
+    requests  {"start": "horovodrun", "command": [...], "env": {...}, "cwd": PATH or null,
+               "grace_period": 2, "limit": 0, "ranks": 2}
+              {"signal": "rank 0", "number": 2}                        to that process alone
+              {"stop": "horovodrun", "reason": "stopped", "after": 0}
+    events    {"event": "started", "name": "horovodrun", "pid": 7}
+              {"event": "output", "name": "horovodrun", "rank": null, "text": "..."}
+              {"event": "rank_started", "rank": 0, "pid": 9}           only with "ranks"
+              {"event": "frozen", "name": "horovodrun", "rank": 1, "seconds": 3}   and killed
+              {"event": "ended", "name": "horovodrun", "code": 1, "reason": "", "left": []}
+              and what a command writes to the descriptor that HOROVOD_LM_EVENTS names
+
+The end of the requests stops all commands. A stop is SIGTERM, `grace_period` seconds, and SIGKILL
+for the whole process tree.
 """
 
 from __future__ import annotations
 
-import base64
 import codecs
+import ctypes
 import json
+import math
 import os
-import re
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-MARK = "\x1e"  # begins what the runner of a cell reports among what the cell prints
+if TYPE_CHECKING:
+    import psutil
+
+EVENTS_VARIABLE = "HOROVOD_LM_EVENTS"
 SECONDS_BETWEEN_LOOKS = 0.25
-SECONDS_FROZEN = 3.0  # a rank that somebody froze gets so long to be woken again
-SECONDS_TO_AGREE = 1.0  # other ranks that fail for the same reason get so long to say so
-SECONDS_TO_VANISH = 5.0
-# Horovod: a rank's lines come as "[1]<stdout>:text", its last one perhaps without an end.
-_PREFIX = re.compile(r"\[(\d+)\]<(?:stdout|stderr)>:")
-_SHELL = {"Terminated\n", "Killed\n"}  # said by a rank's shell when the rank is ended
-_RANK_ENDED = re.compile(r"Process (\d+) exit with status code (-?\d+)\.")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to run and how to end it.
-
-    Attributes:
-        command: horovodrun's call.
-        size: how many ranks it starts.
-        env: its environment.
-        cwd: its working directory.
-        parent: the kernel's process id.
-        patience: seconds that ranks have to end by themselves when they are asked to.
-        elastic: whether ranks may end while the job goes on.
-        gentle: whether ranks are asked themselves, and may save; else horovodrun ends them.
-        timeout: seconds after which all of it is ended; 0: never.
-        log_dir: where each rank's output is kept, as `console-rank0.log`; empty: nowhere.
-    """
-
-    command: list[str]
-    size: int
-    env: dict[str, str]
-    cwd: str
-    parent: int
-    patience: float = 2.0
-    gentle: bool = False
-    elastic: bool = False
-    timeout: float = 0.0
-    log_dir: str = ""
-
-    def to_json(self) -> str:
-        """Return the line that a supervisor reads."""
-        return json.dumps(asdict(self))
+SECONDS_TO_EXIT = 0.02  # between the end of a command's output and its exit
+SECONDS_FROZEN = 3.0  # a process stopped by SIGSTOP is killed when it is not continued by then
+SECONDS_FOR_OUTPUT = 1.0  # after its exit, when a process that it has left holds its pipes
+SECONDS_TO_VANISH = 5.0  # after SIGKILL
+PR_SET_CHILD_SUBREAPER = 36  # Linux, sys/prctl.h
 
 
 @dataclass
-class Lines:
-    """Cut what horovodrun prints into whole lines, each with the rank that it is from, or None."""
+class Command:
+    """A started command and the times at which something is due."""
 
-    _rest: str = ""
-    _decoder: codecs.IncrementalDecoder = field(
-        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
-    )
-
-    def feed(self, chunk: bytes) -> list[tuple[int | None, str]]:
-        """Return the lines that are whole now; an empty chunk is the end, and ends the last one."""
-        text = self._rest + self._decoder.decode(chunk, final=not chunk)
-        *whole, self._rest = re.split(r"(?<=[\n\r])", text)
-        if not chunk:
-            whole, self._rest = [*whole, self._rest], ""
-        return [part for line in whole if line for part in self._parts(line)]
-
-    @staticmethod
-    def _parts(line: str) -> list[tuple[int | None, str]]:
-        # A killed rank's last line has no end: the next rank's prefix stands right behind it.
-        before, *pairs = _PREFIX.split(line)
-        parts: list[tuple[int | None, str]] = [(None, before)] if before else []
-        for rank, text in zip(pairs[::2], pairs[1::2], strict=True):
-            parts.append((int(rank), text if text.endswith(("\n", "\r")) else text + "\n"))
-        return parts
+    name: str
+    process: subprocess.Popen[bytes]
+    grace_period: float
+    ranks_expected: int
+    limit_at: float
+    stop_at: float = math.inf
+    kill_at: float = math.inf
+    exited_at: float = math.inf
+    reason: str = ""
+    open_pipes: int = 0
+    ranks: dict[int, psutil.Process] = field(default_factory=dict)
+    frozen_since: dict[int, float] = field(default_factory=dict)  # by process id
 
 
 class Supervisor:
-    """One job's supervision, from its start until nothing of it is left."""
+    """The commands of one kernel.
 
-    def __init__(self, job: Job, emit: Callable[..., None]) -> None:
-        self.job, self._emit_event = job, emit
-        self.reason = ""  # why it is being ended: stopped, timeout, kernel, failed
-        self._kill_at = float("inf")
-        self._settle_at = float("inf")
-        self._family: dict[int, object] = {}  # every process that was seen, by its id
-        self._ranks: dict[int, object] = {}
-        self._frozen_since: dict[int, float] = {}
-        self._logs: dict[int, object] = {}
-        self._open = 0  # pipes of horovodrun that have not ended
+    Args:
+        kernel: the socket to the kernel.
+    """
 
-    def run(self) -> int:
-        """Run the job to its end; return horovodrun's exit code."""
-        self.started = time.monotonic()
-        self.horovodrun = subprocess.Popen(
-            self.job.command, env=self.job.env, cwd=self.job.cwd, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
-        self.emit("started", pid=self.horovodrun.pid)
-        with selectors.DefaultSelector() as selector:
-            selector.register(0, selectors.EVENT_READ, self._hear_the_kernel)
-            for pipe in (self.horovodrun.stdout, self.horovodrun.stderr):
-                selector.register(pipe, selectors.EVENT_READ, self._reader(selector, pipe))
-                self._open += 1
-            looked = 0.0
-            while self._open or self.horovodrun.poll() is None:
-                for key, _ in selector.select(SECONDS_BETWEEN_LOOKS):
-                    if key.data() is False:
-                        selector.unregister(key.fileobj)
-                if time.monotonic() - looked >= SECONDS_BETWEEN_LOOKS:
-                    self._look()
-                    looked = time.monotonic()
-        code = self.horovodrun.wait()
-        left = self._kill_family()
-        for log in self._logs.values():
-            log.close()
-        self.emit("ended", code=code, reason=self.reason, left=left)
-        return code
+    def __init__(self, kernel: socket.socket) -> None:
+        self._kernel, self._rest = kernel, b""
+        self._parent = os.getppid()
+        self._commands: dict[str, Command] = {}
+        self._selector = selectors.DefaultSelector()
+        self._serving = True
 
-    def emit(self, event: str, **values) -> None:
-        """Tell the kernel; a kernel that is gone ends the job."""
+    def run(self) -> None:
+        """Serve requests until the kernel hangs up and every command has ended."""
+        # A process whose parent has died becomes a child of this one, and can be found and ended.
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._selector.register(self._kernel, selectors.EVENT_READ, self._read_requests)
+        looked_at = 0.0
         try:
-            self._emit_event(event, **values)
-        except OSError:
-            self._end("kernel")
+            while self._serving or self._commands:
+                exiting = any(not command.open_pipes for command in self._commands.values())
+                for key, _ in self._selector.select(
+                    SECONDS_TO_EXIT if exiting else SECONDS_BETWEEN_LOOKS
+                ):
+                    key.data()
+                if time.monotonic() - looked_at >= SECONDS_BETWEEN_LOOKS:
+                    looked_at = time.monotonic()
+                    for command in self._commands.values():
+                        self._look_at(command)
+                for command in list(self._commands.values()):
+                    self._finish_if_ended(command)
+        finally:
+            for command in self._commands.values():
+                self._kill_tree(command)
 
-    # ---- what is heard --------------------------------------------------------------------------
+    # ---- requests ---------------------------------------------------------------------------
 
-    def _hear_the_kernel(self) -> bool:
-        heard = os.read(0, 4096)
-        self._end("stopped" if heard else "kernel")
-        return bool(heard)
+    def _read_requests(self) -> None:
+        try:
+            chunk = self._kernel.recv(65536)
+        except ConnectionError:
+            chunk = b""
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        for line in lines:
+            request = json.loads(line)
+            if "start" in request:
+                self._start(request)
+            elif "signal" in request:
+                command = self._commands.get(request["signal"])
+                if command is not None and command.process.poll() is None:
+                    command.process.send_signal(request["number"])
+            elif request["stop"] in self._commands:
+                command = self._commands[request["stop"]]
+                _stop(command, request["reason"], request["after"])
+        if not chunk:
+            self._hang_up("kernel")
 
-    def _reader(self, selector: selectors.BaseSelector, pipe) -> Callable[[], bool]:
-        lines = Lines()
+    def _hang_up(self, reason: str) -> None:
+        if self._serving:
+            self._serving = False
+            self._selector.unregister(self._kernel)
+        for command in self._commands.values():
+            _stop(command, reason)
 
-        def read() -> bool:
-            chunk = os.read(pipe.fileno(), 65536)
-            for rank, text in lines.feed(chunk):
-                self._pass_on(rank, "stdout" if pipe is self.horovodrun.stdout else "stderr", text)
-            self._open -= not chunk
-            return bool(chunk)
-
-        return read
-
-    def _pass_on(self, rank: int | None, stream: str, text: str) -> None:
-        if rank is None:
-            ended = _RANK_ENDED.search(text)
-            if ended:
-                self.emit("rank_ended", rank=int(ended[1]), code=int(ended[2]))
-                self._fail()
-            else:
-                self.emit("said", text=text)
+    def _start(self, request: dict[str, Any]) -> None:
+        name, env = request["start"], request["env"]
+        events, write_end = os.pipe()
+        try:
+            process = subprocess.Popen(
+                request["command"], cwd=request["cwd"], stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**(os.environ if env is None else env), EVENTS_VARIABLE: str(write_end)},
+                pass_fds=[write_end],
+            )  # fmt: skip
+        except OSError as error:
+            os.close(events)
+            self._emit("output", name=name, rank=None, text=f"{error}\n")
+            self._emit("ended", name=name, code=127, reason="", left=[])
             return
-        if stream == "stderr" and text in _SHELL:
-            return
-        text, _, report = text.partition(MARK)
-        if text:
-            self.emit("line", rank=rank, stream=stream, text=text)
-            self._log(rank, text)
-        if report:
-            self._hear_a_mark(rank, json.loads(base64.b64decode(report)))
+        finally:
+            os.close(write_end)
+        limit_at = time.monotonic() + request["limit"] if request["limit"] else math.inf
+        command = self._commands[name] = Command(
+            name, process, request["grace_period"], request["ranks"], limit_at
+        )
+        self._emit("started", name=name, pid=process.pid)
+        self._forward(command, process.stdout.fileno(), self._output_of(command))
+        self._forward(command, events, self._events_of())
 
-    def _hear_a_mark(self, rank: int, report: dict) -> None:
-        self.emit("mark", rank=rank, **report)
-        if report["kind"] == "error":
-            self._log(rank, "".join(report["traceback"]))
-            self._fail()
+    # ---- output -----------------------------------------------------------------------------
 
-    def _log(self, rank: int, text: str) -> None:
-        if not self.job.log_dir:
-            return
-        if rank not in self._logs:
-            path = Path(self.job.log_dir, f"console-rank{rank}.log")
-            self._logs[rank] = open(path, "a", encoding="utf-8", buffering=1)
-        self._logs[rank].write(text)
+    def _forward(self, command: Command, pipe: int, take: Callable[[bytes], None]) -> None:
+        def read() -> None:
+            chunk = os.read(pipe, 65536)
+            take(chunk)
+            if not chunk:
+                self._selector.unregister(pipe)
+                command.open_pipes -= 1
+                if pipe != command.process.stdout.fileno():
+                    os.close(pipe)
 
-    # ---- what is seen ---------------------------------------------------------------------------
+        command.open_pipes += 1
+        self._selector.register(pipe, selectors.EVENT_READ, read)
 
-    def _look(self) -> None:
-        """Look at the clock, at the kernel, and at every process of the job."""
+    def _output_of(self, command: Command) -> Callable[[bytes], None]:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+        def take(chunk: bytes) -> None:
+            text = decoder.decode(chunk, final=not chunk)
+            if text:
+                self._emit("output", name=command.name, rank=None, text=text)
+
+        return take
+
+    def _events_of(self) -> Callable[[bytes], None]:
+        rest = b""
+
+        def take(chunk: bytes) -> None:
+            nonlocal rest
+            whole, end, rest = (rest + chunk).rpartition(b"\n")
+            self._send(whole + end)  # a line cut short by the command's death stays in `rest`
+
+        return take
+
+    def _emit(self, event: str, **values: Any) -> None:
+        self._send(json.dumps({"event": event, **values}).encode() + b"\n")
+
+    def _send(self, lines: bytes) -> None:
+        try:
+            self._kernel.sendall(lines)
+        except OSError:  # the kernel is gone
+            self._hang_up("kernel")
+
+    # ---- watching -----------------------------------------------------------------------------
+
+    def _look_at(self, command: Command) -> None:
         now = time.monotonic()
-        if os.getppid() != self.job.parent:
-            self._end("kernel")
-        if self.job.timeout and now - self.started > self.job.timeout:
-            self._end("timeout")
-        if now >= self._settle_at:
-            self._end("failed")
-        self._find_family()
-        if not self.reason:
-            for rank, process in self._ranks.items():
-                self._look_at(rank, process, now)
-        if now >= self._kill_at:
-            self._kill_family()
+        if os.getppid() != self._parent:  # a fork of the kernel may hold the socket open
+            self._hang_up("kernel")
+        if now > command.limit_at:
+            _stop(command, "timeout")
+        if command.ranks_expected:
+            self._find_ranks(command)
+        if now >= command.stop_at:
+            command.stop_at = math.inf
+            command.kill_at = now + command.grace_period
+            # Ranks that save must hear of it themselves: horovodrun gives them 5 s only. Those on
+            # other hosts can be reached only through horovodrun.
+            here = len(command.ranks) >= command.ranks_expected > 0
+            for process in command.ranks.values() if here else [command.process]:
+                _quietly(process.terminate)
+        if now >= command.kill_at:
+            self._kill_tree(command)
+        else:
+            self._kill_frozen(command, now)
 
-    def _find_family(self) -> None:
-        import psutil  # only now: horovodrun is already under way
+    def _find_ranks(self, command: Command) -> None:
+        import psutil  # only now: the command is already under way
 
         try:
-            found = psutil.Process(self.horovodrun.pid).children(recursive=True)
+            found = psutil.Process(command.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return
         for process in found:  # parents come before their children
-            self._family.setdefault(process.pid, process)
             try:
                 rank = int(process.environ()["HOROVOD_RANK"])
             except (KeyError, ValueError, psutil.Error):
                 continue
-            known = self._ranks.get(rank)
-            # In an elastic job another process may have taken a dead one's place.
+            known = command.ranks.get(rank)
+            # In an elastic job a new process may take a dead one's place.
             if known is None or not known.is_running():
-                self._ranks[rank] = process
-                self.emit("rank", rank=rank, pid=process.pid)
+                command.ranks[rank] = process
+                self._emit("rank_started", rank=rank, pid=process.pid)
 
-    def _look_at(self, rank: int, process, now: float) -> None:
-        """End a rank that is frozen: the others would wait for it."""
+    def _kill_frozen(self, command: Command, now: float) -> None:
+        """Kill a process that has been stopped for too long: the others would wait for it."""
         import psutil
 
-        try:
-            frozen = process.status() == psutil.STATUS_STOPPED
-        except psutil.NoSuchProcess:
-            frozen = False
-        if not frozen:
-            self._frozen_since.pop(rank, None)
-        elif now - self._frozen_since.setdefault(rank, now) >= SECONDS_FROZEN:
-            self.emit("rank_stopped", rank=rank, seconds=SECONDS_FROZEN)
-            self._frozen_since[rank] = float("inf")
-            _end_quietly(process.kill)
+        watched: dict[int | None, psutil.Process | subprocess.Popen[bytes]] = {**command.ranks}
+        if not command.ranks_expected:
+            watched = {None: command.process}
+        for rank, process in watched.items():
+            try:
+                frozen = psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
+            except psutil.NoSuchProcess:
+                frozen = False
+            if not frozen:
+                command.frozen_since.pop(process.pid, None)
+            elif now - command.frozen_since.setdefault(process.pid, now) >= SECONDS_FROZEN:
+                self._emit("frozen", name=command.name, rank=rank, seconds=SECONDS_FROZEN)
+                _quietly(process.kill)
 
-    # ---- how it ends ----------------------------------------------------------------------------
+    # ---- the end ------------------------------------------------------------------------------
 
-    def _fail(self) -> None:
-        """A rank has failed: others may say why in a moment, then all of it is ended."""
-        if self.job.elastic:  # horovodrun and the ranks themselves decide how to go on
+    def _finish_if_ended(self, command: Command) -> None:
+        code = command.process.poll()
+        if code is None:
             return
-        self._settle_at = min(self._settle_at, time.monotonic() + SECONDS_TO_AGREE)
-
-    def _end(self, reason: str) -> None:
-        """Ask the ranks to end, once; what is left after the patience is killed."""
-        if self.reason:
+        command.exited_at = min(command.exited_at, time.monotonic())
+        if command.open_pipes and time.monotonic() < command.exited_at + SECONDS_FOR_OUTPUT:
             return
-        self.reason = reason
-        self._kill_at = time.monotonic() + self.job.patience
-        # Ranks on other hosts can only be reached through horovodrun.
-        all_here = len(self._ranks) == self.job.size or self.job.elastic
-        asked = self._ranks.values() if self.job.gentle and all_here else [self.horovodrun]
-        for process in asked:
-            _end_quietly(process.terminate)
+        left = self._kill_tree(command)
+        del self._commands[command.name]
+        code = code if code >= 0 else 128 - code
+        self._emit("ended", name=command.name, code=code, reason=command.reason, left=left)
 
-    def _kill_family(self) -> list[int]:
-        """Kill whatever is left of the job; return the ids of what does not go."""
+    def _kill_tree(self, command: Command) -> list[int]:
+        """Kill whatever is left of a command; return the ids of processes that do not end."""
         import psutil
 
-        self._find_family()
-        alive = [process for process in self._family.values() if process.is_running()]
-        for process in alive:
-            _end_quietly(process.kill)
-        if self.horovodrun.poll() is None:
-            self.horovodrun.kill()
-        _, left = psutil.wait_procs(alive, timeout=SECONDS_TO_VANISH)
-        return [process.pid for process in left]
+        deadline = time.monotonic() + SECONDS_TO_VANISH
+        while (tree := self._tree(command)) and time.monotonic() < deadline:
+            for process in tree:
+                _quietly(process.kill)
+            command.process.poll()  # not psutil, which would take the exit code
+            psutil.wait_procs([one for one in tree if one.pid != command.process.pid], timeout=0.1)
+        return [process.pid for process in tree]
+
+    def _tree(self, command: Command) -> list[psutil.Process]:
+        """Return every process of a command, those included whose parents have died."""
+        import psutil
+
+        starters = {one.process.pid for one in self._commands.values()}
+        found: list[psutil.Process] = []
+        for child in psutil.Process().children():
+            own = child.pid == command.process.pid
+            if child.pid not in starters:  # its parent has died
+                own = len(starters) == 1 or _session(child.pid) == command.process.pid
+            if own:
+                found.append(child)
+                try:
+                    found += child.children(recursive=True)
+                except psutil.NoSuchProcess:
+                    pass
+        return found
 
 
-def _end_quietly(end: Callable[[], None]) -> None:
+def _stop(command: Command, reason: str, after: float = 0.0) -> None:
+    """Plan a command's end. The first reason counts; a later stop can only come sooner."""
+    command.reason = command.reason or reason
+    if command.kill_at == math.inf:
+        command.stop_at = min(command.stop_at, time.monotonic() + after)
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _quietly(end: Callable[[], None]) -> None:
+    """Send a signal to a process that may have ended."""
     import psutil
 
     try:
@@ -298,23 +330,8 @@ def _end_quietly(end: Callable[[], None]) -> None:
         pass
 
 
-def _read_line(descriptor: int) -> bytes:
-    """Read one line and not a byte more: the rest is waited for elsewhere."""
-    line = b""
-    while not line.endswith(b"\n"):
-        byte = os.read(descriptor, 1)
-        if not byte:
-            break
-        line += byte
-    return line
-
-
-def _print_event(event: str, **values) -> None:
-    print(json.dumps({"event": event, **values}), flush=True)
-
-
 if __name__ == "__main__":
-    # A kernel's interrupt is meant for the kernel: it decides what becomes of its jobs.
+    # An interrupt of the kernel's process group is for the kernel, which decides about its jobs.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Supervisor(Job(**json.loads(_read_line(0))), _print_event).run()
-    sys.stdout.close()
+    with socket.socket(fileno=int(sys.argv[1])) as socket_to_kernel:
+        Supervisor(socket_to_kernel).run()

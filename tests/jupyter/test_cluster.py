@@ -90,7 +90,7 @@ def test_values_come_back_by_rank(px, shell, cluster):
         "[0] on the way\n[1] on the way\n"
     )
     assert shell.user_ns["sizes"] == [5, 6]
-    assert cluster.apply(lambda add, to: to + add, 1, to=2) == [3, 3]
+    assert cluster.run(lambda add, to: to + add, 1, to=2) == [3, 3]
 
 
 def test_one_rank_is_given_values_and_asked_for_them(cluster):
@@ -175,10 +175,10 @@ def test_a_killed_kernel_takes_its_ranks_along(kernel):
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_a_killed_guardian_takes_its_ranks_along_and_the_next_cell_says_so():
+def test_a_killed_supervisor_takes_its_ranks_along_and_the_next_cell_says_so():
     with HorovodCluster(n=1) as alone:
-        os.kill(alone._engines.processes.parent, signal.SIGKILL)
-        wait_until(lambda: bool(alone._engines.missing()), 10, "the news of its end")
+        os.kill(alone._engines.processes.supervisor, signal.SIGKILL)
+        wait_until(lambda: bool(alone._engines.ended()), 10, "the news of its end")
         with pytest.raises(RankError, match="^rank 0 was killed by SIGKILL"):
             alone.run("1")
 

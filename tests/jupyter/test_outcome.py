@@ -1,29 +1,33 @@
-"""What a job's events come to: pure functions, every ending without a process."""
+"""The result of a job, for every way in which ranks fail, and the framing of their output."""
 
 from __future__ import annotations
 
+import codecs
+import os
 import random
+import socket
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from horovod_lm.jupyter.outcome import Outcome, RanksStopped, how, ranks
-from horovod_lm.jupyter.supervisor import Lines
+from horovod_lm.jupyter.framed_horovodrun import frame_output
+from horovod_lm.jupyter.outcome import JobResult, RanksStopped, how_it_ended, rank_list
+from tests.jupyter.conftest import needs_horovod
 
 
-def outcome(*events: dict, size: int = 2, code: int = 1, reason: str = "") -> Outcome:
-    result = Outcome(size)
+def outcome(*events: dict, size: int = 2, code: int = 1, reason: str = "") -> JobResult:
+    result = JobResult(size)
     for event in (*events, {"event": "ended", "code": code, "reason": reason, "left": []}):
-        result.add(event)
+        if "name" in event:
+            result.errors[event["rank"]] = event
+        else:
+            result.add(event)
     return result
 
 
 def error(rank: int, name: str, text: str = "", line: int = 3) -> dict:
-    return {
-        "event": "mark", "kind": "error", "rank": rank, "name": name, "text": text, "line": line,
-        "traceback": [f"{name}\n"],
-    }  # fmt: skip
+    return {"rank": rank, "name": name, "text": text, "line": line, "traceback": [f"{name}\n"]}
 
 
 def ended(rank: int, code: int) -> dict:
@@ -63,12 +67,12 @@ def test_what_horovod_says_of_calls_that_do_not_fit_is_passed_on():
     assert str(said) == f"every rank: {LOST}: {shapes} (line 3 of the cell)"
 
 
-def test_a_stop_by_the_reader_is_no_failure_whatever_the_codes():
+def test_a_stop_by_the_user_is_no_failure_whatever_the_codes():
     assert isinstance(outcome(ended(0, 143), reason="stopped").error(), RanksStopped)
 
 
 def test_horovodrun_s_own_words_are_passed_on():
-    said = {"event": "said", "text": "horovodrun: no such host: faraway\n"}
+    said = {"event": "output", "rank": None, "text": "horovodrun: no such host: faraway\n"}
     assert str(outcome(said).error()) == (
         "horovodrun could not run the cell: no such host: faraway"
     )
@@ -85,37 +89,74 @@ def test_horovodrun_s_own_words_are_passed_on():
     ],
 )  # fmt: skip
 def test_exit_codes_in_words(code, words):
-    assert how(code) == words
+    assert how_it_ended(code) == words
 
 
 def test_lists_of_ranks():
-    assert [ranks([1]), ranks([0, 1]), ranks([0, 2, 3])] == ["rank 1", "ranks 0 and 1", "ranks 0, 2 and 3"]  # noqa: E501  # fmt: skip
+    assert [rank_list([1]), rank_list([0, 2, 3])] == ["rank 1", "ranks 0, 2 and 3"]
 
 
-# ---- horovodrun's output, cut into lines ---------------------------------------------------------
+STALL = [
+    "[2026-11-25 18:52:01.5: W /src/stall_inspector.cc:107] One or more tensors were submitted",
+    "Missing ranks:", "1: [allreduce.late, allreduce.later]",
+    "[2026-11-25 18:52:05.5: E /src/stall_inspector.cc:130] One or more rank (marked by \"!\")"
+    " is stalled for longer than 4 seconds. Will shutdown.",
+]  # fmt: skip
 
 
-TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\n\r["))
+def test_only_a_report_of_the_stall_check_names_missing_ranks():
+    lines = ["0: [0.5]", *STALL, "0: [0.5]"]
+    printed = [{"event": "output", "rank": 0, "text": f"{line}\n"} for line in lines]
+    said = str(outcome(*printed, error(0, LOST)).error())
+    assert said.startswith("rank 1 did not come to 'late', where rank 0 waited for 4 s")
 
 
-@given(st.lists(st.tuples(st.integers(0, 11), TEXT)), st.data())
-def test_lines_are_the_same_however_they_arrive(lines, data):
-    sent = "".join(f"[{rank}]<stdout>:{text}\n" for rank, text in lines).encode()
-    reader, got, at = Lines(), [], 0
-    while at < len(sent):
-        step = data.draw(st.integers(1, 40))
-        got += reader.feed(sent[at : at + step])
-        at += step
-    assert got + reader.feed(b"") == [(rank, text + "\n") for rank, text in lines]
+# ---- the output of a rank, cut into lines --------------------------------------------------------
 
 
-def test_a_killed_rank_s_unfinished_line_is_its_own():
-    reader = Lines()
-    got = reader.feed(b"[1]<stdout>:half a li[0]<stdout>:whole\nProcess 1 exit with")
-    assert got == [(1, "half a li\n"), (0, "whole\n")]
-    assert reader.feed(b"") == [(None, "Process 1 exit with")]
-    assert reader.feed(b"") == []
+@pytest.fixture(scope="module")
+def forward():
+    """What horovodrun runs for a rank's pipe, and the list that it reports lines to."""
+    from horovod.runner.common.util import safe_shell_exec
+
+    names = ("prefix_connection", "execute")
+    original = {name: getattr(safe_shell_exec, name) for name in names}
+    lines: list[str] = []
+    frame_output(lambda event, rank, text: lines.append(text), 0.0)
+    yield safe_shell_exec.prefix_connection, lines
+    for name, function in original.items():
+        setattr(safe_shell_exec, name, function)
 
 
-def test_progress_lines_end_with_a_carriage_return():
-    assert Lines().feed(b"[0]<stderr>: 10%\r[0]<stderr>: 20%\r") == [(0, " 10%\r"), (0, " 20%\r")]
+PIECES = st.one_of(
+    st.binary(max_size=40), st.sampled_from([b"\n", b"\r\n", b"50%\r", b"[7]<stdout>:x"])
+)
+
+
+@needs_horovod
+@given(st.lists(PIECES.filter(len), max_size=12))
+def test_a_rank_s_bytes_are_cut_into_lines_and_nothing_is_lost(forward, pieces):
+    run, lines = forward
+    lines.clear()
+    ours, source = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a piece for each read
+    for piece in pieces:
+        os.write(ours.fileno(), piece)
+    ours.close()
+    run(source, None, "stdout", 1, False)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    sent = "".join(map(decoder.decode, pieces)) + decoder.decode(b"", final=True)
+    ended = sent + "\n" * (not sent.endswith(("\n", "\r")) and sent != "")
+    assert "".join(lines) == ended
+    assert all(line.endswith(("\n", "\r")) for line in lines)
+    assert not any(end in line[:-2] for line in lines for end in "\n\r")
+
+
+@needs_horovod
+def test_the_last_words_of_a_killed_rank_s_shell_are_left_out(forward):
+    run, lines = forward
+    lines.clear()
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"Killed\ngoing on\nKilled\n")
+    os.close(write_end)
+    run(open(read_end, "rb", buffering=0), None, "stderr", 1, False)
+    assert lines == ["Killed\n", "going on\n"]
