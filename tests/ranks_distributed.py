@@ -26,7 +26,6 @@ rank = d.get_rank()
 seen["rank"] = [rank, d.get_world_size(), d.get_local_rank(), d.get_local_size()]
 seen["main"] = d.is_main_process()
 seen["threads"] = torch.get_num_threads()
-seen["cores"] = d.available_cores()
 seen["environment"] = {name: os.environ.get(name) for name in os.environ if "HOROVOD_" in name}
 
 seen["average"] = [
