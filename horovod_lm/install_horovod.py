@@ -30,6 +30,7 @@ import importlib.metadata
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from horovod_lm.installation.build import (
     available_jobs,
     build_into,
     build_wheel,
+    check_target,
     fetch_source,
     kept_wheel,
     pip_command,
@@ -99,24 +101,34 @@ def cache_folder() -> Path:
     return Path(base).expanduser() / "horovod_lm"
 
 
+def writable(cache: Path) -> Path:
+    """Make the folder for builds if necessary, and return it.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return cache
+    except OSError as error:
+        raise UserError(
+            f"Horovod's builds are kept in {cache}, which cannot be written ({error.strerror});"
+            " name another folder: HOROVOD_LM_CACHE=/a/folder"
+        ) from None
+
+
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Hold a lock on `folder`: a second installer waits, and then finds the work done."""
     from filelock import FileLock, Timeout  # the set-up imports this module before it is there
 
+    lock = FileLock(writable(folder) / "lock")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            print("another installation is building Horovod; waiting for it...", flush=True)
-            lock.acquire()
-    except OSError as error:
-        raise UserError(
-            f"Horovod's builds are kept in {folder}, which cannot be written ({error.strerror});"
-            " name another folder: HOROVOD_LM_CACHE=/a/folder"
-        ) from None
+        lock.acquire(blocking=False)
+    except Timeout:
+        print("another installation is building Horovod; waiting for it...", flush=True)
+        lock.acquire()
     try:
         yield
     finally:
@@ -198,11 +210,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--source needs --target; without it the source is fetched and kept")
     if arguments.source and not arguments.source.is_file():
         raise UserError(f"--source {arguments.source} is not a file")
+    if arguments.target:
+        check_target(arguments.target.absolute())
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {arguments.jobs}")
     toolchain = inspect_toolchain(mpi=arguments.mpi, nccl=arguments.nccl)
     if arguments.target:
-        source = arguments.source or fetch_source(cache_folder())
+        source = arguments.source or fetch_source(writable(cache_folder()))
         jobs = arguments.jobs or available_jobs()
         build_into(toolchain, arguments.target.absolute(), source, jobs)
         print(f"Horovod is in {arguments.target} and works, {toolchain.summary}.")

@@ -109,9 +109,35 @@ def test_a_build_that_does_not_load_is_found_out(tmp_path):
     assert "undefined symbol: _ZN3c10" in done.stderr and "--force" in done.stderr
 
 
-def test_impossible_options_are_one_sentence():
-    done = command("--jobs", "0")
-    assert (done.returncode, done.stderr) == (2, "error: --jobs must be at least 1, not 0\n")
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--jobs 0", "--jobs must be at least 1, not 0"),
+        ("--source FILE", "--source needs --target; without it the source is fetched and kept"),
+        (
+            "--no-nccl --target FOLDER --source FILE",
+            "FILE is not horovod 0.28.1 as it was released",
+        ),
+        ("--target TAKEN", "TAKEN is not empty and not a build of Horovod; name a new folder"),
+        ("--target FOLDER --source FOLDER", "--source FOLDER is not a file"),
+        ("--force", "Horovod's builds are kept in /dev/null/cache, which cannot be written (Not a"),
+    ],
+)
+def test_impossible_options_are_one_sentence_and_nothing_is_built(tmp_path, options, sentence):
+    (tmp_path / "taken").mkdir()
+    for file in ("taken/mine.txt", "file"):
+        (tmp_path / file).touch()
+
+    def named(text: str) -> str:
+        for name in ("FILE", "FOLDER", "TAKEN"):
+            text = text.replace(name, str(tmp_path / name.lower()))
+        return text
+
+    done = command(*named(options).split(), HOROVOD_LM_CACHE="/dev/null/cache")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {named(sentence)}") and done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
 
 
 def test_help_teaches():

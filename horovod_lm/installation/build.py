@@ -63,23 +63,30 @@ def build_into(toolchain: Toolchain, target: Path, source: Path, jobs: int) -> N
 
     Args:
         toolchain: what to build.
-        target: the folder; an earlier build in it is replaced, other files are not.
+        target: the folder; an earlier build in it is replaced (see `check_target`).
         source: Horovod's source distribution.
         jobs: how many compilers run at once.
 
     Raises:
-        UserError: the folder holds something else, the source is another one, does not compile, or
-            the result does not work.
+        UserError: the source is another one, does not compile, or the result does not work.
     """
-    ours = {target / "horovod", *target.glob("horovod-*.dist-info")}
-    if target.exists() and not (target.is_dir() and ours.issuperset(target.iterdir())):
-        raise UserError(f"{target} is not empty and not a build of Horovod; name a new folder")
     check_source(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="building-", dir=target.parent) as folder:
         compile_wheel(toolchain, source, Path(folder), target.parent, jobs)
         shutil.rmtree(target, ignore_errors=True)
         (Path(folder) / "unpacked").rename(target)
+
+
+def check_target(target: Path) -> None:
+    """Refuse a folder that holds something else than an earlier build.
+
+    Raises:
+        UserError: it does.
+    """
+    ours = {target / "horovod", *target.glob("horovod-*.dist-info")}
+    if target.exists() and not (target.is_dir() and ours.issuperset(target.iterdir())):
+        raise UserError(f"{target} is not empty and not a build of Horovod; name a new folder")
 
 
 def fetch_source(cache: Path) -> Path:
