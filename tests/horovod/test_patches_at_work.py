@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -242,6 +243,34 @@ def test_a_process_can_start_horovod_again(run_ranks, times):
     done = run_ranks(SECOND_INIT, *times.split())
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("THREE WORLDS") == 2
+
+
+MANY_EVENTS = """
+import horovod.torch as hvd
+import torch
+
+hvd.init()
+waiting = [hvd.allreduce_async(torch.ones(1), name=f"number {i}") for i in range(300)]
+for handle in waiting:
+    hvd.synchronize(handle)
+"""
+
+
+def test_the_timeline_of_a_process_that_ends_is_whole(run_ranks, tmp_path):
+    # 23-timeline-end: without it the last events are missing, on a busy machine all of them.
+    timeline = tmp_path / "timeline.json"
+    done = run_ranks(MANY_EVENTS, "--timeline-filename", str(timeline))
+    assert done.returncode == 0, done.stderr
+    events = json.loads(timeline.read_text())
+    number = {
+        event["pid"]: event["args"]["name"]
+        for event in events
+        if event.get("name") == "process_name" and event["pid"]
+    }
+    begun, ended = (
+        Counter(number[event["pid"]] for event in events if event["ph"] == phase) for phase in "BE"
+    )
+    assert len(begun) == 300 and begun == ended
 
 
 ONE_RANK_STAYS_AWAY_FROM_INIT = """
