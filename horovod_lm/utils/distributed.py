@@ -12,11 +12,11 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -175,42 +175,54 @@ def choose_device(wanted: str, local_rank: int) -> DeviceChoice:
         ConfigError: on every rank: "cuda" is wanted, and a rank has no GPU.
     """
     device = own_device(wanted, local_rank)
-    name = gpu = None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        properties = torch.cuda.get_device_properties(device)
-        # By its UUID: a launcher may show each rank one GPU only, and then each is number 0.
-        name, gpu = properties.name, str(properties.uuid)
-    has_nccl = is_distributed() and bool(_horovod().nccl_built())
     # Horovod: a gradient on the GPU of one rank and in the memory of another cannot be reduced, so
     # the ranks have to agree.
-    ranks = gather_objects((platform.node(), name, gpu, has_nccl), name="devices")
-    without = sorted({host for host, _, gpu, _ in ranks if gpu is None})
+    ranks = gather_objects(_offer(device), name="devices")
+    without = sorted({rank.host for rank in ranks if rank.gpu is None})
     if wanted == "cuda" and without:
         raise ConfigError(
             f"training.device is cuda, and torch sees no GPU on {', '.join(without)}: set it to"
             f" auto or cpu, or run {command('horovod_lm.doctor')} there"
         )
-    gpus = {gpu: name for _, name, gpu, _ in ranks if gpu is not None}
-    has_nccl = all(each for *_, each in ranks)
-    staged = bool(gpus) and is_distributed() and (len(gpus) < len(ranks) or not has_nccl)
-    on_gpus = sum(gpu is not None for _, _, gpu, _ in ranks)
-    return DeviceChoice(device, staged, _summary(len(ranks), on_gpus, gpus, has_nccl))
+    gpus = {rank.gpu: rank.gpu_name for rank in ranks if rank.gpu is not None}
+    by_nccl = len(gpus) == len(ranks) and all(rank.has_nccl for rank in ranks)
+    staged = bool(gpus) and is_distributed() and not by_nccl
+    return DeviceChoice(device, staged, _summary(ranks, gpus, by_nccl))
 
 
-def _summary(ranks: int, on_gpus: int, gpus: dict[str, str], has_nccl: bool) -> str:
+class _Offer(NamedTuple):
+    """What a rank tells the others of its device."""
+
+    host: str
+    gpu: str | None  # its UUID: a launcher may show each rank one GPU only, then each is number 0
+    gpu_name: str | None
+    has_nccl: bool
+
+
+def _offer(device: torch.device) -> _Offer:
+    has_nccl = is_distributed() and bool(_horovod().nccl_built())
+    if device.type == "cpu":
+        return _Offer(platform.node(), None, None, has_nccl)
+    gpu = torch.cuda.get_device_properties(device)
+    return _Offer(platform.node(), str(gpu.uuid), gpu.name, has_nccl)
+
+
+def _summary(ranks: Sequence[_Offer], gpus: dict[str, str], by_nccl: bool) -> str:
     """Return the devices of all ranks, and how gradients travel, in one line."""
-    who, threads = _count(ranks, "rank"), _count(torch.get_num_threads(), "thread")
+    who, threads = _count(len(ranks), "rank"), _count(torch.get_num_threads(), "thread")
     which = f"{_count(len(gpus), 'GPU')} ({', '.join(sorted(set(gpus.values())))})"
+    on_gpus = sum(rank.gpu is not None for rank in ranks)
     if not gpus:
         return f"{who} on the CPU, {threads} each"
-    if ranks == 1:
+    if len(ranks) == 1:
         return f"{who} on {which}"
-    if len(gpus) == ranks and has_nccl:
+    if by_nccl:
         return f"{who} on {which}: gradients travel between the GPUs, by NCCL"
-    if on_gpus < ranks:
+    if on_gpus < len(ranks):
         where = f"{on_gpus} of {who} on {which}, the others on the CPU"
-    elif len(gpus) < ranks:
+    elif len(gpus) < len(ranks):
         where = f"{who} share {which}"
     else:
         where = f"{who} on {which}, Horovod without NCCL"
