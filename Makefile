@@ -5,9 +5,16 @@ VENV ?= .venv
 HOROVOD_OPTIONS ?=
 JOBS ?= 1
 
-# A relative VENV is meant from this folder, also when make is called from another one.
-override VENV := $(abspath $(VENV))
+# A relative VENV is meant from this folder, also when make is called from another one. Functions
+# such as $(abspath) would split a path at its blanks.
+override VENV := $(if $(filter /%,$(firstword $(VENV))),$(VENV),$(CURDIR)/$(VENV))
 RUN := PATH="$(VENV)/bin:$$PATH" "$(VENV)/bin/python"
+BOOTSTRAP = $(if $(shell command -v "$(PYTHON)"),"$(PYTHON)" horovod_lm/installation/bootstrap.py,\
+	$(error no $(PYTHON) was found; install Python (on Debian or Ubuntu: apt-get install python3 \
+	python3-venv python3-dev), or name the one to use: make PYTHON=/path/to/python3))
+SETUP = $(BOOTSTRAP) --venv "$(VENV)" --horovod-options="$(HOROVOD_OPTIONS)"
+# Says how to use the environment from the folder in which make was called.
+NEXT := --next $(if $(subst $(CURDIR),,$(PWD)),--cd)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup example lab notebooks test doctor machines gpu clean
@@ -16,14 +23,15 @@ help:  ## list the commands
 	@echo "make COMMAND, one of:"
 	@sed -n 's/^\([a-z]*\):.*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 	@echo "Options: VENV=PATH (an environment, for example \$$VIRTUAL_ENV or \$$CONDA_PREFIX; default .venv),"
-	@echo "JOBS=2 (tests at a time), PYTHON=python3.12, TORCH_INDEX_URL=URL (where torch's CPU build is), HOROVOD_OPTIONS=--mpi"
+	@echo "JOBS=2 (tests at a time), PYTHON=python3.12, TORCH_INDEX_URL=URL (an index with torch), HOROVOD_OPTIONS=--mpi"
 
 setup:  ## make the environment: torch, this package, Horovod built for it
-	@$(PYTHON) horovod_lm/installation/bootstrap.py --venv "$(VENV)" --horovod-options="$(HOROVOD_OPTIONS)"
+	@$(SETUP) $(if $(filter setup,$(MAKECMDGOALS)),$(NEXT))
 
 example: setup  ## train a GPT on two Horovod ranks on real text, and let it talk
 	@$(RUN) -m horovod_lm.jupyter.notebooks execute horovod_transformer.example.ipynb \
 		--out runs/example/horovod_transformer.example.ipynb
+	@$(SETUP) $(NEXT)
 
 lab: setup  ## open JupyterLab on the course
 	@$(RUN) -m jupyterlab
@@ -36,8 +44,9 @@ test: setup  ## run every test
 	@$(RUN) -m ruff check .
 	@$(RUN) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadgroup)
 
-doctor: setup  ## say what works on this machine, and how to mend what does not
-	@$(RUN) -m horovod_lm.doctor
+doctor:  ## say what works on this machine, and how to mend what does not; needs no set-up
+	@$(if $(shell "$(VENV)/bin/python" -c "" >/dev/null 2>&1 && echo runs),\
+		"$(VENV)/bin/python" -m horovod_lm.doctor,$(BOOTSTRAP) doctor --venv "$(VENV)")
 
 machines:  ## run the course on other systems (needs root and debootstrap): ROWS="trixie bookworm:g++-11"
 	@$(PYTHON) tests/machines/machines.py $(ROWS)

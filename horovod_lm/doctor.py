@@ -13,6 +13,8 @@ Horovod ranks and times an allreduce between them.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -20,11 +22,13 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-
-import psutil
+from functools import partial
+from pathlib import Path
 
 from horovod_lm.installation.trial import TrialError, time_allreduce, try_one_rank
 from horovod_lm.utils.cli import command, run_cli
+from horovod_lm.utils.errors import UserError
+from horovod_lm.utils.machine import driver_cuda, has_gpu_driver
 
 GIB = 2**30
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -56,12 +60,13 @@ class Finding:
 
 def check_python() -> Iterator[Finding]:
     """Python, and where the package is read from."""
-    import horovod_lm
-
     version = ".".join(map(str, sys.version_info[:3]))
     yield Finding("Python", OK, f"{version}, {sys.executable}")
-    folder = os.path.dirname(os.path.abspath(horovod_lm.__file__))
-    yield Finding("horovod_lm", OK, f"{horovod_lm.__version__}, {folder}")
+    try:
+        version = importlib.metadata.version("horovod_lm")
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed"
+    yield Finding("horovod_lm", OK, f"{version}, {Path(__file__).resolve().parent}")
 
 
 def check_torch() -> Iterator[Finding]:
@@ -74,13 +79,53 @@ def check_torch() -> Iterator[Finding]:
     yield Finding("torch", OK, torch.__version__)
     if gpus_seen():
         yield Finding("GPU", OK, ", ".join(gpus_seen()))
-    elif shutil.which("nvidia-smi"):
-        cure = f"install a CUDA build of torch, then: {command('horovod_lm.install_horovod')}"
-        yield Finding(
-            "GPU", WARN, f"NVIDIA's driver is here, torch {torch.__version__} sees no GPU", cure
-        )
+    elif has_gpu_driver():
+        yield Finding("GPU", WARN, *why_no_gpu(torch.version.cuda))
     else:
-        yield Finding("GPU", OK, "none; everything in the course runs on the CPU")
+        yield Finding("GPU", OK, "no driver of NVIDIA's; everything in the course runs on the CPU")
+
+
+def why_no_gpu(torch_cuda: str | None) -> tuple[str, str]:
+    """Return why torch finds no GPU where NVIDIA's driver is installed, and what to do.
+
+    Args:
+        torch_cuda: the CUDA version that torch was built with, or None.
+    """
+    from horovod_lm.installation.environment import make_command
+
+    driver = driver_cuda()
+    if torch_cuda is None:
+        setup = make_command("setup", Path(sys.prefix))
+        return (
+            "NVIDIA's driver is installed, and torch is a CPU build: GPUs are not used",
+            f"{command('pip', 'uninstall', '--yes', 'torch')} && {setup}",
+        )
+    if driver is not None and driver[0] < int(torch_cuda.split(".")[0]):
+        return (
+            f"NVIDIA's driver supports CUDA {driver[0]}.{driver[1]}, and torch is built for CUDA "
+            f"{torch_cuda}: GPUs are not used",
+            "install a newer driver: https://docs.nvidia.com/deploy/cuda-compatibility",
+        )
+    if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
+        return "CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES"
+    return (
+        "NVIDIA's driver is installed, but torch finds no GPU",
+        "see what nvidia-smi says; after an update of the driver, restart; with docker: --gpus all",
+    )
+
+
+def check_setup(folder: Path) -> Iterator[Finding]:
+    """What keeps the set-up from making the environment; asked where there is none."""
+    from horovod_lm.installation.environment import Setup, make_command
+
+    try:
+        _, missing = Setup(folder).look()
+    except UserError as error:
+        missing = [str(error)]
+    for sentence in missing:
+        yield Finding("set-up", FAIL, "cannot start", sentence)
+    setup = make_command("setup", folder)
+    yield Finding("environment", FAIL, f"{folder} lacks what the course needs", setup)
 
 
 def check_compiler() -> Iterator[Finding]:
@@ -116,14 +161,19 @@ def check_horovod() -> Iterator[Finding]:
     if not built["gloo"]:
         yield Finding("transports", FAIL, f"{says}; the course needs gloo", f"{build} --force")
     elif gpus_seen() and not built["nccl"]:
-        cure = f"if speed matters: {build} --nccl (it says what it needs)"
-        yield Finding("transports", WARN, f"{says}; GPUs talk by way of the CPU", cure)
+        says += "; gradients on GPUs are reduced in CPU memory"
+        if len(gpus_seen()) == 1:
+            yield Finding("transports", OK, f"{says}, which is right for one GPU")
+        else:
+            yield Finding("transports", WARN, says, f"for speed: {build} --nccl")
     else:
         yield Finding("transports", OK, f"{says} (gloo is the one that the course needs)")
 
 
 def check_cores() -> Iterator[Finding]:
     """Cores, threads, and whether two ranks would fight for them."""
+    import psutil
+
     from horovod_lm.utils.machine import available_cores, container_cores
 
     physical, logical = psutil.cpu_count(logical=False) or "?", psutil.cpu_count()
@@ -171,6 +221,8 @@ def check_bfloat16() -> Iterator[Finding]:
 
 def check_memory() -> Iterator[Finding]:
     """Memory, shared memory, and disk."""
+    import psutil
+
     from horovod_lm.utils.machine import container_memory
 
     memory, limit = psutil.virtual_memory(), container_memory()
@@ -244,21 +296,29 @@ def gpus_seen() -> list[str]:
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
-def examine() -> Iterator[Finding]:
-    """Everything that is looked at, in order; a check that breaks is itself a finding."""
-    for check in CHECKS:
+def examine(folder: Path) -> Iterator[Finding]:
+    """Everything that is looked at, in order; a check that breaks is itself a finding.
+
+    Args:
+        folder: the environment to make where this Python lacks the packages of the course.
+    """
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = CHECKS
+    if not all(map(importlib.util.find_spec, ("torch", "psutil"))):
+        checks = (check_python, partial(check_setup, folder), check_host_name)
+    for check in checks:
         try:
             yield from check()
         except Exception as error:
-            subject = check.__name__.removeprefix("check_").replace("_", " ")
+            name = getattr(check, "func", check).__name__
+            subject = name.removeprefix("check_").replace("_", " ")
             says = f"could not be looked at: {type(error).__name__}: {error}"
             yield Finding(subject, FAIL, says, "mend what fails above, or run: make setup")
 
 
-def examine_what(hosts: str | None) -> Iterator[Finding]:
+def examine_what(hosts: str | None, folder: Path) -> Iterator[Finding]:
     """This machine, or the hosts of a configuration file."""
     if hosts is None:
-        return examine()
+        return examine(folder)
     from horovod_lm.doctor_hosts import examine_hosts
     from horovod_lm.utils.config import load_config
 
@@ -289,9 +349,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")
     parser.add_argument("--hosts", metavar="FILE", help="look at the hosts of this configuration")
+    parser.add_argument(
+        "--venv", type=Path, default=sys.prefix, help="the environment to make where none is active"
+    )
     arguments = parser.parse_args(argv)
     findings = []
-    for finding in examine_what(arguments.hosts):
+    for finding in examine_what(arguments.hosts, arguments.venv):
         findings.append(finding)
         if not arguments.json:
             show(finding)

@@ -92,12 +92,15 @@ def test_a_horovod_that_breaks_its_process_does_not_break_the_doctor(
 
 @pytest.mark.horovod
 @needs_horovod
-def test_gpus_without_nccl_are_a_warning(monkeypatch):
-    monkeypatch.setattr(doctor, "gpus_seen", lambda: ["a GPU"])
+@pytest.mark.parametrize(("gpus", "verdict"), [(1, OK), (2, WARN)])
+def test_nccl_is_missed_where_there_are_several_gpus(monkeypatch, gpus, verdict):
+    monkeypatch.setattr(doctor, "gpus_seen", lambda: gpus * ["a GPU"])
     built = {"gloo": True, "mpi": False, "nccl": False}
     monkeypatch.setattr(doctor, "try_one_rank", lambda: built)
     found = {finding.subject: finding for finding in doctor.check_horovod()}
-    assert found["transports"].verdict == WARN and "--nccl" in found["transports"].cure
+    assert found["transports"].verdict == verdict
+    assert "gradients on GPUs are reduced in CPU memory" in found["transports"].says
+    assert found["transports"].cure.endswith("--nccl") is (verdict == WARN)
 
 
 @pytest.mark.horovod
@@ -107,6 +110,47 @@ def test_a_build_without_gloo_fails(monkeypatch):
     monkeypatch.setattr(doctor, "try_one_rank", lambda: built)
     found = {finding.subject: finding for finding in doctor.check_horovod()}
     assert found["transports"].verdict == FAIL and "--force" in found["transports"].cure
+
+
+@pytest.mark.parametrize(
+    ("driver", "torch_cuda", "hidden", "says", "fix"),
+    [
+        (None, None, None, "torch is a CPU build", " -m pip uninstall --yes torch && make setup"),
+        (
+            (12, 4),
+            "13.0",
+            None,
+            "driver supports CUDA 12.4, and torch is built for CUDA 13.0",
+            "new",
+        ),
+        ((13, 0), "13.2", "", "CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES"),
+        ((13, 0), "13.0", None, "but torch finds no GPU", "nvidia-smi"),
+        (None, "13.0", None, "but torch finds no GPU", "nvidia-smi"),
+    ],
+)
+def test_a_driver_without_a_gpu_is_explained(monkeypatch, driver, torch_cuda, hidden, says, fix):
+    monkeypatch.setattr(doctor, "driver_cuda", lambda: driver)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    message, cure = doctor.why_no_gpu(torch_cuda)
+    assert says in message and fix in cure
+
+
+def test_where_there_is_no_environment_it_says_what_the_set_up_needs(tmp_path):
+    program = ROOT / "horovod_lm" / "installation" / "bootstrap.py"
+    place = tmp_path / "no environment"
+    # -I -S: no package is installed.
+    command = [sys.executable, "-I", "-S", str(program), "doctor", "--venv", str(place)]
+    done = subprocess.run(
+        command, env=os.environ | {"PATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "fail  set-up      cannot start" in done.stdout
+    assert "-> no `make` was found; on Debian or Ubuntu: apt-get install" in done.stdout
+    assert f"-> make setup VENV='{place}'" in done.stdout
+    assert "could not be looked at" not in done.stdout
+    assert not place.exists()
 
 
 def test_two_ranks_that_hang_are_given_up(monkeypatch, tmp_path):
@@ -199,7 +243,7 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch):
         yield
 
     monkeypatch.setattr(doctor, "CHECKS", (check_the_weather, doctor.check_python))
-    first, *others = doctor.examine()
+    first, *others = doctor.examine(Path(sys.prefix))
     assert first.subject == "the weather" and first.verdict == FAIL
     assert "RuntimeError: no window" in first.says
     assert [finding.subject for finding in others] == ["Python", "horovod_lm"]

@@ -61,6 +61,47 @@ def test_help_lists_every_command_of_the_makefile():
         assert re.search(rf"^ *{target} +\w+", shown.stdout, re.MULTILINE), target
 
 
+def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run make as from a shell, also when these tests were started by make."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "--no-print-directory", "-C", str(ROOT), *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env=env | {"PWD": str(cwd)}, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def words(tmp_path) -> str:
+    """A program that prints its arguments, one a line; its path has a blank."""
+    program = tmp_path / "a python"
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    return str(program)
+
+
+@pytest.mark.parametrize(("venv", "folder"), [("a b", f"{ROOT}/a b"), ("/a b/c  d", "/a b/c  d")])
+def test_a_folder_with_blanks_reaches_the_set_up_whole(words, venv, folder):
+    said = make("setup", f"PYTHON={words}", f"VENV={venv}").stdout.splitlines()
+    assert said[said.index("--venv") + 1] == folder
+    assert "--next" in said and "--cd" not in said
+
+
+def test_who_calls_make_from_another_folder_is_told_to_change_it(words, tmp_path):
+    assert "--cd" in make("setup", f"PYTHON={words}", cwd=tmp_path).stdout.splitlines()
+
+
+def test_without_python_make_ends_with_one_sentence():
+    done = make("setup", "PYTHON=no-such-python")
+    assert re.fullmatch(
+        r"Makefile:\d+: \*\*\* no no-such-python was found; install Python .*\n", done.stderr
+    )
+
+
+def test_the_doctor_needs_no_environment(words, tmp_path):
+    said = make("doctor", f"PYTHON={words}", f"VENV={tmp_path}/a b").stdout.splitlines()
+    assert said[1:] == ["doctor", "--venv", f"{tmp_path}/a b"]
+
+
 def test_continuous_integration_runs_the_readmes_test_command():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)

@@ -1,20 +1,27 @@
-"""What `make setup` runs: python3 horovod_lm/installation/bootstrap.py --venv .venv
+"""What `make setup` and `make doctor` start, with any Python; `--help` lists the options.
 
-This file is kept so plain that a Python too old for the project can still read it, and say so in
-a sentence. Everything else is in `environment`, which needs nothing but a Python new enough.
+A Python too old for the project can still read this file, and say so in one sentence. The rest is
+in `environment`, which needs the standard library alone.
 """
 
+import io
 import os
+import re
 import subprocess
 import sys
 
-OLDEST_PYTHON = (3, 10)
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
-def newer_python():
-    """The name of a Python on PATH that is new enough and starts, or None."""
-    for minor in range(13, OLDEST_PYTHON[1] - 1, -1):
+def oldest_python():
+    """Return the oldest minor version of Python 3 that pyproject.toml allows."""
+    with io.open(os.path.join(ROOT, "pyproject.toml"), encoding="utf-8") as file:
+        return int(re.search(r'^requires-python = ">=3\.(\d+)"', file.read(), re.M).group(1))
+
+
+def newer_python(oldest):
+    """Return the name of a Python on PATH that is new enough and starts, or None."""
+    for minor in range(13, oldest - 1, -1):
         name = "python3.%d" % minor
         try:
             if subprocess.call([name, "-c", ""], stderr=subprocess.DEVNULL) == 0:
@@ -25,20 +32,27 @@ def newer_python():
 
 
 def main():
-    """Stop with one sentence under an old Python; else set the environment up."""
-    if sys.version_info < OLDEST_PYTHON:
-        newer = newer_python()
-        cure = "use the one that is here: make setup PYTHON=" + newer if newer else "install one"
+    """Stop with one sentence under an old Python; otherwise run the set-up or the doctor."""
+    oldest = oldest_python()
+    if sys.version_info < (3, oldest):
+        newer = newer_python(oldest)
+        fix = "use the one that is installed: make setup PYTHON=" + newer if newer else "install it"
         sys.stderr.write(
             "error: Python 3.%d or newer is needed, and this is %d.%d; %s\n"
-            % (OLDEST_PYTHON[1], sys.version_info[0], sys.version_info[1], cure)
+            % (oldest, sys.version_info[0], sys.version_info[1], fix)
         )
         sys.exit(2)
     sys.path[0] = ROOT
-    from horovod_lm.installation import environment
     from horovod_lm.utils.cli import run_cli
 
-    run_cli(environment.main)
+    if sys.argv[1:2] == ["doctor"]:
+        from horovod_lm import doctor
+
+        run_cli(doctor.main, sys.argv[2:])
+    else:
+        from horovod_lm.installation import environment
+
+        run_cli(environment.main)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,16 @@
-"""What the set-up would fail on later, found and said before anything starts."""
+"""Find what the set-up would fail on later, and say it before anything is downloaded."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
-import sysconfig
-import tempfile
 from pathlib import Path
 
-from horovod_lm.installation.bootstrap import OLDEST_PYTHON
 from horovod_lm.installation.toolchain import find_compiler
 from horovod_lm.utils.errors import UserError
-
-BYTES_FOR_ENVIRONMENT = 3e9  # measured: 1.7 GB installed, and as much again while unpacking
-BYTES_FOR_BUILD = 5e8  # measured: Horovod's build folder grows to 0.2 GB
 
 # Uses what distinguishes C++17, so that a compiler which only knows the flag does not pass.
 CPP17_PROGRAM = """
@@ -29,39 +24,28 @@ int main() {
 """
 
 
-def missing_for_environment(venv: Path, build_cache: Path) -> list[str]:
-    """What is missing to make a new environment at `venv`, one sentence each."""
-    missing = []
-    if not all(importlib.util.find_spec(module) for module in ("venv", "ensurepip")):
-        missing.append(
-            "this Python cannot make environments; on Debian or Ubuntu: "
-            f"apt-get install python3.{sys.version_info[1]}-venv"
-        )
-    missing += _missing_headers(Path(sysconfig.get_path("include")))
-    missing += missing_for_compiling()
-    missing += missing_space("the environment", venv, BYTES_FOR_ENVIRONMENT, "make setup VENV=...")
-    missing += missing_space(
-        "Horovod's build", build_cache, BYTES_FOR_BUILD, "HOROVOD_LM_CACHE=..."
-    )
-    return missing
+def missing_modules() -> list[str]:
+    """Return a sentence if this Python cannot make virtual environments."""
+    if all(importlib.util.find_spec(module) for module in ("venv", "ensurepip")):
+        return []
+    package = f"python3.{sys.version_info[1]}-venv"
+    return [
+        f"{sys.executable} cannot make environments; on Debian or Ubuntu: apt-get install {package}"
+    ]
 
 
-def missing_in_environment(python: Path, version: tuple[int, ...], include: Path) -> list[str]:
-    """What is missing to build in an environment that exists, one sentence each.
-
-    Args:
-        python: the environment's Python.
-        version: its version.
-        include: where its headers should be.
-    """
-    if version < OLDEST_PYTHON:
-        found, wanted = (".".join(map(str, numbers)) for numbers in (version, OLDEST_PYTHON))
-        return [f"{python} is Python {found}, and {wanted} or newer is needed"]
-    return _missing_headers(include) + missing_for_compiling()
+def missing_headers(include: Path) -> list[str]:
+    """Return a sentence if Python's headers are not in `include`."""
+    if (include / "Python.h").is_file():
+        return []
+    return [
+        f"Python's headers are missing ({include / 'Python.h'}), and Horovod is compiled with "
+        "them; on Debian or Ubuntu: apt-get install python3-dev"
+    ]
 
 
 def missing_for_compiling() -> list[str]:
-    """What is missing to compile C++17, one sentence each."""
+    """Return what is missing to compile C++17, one sentence each."""
     missing = []
     if shutil.which("make") is None:
         missing.append("no `make` was found; on Debian or Ubuntu: apt-get install build-essential")
@@ -78,31 +62,47 @@ def missing_for_compiling() -> list[str]:
 
 
 def compiles_cpp17(compiler: str) -> bool:
-    """Whether `compiler` makes a program out of C++17."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "try.cc"
-        source.write_text(CPP17_PROGRAM)
-        command = [compiler, "-std=c++17", str(source), "-o", str(source.with_suffix(""))]
-        return subprocess.run(command, capture_output=True).returncode == 0
+    """Return whether `compiler` accepts C++17; nothing is written, so a full disk cannot matter."""
+    command = [compiler, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    return (
+        subprocess.run(command, input=CPP17_PROGRAM.encode(), capture_output=True).returncode == 0
+    )
 
 
-def missing_space(what: str, place: Path, needed: float, cure: str) -> list[str]:
-    """A sentence if the disk that holds `place` has less than `needed` bytes free."""
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free >= needed:
+def missing_rights(folder: Path, fix: str) -> list[str]:
+    """Return a sentence if `folder` cannot be written, or cannot be made."""
+    place = _existing(folder)
+    if os.access(place, os.W_OK | os.X_OK) and place.is_dir():
         return []
-    return [
-        f"{what} needs {needed / 1e9:.1f} GB, and {place} has {free / 1e9:.1f} GB free; "
-        f"make room there, or choose another place: {cure}"
-    ]
+    return [f"{folder} cannot be written; choose another folder: {fix}"]
 
 
-def _missing_headers(include: Path) -> list[str]:
-    if (include / "Python.h").is_file():
-        return []
-    return [
-        f"Python's headers are missing ({include / 'Python.h'}), and Horovod is compiled with "
-        "them; on Debian or Ubuntu: apt-get install python3-dev"
-    ]
+def missing_space(needs: list[tuple[str, Path, float]]) -> list[str]:
+    """Return a sentence for each disk that has less free than is needed there.
+
+    Args:
+        needs: what needs space, the folder that it will be written to, and how many bytes.
+    """
+    disks: dict[int, list[tuple[str, Path, float]]] = {}
+    for what, folder, needed in needs:
+        place = _existing(folder)
+        disks.setdefault(place.stat().st_dev, []).append((what, place, needed))
+    missing = []
+    for on_disk in disks.values():
+        place, total = on_disk[0][1], sum(needed for _, _, needed in on_disk)
+        free = shutil.disk_usage(place).free
+        if free < total:
+            parts = ", ".join(f"{needed / 1e9:.1f} GB for {what}" for what, _, needed in on_disk)
+            missing.append(
+                f"{total / 1e9:.1f} GB are needed on the disk of {place} ({parts}), and "
+                f"{free / 1e9:.1f} GB are free; delete files there, or choose folders on another "
+                "disk: make setup VENV=... HOROVOD_LM_CACHE=..."
+            )
+    return missing
+
+
+def _existing(path: Path) -> Path:
+    """Return `path`, or the nearest folder above it that exists."""
+    while not path.exists():
+        path = path.parent
+    return path
