@@ -217,13 +217,6 @@ class Rank:
         """Give the rank values under these names."""
         self.run(_update, values)
 
-    def pull(self, name: str) -> Any:
-        """Return the value of a name, or of any expression."""
-        return self.run(name)
-
-    def __repr__(self) -> str:
-        return f"<rank {self.number} of {self.cluster.n}>"
-
 
 def _update(values: dict[str, Any]) -> None:
     engine_side.user_namespace().update(values)

@@ -44,7 +44,6 @@ def launch(
     resume: bool = False,
     elastic: bool = False,
     threads: int | None = None,
-    env: Mapping[str, str] | None = None,
 ) -> TrainingJob:
     """Start `horovodrun -np N python -m horovod_lm.train` and return at once.
 
@@ -57,7 +56,6 @@ def launch(
         elastic: continue when ranks die, and let others join (`job.add_worker()`); this host only,
             where each worker gets a host name of its own.
         threads: CPU threads of each rank; default: an equal share of the host's cores.
-        env: environment variables of every rank.
 
     Raises:
         ConfigError: a setting is wrong, or there is nothing to resume.
@@ -73,7 +71,7 @@ def launch(
     if not resume:
         run.set_aside_earlier_run()
         save_config(config, run.run_dir / "config.yaml")
-    return TrainingJob(run, _spec(config, run, np, resume, elastic, threads, env or {}))
+    return TrainingJob(run, _spec(config, run, np, resume, elastic, threads))
 
 
 class TrainingJob:
@@ -255,13 +253,11 @@ def _spec(
     resume: bool,
     elastic: bool,
     threads: int | None,
-    env: Mapping[str, str],
 ) -> JobSpec:
     """Return how to start a run whose configuration is in its folder."""
     # Elastic ranks come and go on this host, each under a host name of its own.
     hosts = {} if elastic else {host.name: host.slots for host in config.distributed.hosts}
     size = _size(np, sum(hosts.values()))
-    env = dict(env)
     if elastic:
         names = [f"{loopback_name(number)}:1" for number in range(size)]
         hosts_file = write_hosts(run.run_dir / HOSTS_FILE, names)
@@ -276,12 +272,11 @@ def _spec(
         given = config.distributed.threads_per_rank
         threads = threads or (None if given == "auto" else given)
         threads = threads_per_rank(max(hosts.values(), default=size), threads)
-    if threads:  # elastic ranks divide the cores themselves whenever their number changes
-        env["OMP_NUM_THREADS"] = str(threads)
     return JobSpec(
         size=size,
         call=call,
-        env=env,
+        # Elastic ranks divide the cores themselves whenever their number changes.
+        env={"OMP_NUM_THREADS": str(threads)} if threads else {},
         what=f"run {run.name}",
         elastic=elastic,
         grace_period=COMMAND_GRACE_PERIOD,

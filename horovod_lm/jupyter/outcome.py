@@ -93,7 +93,6 @@ class JobResult:
         errors: what `rank_cell.describe` returned, by rank.
         code: horovodrun's exit code; None while it runs.
         reason: why the job was ended: "", "stopped", "timeout", "kernel" or "failed".
-        left: ids of processes that could not be ended; normally empty.
     """
 
     size: int
@@ -105,7 +104,6 @@ class JobResult:
     errors: dict[int, dict[str, Any]] = field(default_factory=dict)
     code: int | None = None
     reason: str = ""
-    left: list[int] = field(default_factory=list)
     _said: str = ""  # by horovodrun itself
     _codes: dict[int, int] = field(default_factory=dict)
     _frozen: dict[int, float] = field(default_factory=dict)
@@ -129,7 +127,7 @@ class JobResult:
         elif kind == "frozen":
             self._frozen[rank] = event["seconds"]
         elif kind == "ended":
-            self.code, self.reason, self.left = event["code"], event["reason"], event["left"]
+            self.code, self.reason = event["code"], event["reason"]
 
     def read_reports(self, folder: Path) -> None:
         """Read what the ranks of a cell have written to its folder."""

@@ -175,10 +175,12 @@ def test_a_job_ends_with_its_kernel(tiny_project, way):
     )  # fmt: skip
     ranks = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
     assert len(ranks) == 2
-    family = [*psutil.Process(process.pid).children(recursive=True), *ranks]
+    process_tree = [*psutil.Process(process.pid).children(recursive=True), *ranks]
     if way == "killed":
         process.kill()
-    wait_until(lambda: not any(p.is_running() for p in family), SECONDS_TO_DETECT, "their end")
+    wait_until(
+        lambda: not any(p.is_running() for p in process_tree), SECONDS_TO_DETECT, "their end"
+    )
     process.communicate(timeout=30)
 
 

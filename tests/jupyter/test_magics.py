@@ -281,10 +281,12 @@ def test_an_interrupt_ends_every_rank_and_the_kernel_goes_on(kernel):
 def test_ranks_end_with_a_kernel_that_is_killed(kernel):
     kernel.start("%%horovodrun -np 2\n" + READY + "time.sleep(120)")
     kernel.read(lambda: "READY" in kernel.text)
-    family = psutil.Process(kernel.pid).children(recursive=True)
-    assert len(family) >= 4
+    process_tree = psutil.Process(kernel.pid).children(recursive=True)
+    assert len(process_tree) >= 4
     psutil.Process(kernel.pid).kill()
-    wait_until(lambda: not any(p.is_running() for p in family), SECONDS_TO_DETECT, "their end")
+    wait_until(
+        lambda: not any(p.is_running() for p in process_tree), SECONDS_TO_DETECT, "their end"
+    )
 
 
 @pytest.mark.slow
