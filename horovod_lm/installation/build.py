@@ -144,8 +144,9 @@ def compile_wheel(toolchain: Toolchain, sdist: Path, folder: Path, logs: Path, j
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"horovod-{toolchain.key}.log"
     print(f"building Horovod {HOROVOD_VERSION} for torch {toolchain.torch}, {toolchain.summary}:")
+    minutes = 6 if toolchain.nccl else 3.5
     print(
-        f"  about 3.5 minutes on two cores, here {jobs} compiler(s) at once; log: {log}", flush=True
+        f"  about {minutes} minutes on two cores, here {jobs} compiler(s); log: {log}", flush=True
     )
     with tarfile.open(sdist) as archive:
         archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python >= 3.11.4

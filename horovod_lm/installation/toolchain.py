@@ -37,7 +37,7 @@ class Toolchain:
         nccl: the versions of CUDA and NCCL and the GPU architectures, or None for a build without
             NCCL.
         cuda: where they are; not part of the key.
-        why_not: why there is no NCCL; not part of the key.
+        why_not: why there is no NCCL, or no GPU for it; not part of the key.
     """
 
     horovod: str
@@ -71,8 +71,8 @@ class Toolchain:
     def summary(self) -> str:
         """What is built in, and why NCCL is not, for a person."""
         parts = ["Gloo", *(["MPI"] if self.mpi else []), *([self.nccl] if self.nccl else [])]
-        without = f"; without NCCL: {self.why_not}" if self.why_not else ""
-        return f"with {' and '.join(parts)}{without}"
+        reason = f"; {'no GPU for it' if self.nccl else 'without NCCL'}: {self.why_not}"
+        return f"with {' and '.join(parts)}{reason if self.why_not else ''}"
 
 
 def inspect_toolchain(mpi: bool = False, nccl: bool | None = None) -> Toolchain:
@@ -92,10 +92,8 @@ def inspect_toolchain(mpi: bool = False, nccl: bool | None = None) -> Toolchain:
             "apt-get install libopenmpi-dev openmpi-bin"
         )
     _check_what_the_build_needs()
-    cuda, why_not = None, "--no-nccl was given"
-    if nccl is not False:
-        why_not = "" if nccl else why_no_gpu(torch_cuda) or ""
-    if not why_not:
+    cuda, why_not = None, "--no-nccl was given" if nccl is False else why_no_gpu(torch_cuda)
+    if nccl or not why_not:
         try:
             cuda = find_cuda(torch_cuda)
         except UserError as error:
@@ -112,7 +110,7 @@ def inspect_toolchain(mpi: bool = False, nccl: bool | None = None) -> Toolchain:
         mpi=_first_line("mpirun", "--version") if mpi else None,
         nccl=str(cuda) if cuda else None,
         cuda=cuda,
-        why_not=why_not,
+        why_not=why_not or "",
     )
 
 
