@@ -156,7 +156,7 @@ def check_horovod() -> Iterator[Finding]:
     if key_of(version) is None:
         yield Finding("Horovod", WARN, why_not_right(version), build)
     else:
-        yield Finding("Horovod", OK, f"{version}, built here with the repairs")
+        yield Finding("Horovod", OK, f"{version}, built here with the patches")
     says = ", ".join(f"{name} {'yes' if has else 'no'}" for name, has in built.items())
     if not built["gloo"]:
         yield Finding("transports", FAIL, f"{says}; the course needs gloo", f"{build} --force")

@@ -4,10 +4,9 @@
     python -m horovod_lm.install_horovod --check     # only says whether it is, and whether it works
     python -m horovod_lm.install_horovod --force     # builds again, from nothing
 
-There is no ready-made Horovod to download: it links against one exact torch, so it is compiled
-here. Look at the tools, and name the build after everything that it depends on; unless that build
-is installed, or kept from an earlier time: fetch the source and check its hash, patch it, compile
-it, try it, keep the wheel. Then install it, and try that too.
+Horovod links against one exact torch, so it is compiled here. The build is named after everything
+that it depends on. Unless it is installed or kept: fetch the source and check its hash, patch it,
+compile it, try it, and keep the wheel. Then install the wheel, and try it again.
 
 Wheels are kept in ~/.cache/horovod_lm (or $HOROVOD_LM_CACHE), one folder per build. The installed
 version carries the key of its build, 0.28.1+lm.<key>: that is how a later call recognises it.
@@ -93,7 +92,7 @@ def check_horovod(toolchain: Toolchain) -> None:
 
 
 def cache_folder() -> Path:
-    """Where wheels, the source and the logs are kept between builds."""
+    """Return the folder for wheels, the source and logs."""
     chosen = os.environ.get("HOROVOD_LM_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -120,7 +119,7 @@ def writable(cache: Path) -> Path:
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Hold a lock on `folder`: a second installer waits, and then finds the work done."""
+    """Hold a lock on `folder`: a second installer waits, and then finds the build."""
     from filelock import FileLock, Timeout  # the set-up imports this module before it is there
 
     lock = FileLock(writable(folder) / "lock")
@@ -136,7 +135,7 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def installed_version() -> str | None:
-    """The version of Horovod that is installed here, or None."""
+    """Return the version of Horovod that is installed here, or None."""
     importlib.invalidate_caches()
     try:
         return importlib.metadata.version("horovod")
@@ -145,13 +144,13 @@ def installed_version() -> str | None:
 
 
 def key_of(version: str | None) -> str | None:
-    """The build key inside an installed version, or None if the build is not one of ours."""
+    """Return the key in a version, or None if this project did not build it."""
     found = OUR_VERSION.search(version or "")
     return found.group(1) if found else None
 
 
 def why_not_right(version: str | None) -> str:
-    """What is wrong with an installed version whose key is not the one wanted."""
+    """Return why an installed version with another key than the wanted one is not right."""
     if version is None:
         return "Horovod is not installed"
     if key_of(version) is None:

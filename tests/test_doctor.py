@@ -53,7 +53,7 @@ def packages_without_horovod(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_machine_that_is_set_up_passes():
     code, found = examine()
     assert code == 0, [finding for finding in found.values() if finding.verdict == FAIL]
-    assert found["Horovod"].verdict == OK and "built here with the repairs" in found["Horovod"].says
+    assert found["Horovod"].verdict == OK and "built here with the patches" in found["Horovod"].says
     assert found["transports"].says.startswith("gloo yes")
     assert "an allreduce of 4 MB takes" in found["two ranks"].says
     assert all(finding.cure or finding.verdict == OK for finding in found.values())

@@ -24,13 +24,13 @@ from horovod_lm.installation.trial import (
 )
 from horovod_lm.utils.cli import command
 from horovod_lm.utils.errors import UserError, last_line
-from horovod_lm.utils.machine import available_cores
+from horovod_lm.utils.machine import available_cores, container_memory
 
 BYTES_PER_COMPILER = 1.5e9  # what one compiler may hold while it reads torch's headers
 
 
 def kept_wheel(cache: Path, key: str) -> Path | None:
-    """The wheel of an earlier build with this key, or None."""
+    """Return the wheel of an earlier build with this key, or None."""
     return next((cache / "wheels" / key).glob("horovod-*.whl"), None)
 
 
@@ -79,10 +79,10 @@ def build_into(toolchain: Toolchain, target: Path, source: Path, jobs: int) -> N
 
 
 def check_target(target: Path) -> None:
-    """Refuse a folder that holds something else than an earlier build.
+    """Check that a folder is new or empty, or holds an earlier build.
 
     Raises:
-        UserError: it does.
+        UserError: it holds something else.
     """
     ours = {target / "horovod", *target.glob("horovod-*.dist-info")}
     if target.exists() and not (target.is_dir() and ours.issuperset(target.iterdir())):
@@ -90,7 +90,7 @@ def check_target(target: Path) -> None:
 
 
 def fetch_source(cache: Path) -> Path:
-    """The source distribution, from the cache or from pip's index, its hash checked either way.
+    """Return the source distribution, from the cache or pip's index, after a check of its hash.
 
     Raises:
         UserError: it cannot be had, or is not the file that was released.
@@ -119,7 +119,7 @@ def fetch_source(cache: Path) -> Path:
 
 
 def check_source(sdist: Path) -> None:
-    """Refuse a source distribution that is not, byte for byte, the one that was released.
+    """Check that a source distribution is, byte for byte, the one that was released.
 
     Raises:
         UserError: it is another file.
@@ -167,7 +167,7 @@ def compile_wheel(toolchain: Toolchain, sdist: Path, folder: Path, logs: Path, j
 
 
 def build_environment(toolchain: Toolchain, jobs: int) -> dict[str, str]:
-    """The environment variables that Horovod's setup.py is steered by.
+    """Return the environment variables that Horovod's setup.py reads.
 
     Args:
         toolchain: what the build is to contain.
@@ -194,7 +194,7 @@ def build_environment(toolchain: Toolchain, jobs: int) -> dict[str, str]:
 
 
 def try_out(toolchain: Toolchain, folder: Path | None = None) -> None:
-    """Make sure that a build works, and holds what it should.
+    """Check that a build works and contains what it should.
 
     Args:
         toolchain: what the build must contain.
@@ -221,11 +221,12 @@ def available_jobs() -> int:
     """Return as many compilers as there are cores, but no more than memory holds."""
     import psutil
 
-    by_memory = int(psutil.virtual_memory().available // BYTES_PER_COMPILER)
-    return max(1, min(available_cores(), by_memory))
+    limits = [psutil.virtual_memory().available, container_memory()]
+    memory = min(limit for limit in limits if limit is not None)
+    return max(1, min(available_cores(), int(memory // BYTES_PER_COMPILER)))
 
 
 def pip_command(arguments: str) -> list[str]:
-    """How to call the pip of this environment."""
+    """Return a call of this environment's pip."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
     return [*pip, *arguments.split()]

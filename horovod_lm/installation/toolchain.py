@@ -1,4 +1,4 @@
-"""What Horovod is built with and for; all of it goes into the name of the build."""
+"""What Horovod is built with and for; its key names the build."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from horovod_lm.installation.cuda import Cuda, find_cuda, why_no_gpu
 from horovod_lm.installation.patches import HOROVOD_VERSION, patches_digest
 from horovod_lm.utils.errors import UserError
 
-# What Horovod's setup.py imports, and what Horovod itself imports when it runs.
+# What Horovod's setup.py imports, and what Horovod imports when it runs.
 NEEDED_MODULES = "cloudpickle numpy packaging psutil setuptools wheel yaml".split()
 NOT_IN_KEY = ("cuda", "why_not")
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Everything that decides what the compiled wheel is.
+    """Everything that decides what a build contains.
 
     Attributes:
         horovod: the version of Horovod.
@@ -32,8 +32,8 @@ class Toolchain:
         torch: the version of the torch that is installed.
         python: which Python's binary interface the wheel is for.
         platform: operating system and processor.
-        compiler: what the C++ compiler calls itself.
-        mpi: what MPI calls itself, or None for a build without MPI.
+        compiler: the first line of the C++ compiler's --version.
+        mpi: the first line of mpirun's --version, or None for a build without MPI.
         nccl: the versions of CUDA and NCCL and the GPU architectures, or None for a build without
             NCCL.
         cuda: where they are; not part of the key.
@@ -58,7 +58,7 @@ class Toolchain:
 
     @property
     def key(self) -> str:
-        """Twelve hexadecimal digits that name the build: another toolchain, another key."""
+        """Twelve hexadecimal digits, different for every toolchain."""
         described = json.dumps(self.described, sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()[:12]
 
@@ -115,7 +115,7 @@ def inspect_toolchain(mpi: bool = False, nccl: bool | None = None) -> Toolchain:
 
 
 def find_compiler() -> str:
-    """The C++ compiler that CMake will use: $CXX, or the first of c++, g++, clang++.
+    """Return the C++ compiler that CMake will use: $CXX, or the first of c++, g++, clang++.
 
     Raises:
         UserError: there is none.
@@ -130,7 +130,7 @@ def find_compiler() -> str:
 
 
 def describe_compiler() -> str:
-    """What the C++ compiler calls itself, version included.
+    """Return the first line of the C++ compiler's --version.
 
     Raises:
         UserError: there is none.
@@ -139,7 +139,7 @@ def describe_compiler() -> str:
 
 
 def find_cmake() -> str:
-    """CMake, of this environment if it has one, else of the system.
+    """Return this environment's CMake if it has one, else the system's.
 
     Raises:
         UserError: there is none.

@@ -1,4 +1,4 @@
-"""Horovod tried out in processes of its own: a build that is broken may end the one it is in."""
+"""Try Horovod in processes of its own: a broken build may crash the process it is in."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ if hvd.rank() == 0:
 
 
 class TrialError(UserError, RuntimeError):
-    """Horovod did not do what it was asked; the text is the last line of what it said."""
+    """Horovod failed; the text is the last line that it printed."""
 
 
 def try_one_rank(folder: Path | None = None) -> dict[str, bool]:
@@ -105,7 +105,7 @@ def _environment(folder: Path | None) -> dict[str, str]:
 
 
 def _run(command: list[str], env: dict[str, str], seconds: float) -> str:
-    """Run to the end, or to the time limit and then with all its children to theirs."""
+    """Run a command to its end, or end it and its children at the time limit."""
     with tempfile.TemporaryDirectory() as elsewhere:  # not where a folder is called `horovod`
         try:
             process = subprocess.Popen(
@@ -132,7 +132,7 @@ def _run(command: list[str], env: dict[str, str], seconds: float) -> str:
 
 
 def _reason(code: int, out: str, err: str) -> str:
-    """What a failed process said last; of a failed job, what its first failing rank said."""
+    """Return the last line of a failed process, or the error of a failed job's first rank."""
     if code < 0 and not err.strip():
         return f"the process was ended by {signal.Signals(-code).name}, and said nothing"
     of_ranks = [line for line in err.splitlines() if "<stderr>:" in line and "Error: " in line]
