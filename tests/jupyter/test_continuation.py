@@ -1,11 +1,11 @@
-"""A continuation with its distributions: the text of generate_text, and what it was drawn from."""
+"""A continuation with its distributions: generate_text's text, and what each token came from."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,14 +14,17 @@ from hypothesis import strategies as st
 
 from horovod_lm.data.tokenizers import ByteTokenizer
 from horovod_lm.generate import generate_text
-from horovod_lm.jupyter import continuation_html
 from horovod_lm.jupyter.continuation import (
+    N_CANDIDATES,
     Continuation,
+    colour_of,
+    distribution_table,
+    generate_in_slices,
+    sampled_tokens,
     save_continuations,
+    side_by_side,
     trace_text,
-    write_in_slices,
 )
-from horovod_lm.jupyter.drawn_token import SHOWN, DrawnToken, find_distributions, surprise
 from horovod_lm.models.sampling import filtered_probabilities
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.config import GenerationConfig
@@ -29,7 +32,7 @@ from horovod_lm.utils.errors import DataError
 
 TOKENIZER = ByteTokenizer()
 UNFILTERED = GenerationConfig(temperature=1.0, top_k=0, top_p=1.0)
-HOW = GenerationConfig(max_new_tokens=30, seed=3, temperature=1.3, top_k=40, top_p=0.95)
+SETTINGS = GenerationConfig(max_new_tokens=30, seed=3, temperature=1.3, top_k=40, top_p=0.95)
 
 
 @pytest.fixture(scope="module")
@@ -52,57 +55,51 @@ def model() -> TransformerLM:
 def test_the_text_is_generate_text_s_however_it_is_cut(model, prompt, seconds, **how):
     how = {**how, "max_new_tokens": 40}  # longer than the model's context
     config = GenerationConfig(**how)
-    *_, last = write_in_slices(model, TOKENIZER, prompt, config, seconds=seconds)
+    *_, last = generate_in_slices(model, TOKENIZER, prompt, config, seconds=seconds)
     assert last.texts == generate_text(model, TOKENIZER, prompt, **how)
     assert last.state == "done" and model.training
 
 
 def test_the_first_slice_is_one_token_and_the_text_only_grows(model):
-    lengths = [
-        one.n_tokens for one in write_in_slices(model, TOKENIZER, "Once", HOW, seconds=0.002)
-    ]
+    slices = generate_in_slices(model, TOKENIZER, "Once", SETTINGS, seconds=0.002)
+    lengths = [one.n_tokens for one in slices]
     assert lengths[0] == 1 and lengths == sorted(lengths) and len(set(lengths)) > 2
 
 
-def test_a_text_left_half_way_leaves_the_model_as_it_was(model):
-    slices = write_in_slices(model, TOKENIZER, "Once", HOW)
+def test_an_unfinished_text_leaves_the_model_as_it_was(model):
+    slices = generate_in_slices(model, TOKENIZER, "Once", SETTINGS)
     assert next(slices).state == "writing" and not model.training
     slices.close()
     assert model.training
 
 
-def test_each_distribution_is_the_one_that_the_model_gives(model):
-    [sample] = trace_text(
-        model, TOKENIZER, "Once", HOW.model_copy(update={"max_new_tokens": 15})
-    ).samples
+def test_each_distribution_is_the_model_s(model):
+    how = SETTINGS.model_copy(update={"max_new_tokens": 15})
+    [sample] = trace_text(model, TOKENIZER, "Once", how).samples
     ids = [256, *b"Once"]
     for token in sample:
         with torch.inference_mode():
             logits = model.eval()(torch.tensor([ids]))[0][0, -1]
-        before, after = logits.softmax(dim=-1), filtered_probabilities(logits, HOW)
+        before, after = logits.softmax(dim=-1), filtered_probabilities(logits, SETTINGS)
         assert token.before == pytest.approx(before[token.token_id].item(), rel=1e-4)
-        found = token.distribution
-        assert (
-            found.after == pytest.approx(after[token.token_id].item(), rel=1e-4) and found.after > 0
-        )
-        assert found.n_kept == int((after > 0).sum())
-        assert found.rank == 1 + int((before > before[token.token_id]).sum())
-        best = before.topk(SHOWN).indices.tolist()
-        assert [one.token_id for one in found.candidates][:SHOWN] == best
+        assert token.after == pytest.approx(after[token.token_id].item(), rel=1e-4)
+        assert token.after > 0 and token.n_kept == int((after > 0).sum())
+        assert token.rank == 1 + int((before > before[token.token_id]).sum())
+        best = before.topk(N_CANDIDATES).indices.tolist()
+        assert [one.token_id for one in token.candidates][:N_CANDIDATES] == best
         ids.append(token.token_id)
     model.train()
 
 
-def test_the_drawn_token_is_a_candidate_even_when_it_was_unlikely():
-    logits = torch.linspace(5, -5, 257)
-    logits = logits.expand(2, -1)
+def test_an_improbable_token_is_a_candidate_too():
+    logits = torch.linspace(5, -5, 257).expand(2, -1)
     ids = torch.tensor([200, 0])
-    found, likely = find_distributions(logits, ids, UNFILTERED)
-    assert len(likely.candidates) == SHOWN and likely.rank == 1
-    assert len(found.candidates) == SHOWN + 1 and found.candidates[-1].token_id == 200
+    found, probable = sampled_tokens(logits, ids, UNFILTERED)
+    assert len(probable.candidates) == N_CANDIDATES and probable.rank == 1
+    assert len(found.candidates) == N_CANDIDATES + 1 and found.candidates[-1].token_id == 200
     assert found.rank == 201 and found.n_kept == 257
-    _, greedy = find_distributions(logits, ids, GenerationConfig(temperature=0.0))
-    assert (greedy.after, greedy.n_kept, len(greedy.candidates)) == (1.0, 1, SHOWN)
+    _, greedy = sampled_tokens(logits, ids, GenerationConfig(temperature=0.0))
+    assert (greedy.after, greedy.n_kept, len(greedy.candidates)) == (1.0, 1, N_CANDIDATES)
 
 
 def test_end_of_text_is_a_token_and_no_text(model):
@@ -111,92 +108,70 @@ def test_end_of_text_is_a_token_and_no_text(model):
     )
     continuation = trace_text(model, TOKENIZER, "", how)
     end = TOKENIZER.eot_id
-    ended = [sample for sample in continuation.samples if sample[-1].token_id == end]
-    assert ended and ended[0][-1].text == "<|endoftext|>"
+    assert any(sample[-1].token_id == end for sample in continuation.samples)
     assert all(one.token_id != end for sample in continuation.samples for one in sample[:-1])
     assert not any("endoftext" in text for text in continuation.texts)
 
 
 def test_without_a_seed_one_is_chosen_and_repeats_the_text(model):
     state = torch.random.get_rng_state()
-    first = trace_text(model, TOKENIZER, "a", HOW.model_copy(update={"seed": None}))
+    first = trace_text(model, TOKENIZER, "a", SETTINGS.model_copy(update={"seed": None}))
     assert first.settings.seed is not None
     assert trace_text(model, TOKENIZER, "a", first.settings).texts == first.texts
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_a_prompt_that_cannot_be_encoded_is_one_sentence(model):
-    with pytest.raises(DataError, match="unpaired surrogate"):
-        trace_text(model, TOKENIZER, "a\ud800", HOW)
+def test_a_prompt_that_cannot_be_encoded_is_an_error(model):
+    with pytest.raises(DataError):
+        trace_text(model, TOKENIZER, "a\ud800", SETTINGS)
 
-
-@pytest.mark.parametrize(
-    ("probability", "expected"),
-    [(1, 0), (0.1, 1 / 3), (0.01, 2 / 3), (0.001, 1), (1e-9, 1), (0, 1)],
-)
-def test_surprise_is_a_third_for_each_power_of_ten(probability, expected):
-    assert surprise(probability) == pytest.approx(expected)
-    assert math.copysign(1, surprise(probability)) == 1
-
-
-# ---- as HTML -------------------------------------------------------------------------------------
 
 NASTY = "<script>alert(1)</script>\x1b[2J\u202eab'\"&"
 
 
 @pytest.mark.filterwarnings("ignore:the prompt has")
-def test_text_and_tokens_are_escaped_wherever_they_stand(model):
-    continuation = trace_text(model, TOKENIZER, NASTY, HOW)
-    tokens = TOKENIZER.encode(NASTY)
-    logits = torch.zeros(len(tokens), 257)
-    how = UNFILTERED
-    continuation.samples = [
-        [
-            DrawnToken(token, 0.5, row, how, TOKENIZER)
-            for token, row in zip(tokens, logits, strict=True)
-        ]
-    ]
-    tables = "".join(map(continuation_html.distribution_table, continuation.samples[0]))
-    page = continuation_html.side_by_side([continuation], ["<b>name</b>"]) + tables
-    assert "<script>" not in page and "\x1b" not in page and "\u202e" not in page
-    assert (
-        "&lt;script&gt;" in page and "&lt;b&gt;name" in page and "␛" in page and "⟨U+202E⟩" in page
-    )
+def test_text_and_tokens_are_escaped_in_html(model):
+    continuation = trace_text(model, TOKENIZER, NASTY, SETTINGS)
+    [first] = sampled_tokens(torch.zeros(1, 257), torch.tensor([0]), UNFILTERED)
+    continuation.samples = [[replace(first, token_id=one) for one in TOKENIZER.encode(NASTY)]]
+    tables = "".join(distribution_table(TOKENIZER, one) for one in continuation.samples[0])
+    html = side_by_side([continuation], ["<b>name</b>"]) + tables
+    assert "<script>" not in html and "\x1b" not in html and "\u202e" not in html
+    for escaped in ("&lt;script&gt;", "&lt;b&gt;name", "␛", "⟨U+202E⟩"):
+        assert escaped in html
+    empty = Continuation("", SETTINGS, TOKENIZER)
+    assert empty.texts == [] and str(empty) == "" and "<div" in empty._repr_html_()
 
 
-def test_a_table_says_every_number_and_marks_the_drawn_token(model):
-    token = trace_text(model, TOKENIZER, "Once", HOW).samples[0][0]
-    table = continuation_html.distribution_table(token)
-    assert table.count("<tr") == 2 + len(token.distribution.candidates)
-    assert table.count("aria-current='true'") == 1
-    assert f"number {token.distribution.rank} by likelihood" in table
+def test_a_table_has_every_number_and_marks_the_sampled_token(model):
+    token = trace_text(model, TOKENIZER, "Once", SETTINGS).samples[0][0]
+    table = distribution_table(TOKENIZER, token)
+    assert table.count("<tr") == 2 + len(token.candidates)
+    assert table.count("aria-current='true'") == 1 and f"rank {token.rank};" in table
     shown = [float(number) for number in re.findall(r">([01]\.\d{4})<", table)]
     assert sum(shown[::2]) == pytest.approx(1, abs=0.005)
     assert sum(shown[1::2]) == pytest.approx(1, abs=0.005)
 
 
-def test_colours_grow_with_surprise():
-    shares = [
-        float(continuation_html.colour_of(surprise(p)).split()[-1].rstrip(")"))
-        for p in (1, 0.5, 0.1, 0.01, 0.001)
-    ]
-    assert shares[0] == 0 and shares == sorted(set(shares)) and shares[-1] == 0.6
+@pytest.mark.parametrize(
+    ("probability", "opacity"),
+    [(1, 0), (0.1, 0.2), (0.01, 0.4), (0.001, 0.6), (1e-9, 0.6), (0, 0.6)],
+)
+def test_the_colour_grows_with_each_power_of_ten(probability, opacity):
+    assert colour_of(probability) == f"rgba(230, 159, 0, {opacity:.3f})"
 
 
-def test_settings_stand_side_by_side_in_words(model):
-    one = trace_text(model, TOKENIZER, "a", HOW)
-    two = trace_text(model, TOKENIZER, "a", HOW.model_copy(update={"top_k": 0, "num_samples": 2}))
-    page = continuation_html.side_by_side([one, two], ["text 1", "text 2"])
-    assert "temperature 1.3, top-k 40, top-p 0.95, seed 3, 30 tokens" in page
-    assert "top-k all" in page and "2 samples" in page and page.count("<section") == 2
-    assert one._repr_html_() in page
+def test_texts_stand_side_by_side_with_their_settings(model):
+    one = trace_text(model, TOKENIZER, "a", SETTINGS)
+    other = SETTINGS.model_copy(update={"top_k": 0, "num_samples": 2})
+    html = side_by_side([one, trace_text(model, TOKENIZER, "a", other)], ["text 1", "text 2"])
+    assert "temperature 1.3, top-k 40, top-p 0.95, seed 3, 30 tokens" in html
+    assert "top-k all" in html and "2 samples" in html and html.count("<section") == 2
+    assert one._repr_html_() in html
 
 
-# ---- saved ---------------------------------------------------------------------------------------
-
-
-def test_saved_texts_are_lines_of_json_that_say_how_they_came(model, tmp_path):
-    texts = [trace_text(model, TOKENIZER, prompt, HOW) for prompt in ("Once", "a\ud7ff🙂\n")]
+def test_saved_texts_are_lines_of_json_from_which_they_can_be_repeated(model, tmp_path):
+    texts = [trace_text(model, TOKENIZER, prompt, SETTINGS) for prompt in ("Once", "a\ud7ff🙂\n")]
     path = tmp_path / "new" / "texts.jsonl"
     for text in texts:
         save_continuations(path, [text])
@@ -207,11 +182,4 @@ def test_saved_texts_are_lines_of_json_that_say_how_they_came(model, tmp_path):
         assert again.texts == row["texts"] and row["state"] == "done"
         tokens = itertools.chain(*text.samples)
         for saved, token in zip(itertools.chain(*row["tokens"]), tokens, strict=True):
-            assert saved == {
-                "id": token.token_id, "before": token.before, "after": token.distribution.after,
-            }  # fmt: skip
-
-
-def test_an_empty_continuation_is_shown():
-    empty = Continuation("", HOW, TOKENIZER)
-    assert empty.texts == [] and str(empty) == "" and "<div" in empty._repr_html_()
+            assert saved == {"id": token.token_id, "before": token.before, "after": token.after}

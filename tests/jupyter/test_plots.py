@@ -1,236 +1,414 @@
-"""Figures show what the rows hold, say what they show, and can be read without colours."""
+"""Figures show the numbers they are given, have titles and units, and are readable in greyscale."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 from matplotlib.colors import to_rgb
 
 from horovod_lm.jupyter import plots
+from horovod_lm.jupyter.plots.charts import BAR_STYLES, LINE_STYLES
+from horovod_lm.jupyter.plots.tables import RANK_SHADES, name_of_sum
+from horovod_lm.ring import ring_allreduce
+from horovod_lm.scaling import GBIT, Job, Measurement, Network, breaking_point, step
+from horovod_lm.timeline import Span
 from horovod_lm.utils.metrics import COLUMNS, PARTS_OF_A_STEP, MetricsRecorder, read_metrics
 
 
 def training_rows(steps: int = 12, slower: float = 1.0) -> list[dict]:
-    """Rows as a run of so many steps leaves them."""
+    """Rows as a run of so many steps leaves them; the number of ranks changes after step 2."""
     rows = []
-    for step in range(1, steps + 1):
+    for number in range(1, steps + 1):
         parts = {part: slower * (index + 1) / 1000 for index, part in enumerate(PARTS_OF_A_STEP)}
-        rows.append({"phase": "train", "step": step, "loss": 7 / step, "learning_rate": step * 1e-4,
-                     "tokens_per_second": 5000 + step, **parts})  # fmt: skip
-        if step % 4 == 0:
-            rows.append({"phase": "validation", "step": step, "loss": 7.5 / step})
+        rows.append({"phase": "train", "step": number, "loss": 7 / number,
+                     "learning_rate": number * 1e-4, "tokens_per_second": 5000 + number,
+                     "world_size": 2 if number <= 2 else 1, **parts})  # fmt: skip
+        if number % 4 == 0:
+            rows.append({"phase": "validation", "step": number, "loss": 7.5 / number})
     return rows
 
 
-def test_loss_draws_both_phases_of_every_run_and_the_levels():
-    plot = plots.plot_loss(
-        {"1 rank": training_rows(), "2 ranks": training_rows()}, "Same", {"a guess": 7.62}
-    )
-    [axes] = plot.axes
-    lines = {line.get_label(): line for line in axes.lines}
-    assert list(lines) == ["training, 1 rank", "validation, 1 rank", "training, 2 ranks",
-                           "validation, 2 ranks", "a guess"]  # fmt: skip
-    assert list(lines["training, 2 ranks"].get_xdata()) == list(range(1, 13))
-    assert list(lines["validation, 1 rank"].get_xdata()) == [4, 8, 12]
-    assert list(lines["validation, 1 rank"].get_ydata()) == [7.5 / 4, 7.5 / 8, 7.5 / 12]
-    assert set(lines["a guess"].get_ydata()) == {7.62}
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(lines)
+RUN = {"run": training_rows()}
+WORDS = ["the", "cat", "sat"]
+SHARDS = {"forgotten": [[0, 1, 2, 3], [0, 1, 2, 3]], "remembered": [[0, 1, 2, 3], [3, 0, 2, 1]]}
+WHOLE = [7.0, 6.0, 5.0, 4.0, 3.0, 2.0]
+RESUMED = {"all of it": [4.0, 3.0, 2.0], "without the moments": [4.0, 3.5, 2.5]}
+LINK = Network(latency=0.001, bandwidth=1e6)
+MESSAGES = [Measurement(size, 2, LINK.allreduce_seconds(size, 2) * 1.1) for size in (8000, 1000)]
+SPANS = [
+    Span("late", "NEGOTIATE_ALLREDUCE", 5.001, 5.002),
+    Span("early", "NEGOTIATE_ALLREDUCE", 5.000, 5.002),
+    Span("early", "ALLREDUCE", 5.003, 5.010),
+    Span("early", "MEMCPY_IN_FUSION_BUFFER", 5.004, 5.005),
+    Span("early", "GLOO_ALLREDUCE", 5.005, 5.009),
+    Span("late", "ALLREDUCE", 5.006, 5.010),
+    Span("unfinished", "NEGOTIATE_ALLREDUCE", 5.0, 5.1),
+]
+JOB, NETWORK = Job(124e6, 0.4, overlap=0.8), Network(2e-5, 10 * GBIT)
+MEASURED = [Measurement(size, workers, workers * size / 1e9)
+            for workers in (2, 3) for size in (1e6, 1e7)]  # fmt: skip
 
 
-def test_two_levels_can_be_told_apart():
-    levels = {"at the start": 7.0, "at the end": 0.5}
-    [axes] = plots.plot_loss({"run": training_rows()}, levels=levels).axes
-    upper, lower = (line for line in axes.lines if line.get_label() in levels)
-    assert upper._unscaled_dash_pattern != lower._unscaled_dash_pattern
+def lines(**options) -> plots.Plot:
+    y = {"1 rank": [2.0, 4.0, 9.0], "2 ranks": [1.0, 2.0, 4.0]}
+    return plots.plot_lines([1, 2, 4], y, "Time", "batch (samples)", "time (seconds)", **options)
 
 
-def test_a_run_without_validation_has_no_empty_entry_in_the_legend():
-    rows = [row for row in training_rows() if row["phase"] == "train"]
-    [axes] = plots.plot_loss({"only": rows}).axes
+def bars(layout: str) -> plots.Plot:
+    series = {"weights": [30.0, 0.0], "layers": torch.tensor([50.0, 60.0])}
+    return plots.plot_bars(["first", "second"], series, "Made of", "share (%)", layout=layout)
+
+
+def ring(workers: int) -> plots.Plot:
+    data = [torch.arange(12.0) + worker for worker in range(workers)]
+    return plots.plot_ring_steps(ring_allreduce(data))
+
+
+def scaling(job: Job = JOB, network: Network = NETWORK, workers: int = 48,
+            measurements=tuple(MEASURED)) -> plots.Plot:  # fmt: skip
+    return plots.plot_scaling(job, network, workers, 8, measurements=measurements)
+
+
+# Each figure, and the units that its axes must name.
+FIGURES: dict[str, tuple[Callable[[], plots.Plot], tuple[str, ...]]] = {
+    "lines": (lines, ("samples", "seconds")),
+    "bars": (lambda: bars("grouped"), ("%",)),
+    "stacked": (lambda: bars("stacked"), ("%",)),
+    "panels": (lambda: bars("panels"), ("%",)),
+    "loss": (lambda: plots.plot_loss(RUN), ("optimizer step", "nats per token")),
+    "metrics": (lambda: plots.plot_metrics(RUN, "Speed"), ("tokens per second",)),
+    "parts": (lambda: plots.plot_step_parts(RUN), ("milliseconds",)),
+    "summary": (lambda: plots.plot_summary(RUN["run"], "a", "b", "t"), ("nats per token",)),
+    "resumed": (lambda: plots.plot_resumed_runs(WHOLE, RESUMED, "Resumed"), ("nats per token",)),
+    "world size": (lambda: plots.plot_world_size(RUN["run"], "Elastic"), ("ranks",)),
+    "attention": (lambda: plots.plot_attention(torch.eye(3), WORDS, "Where"), ("query", "key")),
+    "heads": (lambda: plots.plot_all_heads(torch.rand(2, 3, 5, 5), torch.ones(2, 3), "H"), ()),
+    "shards": (lambda: plots.plot_shards(SHARDS, "Shards"), ("sample", "epoch")),
+    "ring": (lambda: ring(3), ()),
+    "timeline": (lambda: plots.plot_timeline(SPANS), ("milliseconds", "gradient")),
+    "allreduces": (
+        lambda: plots.plot_allreduces({"here": MESSAGES}, {"here": LINK}), ("bytes", "seconds")
+    ),
+    "scaling": (scaling, ("seconds", "workers", "bytes", "%")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_has_a_title_and_units_and_is_the_same_at_every_execution(name):
+    draw, units = FIGURES[name]
+    torch.manual_seed(0)
+    first = draw()
+    torch.manual_seed(0)
+    second = draw()
+    assert first.get_suptitle() or first.axes[0].get_title()
+    labels = " ".join(axes.get_xlabel() + " " + axes.get_ylabel() for axes in first.axes)
+    assert all(unit in labels for unit in units)
+    assert repr(first) == repr(second) and repr(first).startswith("figure: ")
+    assert " at 0x" not in repr(first) and "\n" not in repr(first)
+    assert first._repr_png_() == second._repr_png_()
+    assert first._repr_png_().startswith(b"\x89PNG")
+
+
+def test_styles_differ_without_colours():
+    def lightness(colour: str) -> float:
+        red, green, blue = to_rgb(colour)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    assert len({(line, marker) for _, line, _, marker in LINE_STYLES}) == len(LINE_STYLES)
+    widths = [width for _, _, width, _ in LINE_STYLES]
+    assert widths[0] > widths[1] >= widths[2]  # lines that coincide can all be seen
+    for (colour, hatch), (following, next_hatch) in zip(BAR_STYLES, BAR_STYLES[1:], strict=False):
+        assert hatch != next_hatch and abs(lightness(colour) - lightness(following)) > 0.05
+    greys = [lightness(shade) for shade in RANK_SHADES]
+    assert all(above - below > 0.1 for above, below in zip(greys, greys[1:], strict=False))
+
+
+FIVE = {str(number): [1.0] for number in range(5)}
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: plots.plot_lines([1], FIVE, "", "", ""), "1 to 4 lines, not 5"),
+        (lambda: plots.plot_bars(["a"], FIVE | {"5": [1]}, "", ""), "1 to 5 series, not 6"),
+        (lambda: plots.plot_bars(["a"], {}, "", ""), "1 to 5 series, not 0"),
+        (lambda: plots.plot_loss(dict.fromkeys(FIVE, RUN["run"])), "1 to 4 runs, not 5"),
+        (lambda: plots.plot_loss({}), "1 to 4 runs, not 0"),
+        (lambda: plots.plot_allreduces({}, {}), "1 to 4 links, not 0"),
+        (lambda: plots.plot_shards({"many": [[0, 4]]}, ""), "ranks 0 to 3, not 4"),
+        (lambda: plots.plot_resumed_runs(WHOLE, {}, ""), "the end of the whole run"),
+        (lambda: plots.plot_resumed_runs([1.0], {"long": WHOLE}, ""), "the end of the whole run"),
+    ],
+)
+def test_what_a_figure_cannot_show_is_refused(draw, message):
+    with pytest.raises(ValueError, match=message):
+        draw()
+
+
+def test_lines_hold_their_values_on_the_axes_that_were_asked_for():
+    [axes] = lines().axes
+    assert [list(line.get_ydata()) for line in axes.lines] == [[2, 4, 9], [1, 2, 4]]
+    assert axes.get_ylim()[0] == 0
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["1 rank", "2 ranks"]
+    [axes] = lines(log_x=True, log_y=True, marks={"smallest": 2.5}).axes
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4"]
+    assert axes.lines[2].get_label() == "smallest" and set(axes.lines[2].get_xdata()) == {2.5}
+
+
+def test_bars_lie_below_each_other_or_end_to_end_or_in_panels():
+    [axes] = bars("grouped").axes
+    assert [bar.get_width() for bar in axes.patches] == [30, 0, 50, 60]
+    assert [text.get_text() for text in axes.texts] == ["30", "0", "50", "60"]
+    assert len({round(bar.get_y(), 3) for bar in axes.patches}) == 4
+    [axes] = bars("stacked").axes
+    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches[2:]] == [(30, 50), (0, 60)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["first", "second"]
+    assert axes.yaxis_inverted()
+    left, right = bars("panels").axes
+    assert [bar.get_width() for bar in right.patches] == [50, 60]
+    assert left.get_xlim() == right.get_xlim() and right.get_title() == "layers"
+    levels = {"entropy": 41.2}
+    [axes] = plots.plot_bars(["a"], {"loss": [60.0]}, "", "", levels=levels).axes
+    assert set(axes.lines[0].get_xdata()) == {41.2}
+
+
+def test_loss_shows_both_phases_of_every_run_and_the_levels():
+    runs = {"1 rank": training_rows(), "2 ranks": training_rows()}
+    [axes] = plots.plot_loss(runs, levels={"a guess": 7.62, "entropy": 0.5}).axes
+    found = {line.get_label(): line for line in axes.lines}
+    assert list(found) == ["training, 1 rank", "validation, 1 rank", "training, 2 ranks",
+                           "validation, 2 ranks", "a guess", "entropy"]  # fmt: skip
+    assert list(found["training, 2 ranks"].get_xdata()) == list(range(1, 13))
+    assert list(found["validation, 1 rank"].get_ydata()) == [7.5 / 4, 7.5 / 8, 7.5 / 12]
+    assert set(found["a guess"].get_ydata()) == {7.62}
+    dashes = [found[name]._unscaled_dash_pattern for name in ("a guess", "entropy")]
+    assert dashes[0] != dashes[1]
+    assert all(tick == int(tick) for tick in axes.get_xticks())
+    only_training = [row for row in RUN["run"] if row["phase"] == "train"]
+    [axes] = plots.plot_loss({"run": only_training}).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training"]
 
 
 def test_many_steps_are_drawn_faintly_under_their_running_median():
     rows = training_rows(180)
-    rows[90]["loss"] = 1000.0  # one wild step must be seen, and must not bend the line
+    rows[90]["loss"] = 1000.0  # visible, but without influence on the median
     [axes] = plots.plot_loss({"long": rows}).axes
     raw, smooth, _ = axes.lines
     assert max(raw.get_ydata()) == 1000 and raw.get_alpha() < 0.5
     assert smooth.get_label() == "training (median of 7 steps)"
     assert len(smooth.get_ydata()) == 180 and max(smooth.get_ydata()) < 8
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "training (median of 7 steps)", "validation"
-    ]  # fmt: skip
 
 
-def test_steps_are_whole_numbers_on_the_axis():
-    [axes] = plots.plot_loss({"short": training_rows(5)}).axes
-    assert all(tick == int(tick) for tick in axes.get_xticks())
-
-
-def test_runs_that_lie_over_each_other_can_all_be_seen():
-    plot = plots.plot_loss({name: training_rows() for name in "abcd"})
-    lines = [line for line in plot.axes[0].lines if line.get_label().startswith("training")]
-    styles = [line.get_linestyle() for line in lines]
-    assert len(set(styles)) == 4 and styles[0] == "-"
-    widths = [line.get_linewidth() for line in lines]
-    assert widths[0] > widths[1] >= widths[2]
-    markers = [line.get_marker() for line in plot.axes[0].lines if line not in lines]
-    assert len(set(markers)) == 4
-
-
-@pytest.mark.parametrize("count", [0, 5])
-def test_more_runs_than_styles_are_refused(count):
-    with pytest.raises(ValueError, match="1 to 4 runs"):
-        plots.plot_loss({str(number): training_rows() for number in range(count)})
-
-
-def test_step_parts_are_stacked_to_the_length_of_a_step():
-    rows = {"1 rank": training_rows(), "2 ranks": training_rows(slower=2)}
-    [axes] = plots.plot_step_parts(rows).axes
-    assert [bars.get_label().split()[0] for bars in axes.containers] == [
-        part.removeprefix("seconds_") for part in PARTS_OF_A_STEP
-    ]
-    for run, whole in enumerate((1 + 2 + 3 + 4 + 5, 2 + 4 + 6 + 8 + 10)):
-        bars = [container[run] for container in axes.containers]
-        for bar, following in zip(bars, bars[1:], strict=False):
-            assert bar.get_x() + bar.get_width() == pytest.approx(following.get_x())
-        assert bars[-1].get_x() + bars[-1].get_width() == pytest.approx(whole)
-    assert "4 / 8 ms" in axes.containers[3].get_label()
-
-
-def test_one_disturbed_step_does_not_change_the_bars():
-    rows = training_rows()
-    disturbed = [{**rows[0], "seconds_forward": 60.0}, *rows[1:]]
-    [calm], [after] = (plots.plot_step_parts({"run": each}).axes for each in (rows, disturbed))
-    assert calm.containers[1][0].get_width() == after.containers[1][0].get_width()
-
-
-def test_speed_draws_the_rate_and_the_tokens_per_second_from_zero():
-    left, right = plots.plot_speed({"run": training_rows()}).axes
-    assert list(left.lines[0].get_ydata()) == [step * 1e-4 for step in range(1, 13)]
-    assert list(right.lines[0].get_ydata()) == [5000 + step for step in range(1, 13)]
-    assert right.get_ylim()[0] == 0
-
-
-def test_learning_rates_of_all_runs_share_one_panel():
-    runs = {"kept": training_rows(), "doubled": training_rows(20)}
-    plot = plots.plot_learning_rate(runs, "Warm-up")
-    [axes] = plot.axes
-    assert [line.get_label() for line in axes.lines] == list(runs)
-    assert list(axes.lines[1].get_ydata()) == [step * 1e-4 for step in range(1, 21)]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(runs)
-    assert repr(plot) == "figure: Warm-up: learning rate over the steps of kept and doubled"
-
-
-def test_progress_draws_the_loss_over_its_floor_and_the_rate_and_the_speed():
-    plot = plots.plot_progress(training_rows(), "first", entropy=0.5)
+def test_metrics_have_a_panel_for_each_column():
+    plot = plots.plot_metrics(RUN, "run", ["loss", "learning_rate", "tokens_per_second"])
     loss, rate, speed = plot.axes
-    lines = {line.get_label(): line for line in loss.lines}
-    assert list(lines) == ["training", "validation", "exact entropy of the stories"]
-    assert list(lines["training"].get_ydata()) == [7 / step for step in range(1, 13)]
-    assert set(lines["exact entropy of the stories"].get_ydata()) == {0.5}
-    assert list(rate.lines[0].get_ydata()) == [step * 1e-4 for step in range(1, 13)]
-    assert list(speed.lines[0].get_ydata()) == [5000 + step for step in range(1, 13)]
-    assert repr(plot) == "figure: loss, learning rate and speed of first"
-
-
-def test_progress_of_a_corpus_of_unknown_entropy_has_no_floor():
-    loss = plots.plot_progress(training_rows(), "first").axes[0]
-    assert [line.get_label() for line in loss.lines] == ["training", "validation"]
+    assert list(loss.lines[0].get_ydata()) == [7 / number for number in range(1, 13)]
+    assert list(rate.lines[0].get_ydata()) == [number * 1e-4 for number in range(1, 13)]
+    assert list(speed.lines[0].get_ydata()) == [5000 + number for number in range(1, 13)]
+    assert speed.get_ylim()[0] == 0
 
 
 def test_a_long_run_is_drawn_in_a_moment():
-    rows = training_rows(100_000)
     started = time.perf_counter()
-    plot = plots.plot_progress(rows, "long")
+    plot = plots.plot_metrics({"long": training_rows(100_000)}, "", ["loss", "tokens_per_second"])
     plot.png()
     assert time.perf_counter() - started < 15  # a median at every step takes a minute
     raw, smooth, _ = plot.axes[0].lines
     assert len(raw.get_xdata()) == 100_000 and 500 < len(smooth.get_xdata()) < 700
 
 
+def test_step_parts_are_stacked_medians():
+    disturbed = training_rows(slower=2)
+    disturbed[0] = {**disturbed[0], "seconds_forward": 60.0}
+    [axes] = plots.plot_step_parts({"1 rank": training_rows(), "2 ranks": disturbed}).axes
+    assert [part.get_label().split()[0] for part in axes.containers] == [
+        part.removeprefix("seconds_") for part in PARTS_OF_A_STEP
+    ]
+    for run, whole in enumerate((1 + 2 + 3 + 4 + 5, 2 + 4 + 6 + 8 + 10)):
+        last = axes.containers[-1][run]
+        assert last.get_x() + last.get_width() == pytest.approx(whole)
+    assert "4 / 8 ms" in axes.containers[3].get_label()
+
+
 def test_summary_shows_the_prompt_and_its_continuation_once_each():
-    plot = plots.plot_summary(training_rows(), "def f(\n  a", ", b):\n    $return$ x", "It talks")
+    plot = plots.plot_summary(RUN["run"], "def f(\n  a", ", b):\n    $return$ x", "It talks")
     bold, plain = (text.get_text().split("\n") for text in plot.axes[1].texts)
     assert bold[:2] == ["def f(", "  a"] and not any(bold[2:])
     assert [line.strip() for line in plain] == ["", ", b):", "$return$ x"]
     assert plain[1].index(",") == len("  a")
     plot.png()  # dollars are letters here, not mathematics
-
-
-def test_summary_marks_a_line_that_it_cuts_off():
-    [_, axes] = plots.plot_summary(training_rows(), "a", "b" * 100 + "\nc", "It talks").axes
+    [_, axes] = plots.plot_summary(RUN["run"], "a", "b" * 100 + "\nc", "It talks").axes
     cut, whole = axes.texts[1].get_text().split("\n")
     assert cut.endswith("b…") and len(cut) < 70 and whole == "c"
 
 
-def every_plot() -> list[plots.Plot]:
-    runs = {"run": training_rows()}
-    return [plots.plot_loss(runs), plots.plot_speed(runs), plots.plot_step_parts(runs),
-            plots.plot_summary(runs["run"], "a", "b", "t"),
-            plots.plot_progress(runs["run"], "run")]  # fmt: skip
+def test_resumed_runs_are_drawn_over_the_end_of_the_whole_run():
+    plot = plots.plot_resumed_runs(WHOLE, RESUMED, "Resumed")
+    assert [axes.get_title() for axes in plot.axes] == list(RESUMED)
+    for axes, losses in zip(plot.axes, RESUMED.values(), strict=True):
+        whole, resumed, resumed_at = axes.lines
+        assert list(whole.get_ydata()) == WHOLE and list(whole.get_xdata()) == [1, 2, 3, 4, 5, 6]
+        assert list(resumed.get_ydata()) == losses and list(resumed.get_xdata()) == [4, 5, 6]
+        assert set(resumed_at.get_xdata()) == {3.5}
+    four = {str(number): [1.0] * 40 for number in range(4)}
+    panels = plots.plot_resumed_runs([1.0] * 100, four, "").axes
+    assert panels[0].lines[0].get_xdata()[0] == 55  # shortly before it was resumed
+    assert [axes.axison for axes in panels] == [True] * 4 + [False] * 2
 
 
-def test_every_figure_has_a_title_and_axes_with_units():
-    for plot in every_plot():
-        assert plot.axes[0].get_title() or plot.get_suptitle()
-        for axes in plot.axes:
-            if axes.get_xticks().size:
-                assert axes.get_xlabel()
-    loss, rate_and_speed, parts, *_ = every_plot()
-    assert "nats per token" in loss.axes[0].get_ylabel()
-    assert "tokens per second" in rate_and_speed.axes[1].get_ylabel()
-    assert "milliseconds" in parts.axes[0].get_xlabel()
+def test_world_size_is_drawn_under_the_loss_and_each_change_is_marked():
+    loss, ranks = plots.plot_world_size(RUN["run"], "Elastic").axes
+    assert list(ranks.lines[0].get_ydata()) == [2, 2] + [1] * 10
+    for axes in (loss, ranks):
+        marks = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
+        assert marks == [2.5]
+    assert ranks.get_ylim()[0] == 0 and loss.get_xlim() == ranks.get_xlim()
 
 
-def test_a_figure_shows_itself_the_same_at_every_execution():
-    for first, second in zip(every_plot(), every_plot(), strict=True):
-        assert repr(first) == repr(second) and " at 0x" not in repr(first)
-        assert first._repr_png_() == second._repr_png_()
-        assert first._repr_png_().startswith(b"\x89PNG")
+def test_attention_has_a_number_in_each_cell_or_a_colour_bar():
+    weights = torch.tensor([[1.0, 0.0], [0.25, 0.75]])
+    [axes] = plots.plot_attention(weights, ["the", "cat"], "Where").axes
+    written = {text.get_position(): text.get_text() for text in axes.texts}
+    assert written == {(0, 0): "1.00", (1, 0): "0.00", (0, 1): "0.25", (1, 1): "0.75"}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["the", "cat"]
+    maps = {"causal": torch.eye(18).tril(), "open": torch.ones(18, 18)}
+    causal, opened, scale = plots.plot_attention(maps, WORDS * 6, "Many", label="share").axes
+    assert not causal.texts and scale.get_ylabel() == "share" and scale.get_ylim() == (0, 1)
+    assert opened.get_title() == "open" and opened.images[0].get_array().min() == 1
+    red, green, blue, _ = causal.images[0].cmap(0.5)
+    assert max(red, green, blue) - min(red, green, blue) < 0.01
+    assert [label.get_text() for label in causal.get_xticklabels()] == WORDS * 6
 
 
-def test_save_makes_the_folder_and_writes_the_picture(tmp_path):
-    plot = plots.plot_loss({"run": training_rows()})
-    assert plot.save(tmp_path / "new" / "loss.png").read_bytes() == plot.png()
+@pytest.mark.parametrize(
+    "n_layers, n_heads, said", [(1, 4, "1 layer of 4"), (2, 12, "2 layers of 12")]
+)
+def test_maps_of_heads_fill_the_page_and_are_never_too_small_to_see(n_layers, n_heads, said):
+    weights = torch.eye(5).expand(n_layers, n_heads, 5, 5)
+    plot = plots.plot_all_heads(weights, torch.zeros(n_layers, n_heads), "Heads")
+    assert repr(plot) == f"figure: Heads: {said} heads"
+    assert plot.get_figwidth() == pytest.approx(8.0 if n_heads == 4 else 15.6)  # inches
+    plot.png()
+    assert all(axes.get_window_extent().width / plot.dpi > 1.1 for axes in plot.axes)
 
 
-def test_the_colours_differ_in_lightness_where_styles_do_not_help():
-    def lightness(colour: str) -> float:
-        red, green, blue = to_rgb(colour)
-        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-    parts = [(lightness(colour), hatch) for colour, hatch in plots.PART_STYLES]
-    for (light, hatch), (next_light, next_hatch) in zip(parts, parts[1:], strict=False):
-        assert hatch != next_hatch and abs(light - next_light) > 0.05
+def test_shards_have_each_samples_rank_in_its_cell():
+    for axes, rows in zip(plots.plot_shards(SHARDS, "").axes, SHARDS.values(), strict=True):
+        assert [text.get_text() for text in axes.texts] == [str(r) for row in rows for r in row]
+        assert axes.images[0].get_array().tolist() == rows and axes.yaxis_inverted()
+        places = [text.get_position() for text in axes.texts]
+        assert places == [(sample, epoch) for epoch in (0, 1) for sample in range(4)]
 
 
-def test_rows_of_a_real_recorder_can_be_drawn(tmp_path):
+@pytest.mark.parametrize(
+    ("contributors", "chunk", "workers", "name"),
+    [
+        ({2}, 2, 4, "2"),
+        ({0, 3}, 3, 4, "3+0"),
+        ({0, 1, 3}, 3, 4, "3+0+1"),
+        ({0, 1, 2, 3}, 3, 4, "all"),
+        ({0, 1, 2, 3}, 0, 8, "4 of 8"),
+        ({0}, 0, 1, "0"),
+    ],
+)
+def test_a_sum_is_named_in_the_order_in_which_it_grew(contributors, chunk, workers, name):
+    assert name_of_sum(frozenset(contributors), chunk, workers) == name
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+def test_each_ring_step_has_a_panel_with_the_sum_in_every_cell(workers):
+    states = ring_allreduce([torch.arange(12.0)] * workers)
+    shown = [axes for axes in ring(workers).axes if axes.get_visible()]
+    for axes, state in zip(shown, states, strict=True):
+        names = [text.get_text() for text in axes.texts]
+        assert names == [
+            name_of_sum(contributors, chunk, workers)
+            for row in state.holds
+            for chunk, contributors in enumerate(row)
+        ]
+        frames = {(round(one.get_x() + 0.46), round(one.get_y() + 0.46)) for one in axes.patches}
+        assert frames == {(one.chunk, one.receiver) for one in state.messages}
+        [image] = axes.images
+        greys = [sum(image.cmap(image.norm(count / 4))[:3]) / 3 for count in range(1, 5)]
+        assert greys == sorted(greys, reverse=True) and greys[-1] > 0.5  # its text is readable
+
+
+def test_a_timeline_has_a_row_for_each_tensor_that_was_reduced():
+    plot = plots.plot_timeline(SPANS)
+    [axes] = plot.axes
+    found = sorted((round(bar.get_y() + 0.45), round(bar.get_x(), 6), round(bar.get_width(), 6))
+                   for bar in axes.patches)  # fmt: skip
+    assert found == [(0, 0, 2), (0, 3, 7), (0, 4, 1), (0, 5, 4), (1, 1, 1), (1, 6, 4)]
+    assert axes.yaxis_inverted()
+    texts = [text.get_text() for text in plot.legends[0].get_texts()]
+    assert len(texts) == len(set(texts)) == 4 and "travels" in texts
+
+
+def test_measured_allreduces_are_points_and_the_model_is_a_line():
+    [axes] = plots.plot_allreduces({"here": MESSAGES}, {"here": LINK}).axes
+    line, points = axes.lines
+    sizes, modelled = line.get_data()
+    assert list(points.get_xdata()) == [8000, 1000]
+    assert (sizes[0], sizes[-1]) == pytest.approx((1000, 8000)) and len(sizes) > 20
+    assert modelled == pytest.approx([LINK.allreduce_seconds(size, 2) for size in sizes])
+    assert list(points.get_ydata()) == pytest.approx([0.011, 0.0033])
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+
+
+def points_of(axes) -> dict[str, list[tuple[float, float]]]:
+    return {
+        line.get_label(): list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+        for line in axes.lines
+    }
+
+
+def test_scaling_shows_what_the_model_predicts_beside_what_was_measured():
+    times, efficiency, links = map(points_of, scaling().axes)
+    for workers, seconds in times["step"]:
+        assert seconds == step(JOB, NETWORK, workers, 8).seconds
+    for workers, seconds in times["allreduce"]:
+        assert workers <= 8 or seconds == step(JOB, NETWORK, workers, 8).communication
+    assert {8, 9, 48, 1024} <= {workers for workers, _ in times["step"]}  # a second node at 9
+    chosen = step(JOB, NETWORK, 48, 8).efficiency
+    assert efficiency[f"chosen: {chosen:.0%}"] == [(48, chosen)]
+    found = breaking_point(JOB, NETWORK, 8)
+    assert [x for x, _ in efficiency[f"below it from {found:,} workers on"]] == [found, found]
+    assert links["2 nodes"] == [(1e6, 2e-3), (1e7, 2e-2)]
+    for size, seconds in links["6 nodes"]:
+        assert seconds == NETWORK.allreduce_seconds(size, 6)
+    [chosen] = [points[0] for name, points in links.items() if "chosen" in name]
+    assert chosen == (JOB.bytes_reduced, NETWORK.allreduce_seconds(496e6, 6))
+    quick = points_of(scaling(network=Network(0, 10_000 * GBIT)).axes[1])
+    assert not [name for name in quick if "below it" in name]
+
+
+@pytest.mark.parametrize("workers", [1, 8])
+def test_one_node_has_no_link_to_draw(workers):
+    links = scaling(workers=workers, measurements=()).axes[2]
+    assert not links.lines and "nothing crosses the network" in links.texts[0].get_text()
+
+
+@pytest.mark.parametrize("seconds", [0.052, 0.4, 40.0])
+def test_the_axis_of_time_names_seconds_and_no_powers_of_ten(seconds):
+    plot = scaling(Job(124e6, seconds))
+    plot.canvas.draw()
+    for axes in (plot.axes[0], plot.axes[2]):
+        bottom, top = axes.get_ylim()
+        ticks = [*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks()]
+        names = [tick.label1.get_text() for tick in ticks if bottom <= tick.get_loc() <= top]
+        assert len([name for name in names if name]) >= 2
+        assert all(name.endswith("s") and "times" not in name for name in names if name)
+
+
+def test_rows_of_a_real_recorder_are_drawn_and_the_picture_is_saved(tmp_path):
     recorder = MetricsRecorder(tmp_path, tmp_path / "logs", tmp_path / "events")
     for row in training_rows():
         recorder.record(**{key: value for key, value in row.items() if key in COLUMNS})
     recorder.close()
-    rows = read_metrics(tmp_path)
-    assert plots.plot_loss({"run": rows}).png() == plots.plot_loss({"run": training_rows()}).png()
-
-
-def test_nothing_below_the_notebooks_imports_matplotlib():
-    code = "import sys, horovod_lm.train, horovod_lm.generate; print('matplotlib' in sys.modules)"
-    shown = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
-    )
-    assert shown.stdout.strip() == "False", shown.stderr
-
-
-def test_attention_writes_each_weight_where_it_belongs():
-    weights = torch.tensor([[1.0, 0.0], [0.25, 0.75]])
-    [axes] = plots.plot_attention(weights, ["the", "cat"], "Who looks at whom").axes
-    written = {text.get_position(): text.get_text() for text in axes.texts}
-    assert written == {(0, 0): "1.00", (1, 0): "0.00", (0, 1): "0.25", (1, 1): "0.75"}
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["the", "cat"]
-    assert "query" in axes.get_ylabel() and "key" in axes.get_xlabel()
+    plot = plots.plot_loss({"run": read_metrics(tmp_path)})
+    assert plot.png() == plots.plot_loss(RUN).png()
+    assert plot.save(tmp_path / "new" / "loss.png").read_bytes() == plot.png()

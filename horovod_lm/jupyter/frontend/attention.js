@@ -42,7 +42,7 @@ function paint(canvas, size, weightOf) {
 
 function render({ model, el }) {
   el.classList.add("lm-attention");
-  el.dataset.lmSuppressShortcuts = "true"; // else JupyterLab takes the arrow keys for its cells
+  el.dataset.lmSuppressShortcuts = "true"; // otherwise JupyterLab handles the arrow keys
   const heads = element("div", "lm-heads");
   heads.setAttribute("role", "group");
   heads.setAttribute("aria-label", "all heads: choose one; arrow keys move between them");

@@ -1,11 +1,5 @@
-// Continuations, token by token: each coloured by its surprise, clicked or stepped to by keys.
-// Whatever a token holds is set as text, never as HTML.
-
-const FULL_COLOUR_SHARE = 0.6; // as in continuation_html.py
-
-function colour(surprise) {
-  return `rgba(230, 159, 0, ${(FULL_COLOUR_SHARE * surprise).toFixed(3)})`;
-}
+// Continuations, token by token: coloured, selected by clicks or keys.
+// Token text is set as text, never as HTML.
 
 function element(tag, className, text = "") {
   const made = document.createElement(tag);
@@ -14,11 +8,11 @@ function element(tag, className, text = "") {
   return made;
 }
 
-function legend() {
-  const line = element("div", "lm-legend", "probability of a token, as learned: ");
-  for (const [probability, surprise] of [["1", 0], ["0.1", 1 / 3], ["0.01", 2 / 3], ["0.001 or less", 1]]) {
+function legend(entries) {
+  const line = element("div", "lm-legend", "probability of a token by the model: ");
+  for (const [probability, colour] of entries) {
     const swatch = element("span", "lm-token", probability);
-    swatch.style.background = colour(surprise);
+    swatch.style.background = colour;
     line.append(swatch, " ");
   }
   return line;
@@ -26,13 +20,13 @@ function legend() {
 
 function render({ model, el }) {
   el.classList.add("lm-tokens");
-  el.dataset.lmSuppressShortcuts = "true"; // else JupyterLab takes the arrow keys for its cells
+  el.dataset.lmSuppressShortcuts = "true"; // otherwise JupyterLab handles the arrow keys
   const samples = element("div", "lm-samples");
   const plain = element("details", "lm-details");
   plain.append(element("summary", "", "plain text"), element("div", "lm-texts"));
-  el.append(legend(), samples, plain);
-  const identity = Math.random().toString(36).slice(2); // ids must differ from other views'
-  let shown = null; // the number of the continuation that is drawn
+  el.append(legend(model.get("legend")), samples, plain);
+  const identity = Math.random().toString(36).slice(2); // unique among views
+  let shown = null; // number of the continuation that is drawn
 
   function choose(sample, index) {
     const length = model.get("samples")[sample]?.length ?? 0;
@@ -69,14 +63,14 @@ function render({ model, el }) {
     return box;
   }
 
-  function addToken(box, sample, index, [text, probability, surprise]) {
+  function addToken(box, sample, index, [text, probability, colour]) {
     const token = element("span", "lm-token", text);
     token.id = `lm-${identity}-${sample}-${index}`;
     token.dataset.index = index;
     token.setAttribute("role", "option");
     token.title = `probability ${probability}`;
     token.setAttribute("aria-label", `${text}, probability ${probability}`);
-    token.style.background = colour(surprise);
+    token.style.background = colour;
     box.append(token);
   }
 
@@ -123,22 +117,12 @@ function render({ model, el }) {
     plain.hidden = !model.get("texts").length;
   }
 
-  const answer = () => model.send({ kind: "here" });
-  model.on("change:question", answer);
-  model.on("change:samples", draw);
-  model.on("change:number", draw);
-  model.on("change:selected", mark);
-  model.on("change:texts", drawPlain);
+  const listeners = { samples: draw, number: draw, selected: mark, texts: drawPlain };
+  for (const [name, act] of Object.entries(listeners)) model.on(`change:${name}`, act);
   draw();
   drawPlain();
-  model.send({ kind: "opened" });
   return () => {
-    model.off("change:question", answer);
-    model.off("change:samples", draw);
-    model.off("change:number", draw);
-    model.off("change:selected", mark);
-    model.off("change:texts", drawPlain);
-    model.send({ kind: "closed" });
+    for (const [name, act] of Object.entries(listeners)) model.off(`change:${name}`, act);
   };
 }
 

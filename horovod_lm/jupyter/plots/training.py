@@ -1,4 +1,4 @@
-"""Figures of training: plain functions from the rows of `read_metrics` to a figure."""
+"""Figures of training runs, from the rows of `read_metrics`."""
 
 from __future__ import annotations
 
@@ -7,57 +7,81 @@ from itertools import cycle
 from statistics import median
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from horovod_lm.jupyter.plots.style import (
+from horovod_lm.jupyter.plots.charts import (
     BLACK,
     BLUE,
-    GREEN,
     ORANGE,
-    PINK,
     STEPS,
     Plot,
     Rows,
     Runs,
+    draw_bars,
     label_axes,
-    name_runs,
-    styled_runs,
+    label_rows,
+    with_run_styles,
 )
 from horovod_lm.utils.metrics import PARTS_OF_A_STEP
 
-Series = tuple[list[int], list[float]]  # steps and values
+Points = tuple[list[int], list[float]]  # steps and values
 
-# How the parts of a step differ: (colour, hatching), in the order in which they happen.
-PART_STYLES = ((BLACK, ""), (BLUE, "//"), (GREEN, ".."), (ORANGE, "xx"), (PINK, "\\\\"))
-MOST_MEDIANS = 600  # points of a running median, about
-LEVEL_DASHES = ((6, 3), (1, 2), (6, 2, 1, 2))  # how horizontal lines differ
+METRICS = {
+    "loss": "loss (nats per token)",
+    "learning_rate": "learning rate",
+    "tokens_per_second": "speed (tokens per second)",
+}
+MAX_MEDIANS = 600  # approximate number of points of a running median
+LEVEL_DASHES = ((6, 3), (1, 2), (6, 2, 1, 2))
+PANELS_IN_A_ROW = 3
+STEPS_BEFORE_RESUMING = 6  # that a figure of resumed runs shows
+TEXT_COLUMNS, TEXT_LINES = 64, 17
 
 
 def plot_loss(runs: Runs, title: str = "Loss", levels: Mapping[str, float] | None = None) -> Plot:
-    """Draw training and validation loss over the steps.
+    """Draw training and validation loss over the steps; `plot_metrics` explains the arguments."""
+    return plot_metrics(runs, title, ["loss"], levels)
+
+
+def plot_metrics(
+    runs: Runs,
+    title: str,
+    columns: Sequence[str] = ("learning_rate", "tokens_per_second"),
+    levels: Mapping[str, float] | None = None,
+) -> Plot:
+    """Draw columns of a run's metrics over the steps, one panel for each.
 
     Args:
-        runs: name of a run -> its rows, of the phases `train` and `validation`.
+        runs: name of a run (1 to 4) -> its rows.
         title: the figure's title.
-        levels: horizontal lines to compare with: label -> nats per token.
-
-    Returns:
-        The figure; runs lie over each other.
+        columns: of `METRICS`. The speed is that of all ranks together.
+        levels: label -> nats per token of a horizontal line to compare losses with.
     """
-    plot = Plot(f"{title}: training and validation loss over the steps of {name_runs(runs)}")
-    draw_loss(plot.add_subplot(), runs, title, levels)
+    what = ", ".join(METRICS[column] for column in columns)
+    plot = Plot(f"{title}: {what} over the steps of {' and '.join(runs)}", width=7.0 + len(columns))
+    widths = [2 if column == "loss" else 1 for column in columns]
+    panels = plot.subplots(1, len(columns), width_ratios=widths, squeeze=False)[0]
+    for axes, column in zip(panels, columns, strict=True):
+        if column == "loss":
+            draw_loss(axes, runs, "", levels)
+        else:
+            _draw_metric(axes, runs, column)
+        if len(columns) > 2:
+            axes.locator_params(axis="x", nbins=4)  # the panels are narrow
+    if len(runs) > 1:
+        panels[-1].legend(frameon=False)
+    plot.suptitle(title)
     return plot
 
 
 def draw_loss(
     axes: Axes, runs: Runs, title: str, levels: Mapping[str, float] | None = None
 ) -> None:
-    """Draw what `plot_loss` shows into one panel."""
-    for (name, rows), (colour, line, width, marker) in styled_runs(runs):
+    """Draw the losses of runs into one panel."""
+    for (name, rows), (colour, line, width, marker) in with_run_styles(runs):
         of_run = f", {name}" if len(runs) > 1 else ""
-        points = _series(rows, "train", "loss")
-        _draw_noisy(axes, points, line, colour, width, f"training{of_run}")
-        steps, losses = _series(rows, "validation", "loss")
+        _draw_noisy(axes, _points(rows, "loss"), line, colour, width, f"training{of_run}")
+        steps, losses = _points(rows, "loss", "validation")
         if steps:
             axes.plot(
                 steps, losses, marker, color=BLACK, markerfacecolor=colour, markersize=6,
@@ -65,133 +89,80 @@ def draw_loss(
             )  # fmt: skip
     for (label, value), dashes in zip((levels or {}).items(), cycle(LEVEL_DASHES), strict=False):
         axes.axhline(value, color="0.45", linestyle=(0, dashes), linewidth=1, label=label)
-    label_axes(axes, title, STEPS, "loss (nats per token)")
+    label_axes(axes, title, STEPS, METRICS["loss"])
     axes.legend(frameon=False)
 
 
-def plot_speed(runs: Runs, title: str = "Learning rate and speed") -> Plot:
-    """Draw the learning rate, and the tokens per second of all ranks, over the steps.
-
-    Args:
-        runs: name of a run -> its rows; those of the phase `train` count.
-        title: the figure's title.
-    """
-    plot = Plot(
-        f"{title}: learning rate, and tokens per second, over the steps of {name_runs(runs)}"
-    )
-    left, right = plot.subplots(1, 2)
-    plot.suptitle(title)
-    _draw_rate_and_speed(left, right, runs)
-    if len(runs) > 1:
-        right.legend(frameon=False)
-    return plot
-
-
-def plot_progress(rows: Rows, name: str, entropy: float | None = None) -> Plot:
-    """Draw a run's loss, learning rate and speed so far, side by side.
-
-    Args:
-        rows: the rows of one run.
-        name: the run's.
-        entropy: of the stories, in nats per token: the loss that no model can go below; None where
-            it is not known.
-    """
-    plot = Plot(f"loss, learning rate and speed of {name}", width=10.0, height=3.0)
-    loss, rate, speed = plot.subplots(1, 3, width_ratios=(2, 1, 1))
-    levels = {"exact entropy of the stories": entropy} if entropy is not None else None
-    draw_loss(loss, {name: rows}, name, levels)
-    _draw_rate_and_speed(rate, speed, {name: rows})
-    for axes in (rate, speed):
-        axes.locator_params(axis="x", nbins=4)  # these panels are narrow
-    return plot
-
-
-def _draw_rate_and_speed(left: Axes, right: Axes, runs: Runs) -> None:
-    _draw_rates(left, runs, "")
-    left.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for (name, rows), (colour, line, width, _) in styled_runs(runs):
-        speeds = _series(rows, "train", "tokens_per_second")
-        _draw_noisy(right, speeds, line, colour, width, name)
-    label_axes(right, "", STEPS, "speed (tokens per second)")
-    right.yaxis.set_major_formatter(EngFormatter(sep=""))
-    right.set_ylim(bottom=0)
-
-
-def plot_learning_rate(runs: Runs, title: str = "Learning rate") -> Plot:
-    """Draw the learning rate of every run over the steps.
-
-    Args:
-        runs: name of a run -> its rows; those of the phase `train` count.
-        title: the figure's title.
-    """
-    plot = Plot(f"{title}: learning rate over the steps of {name_runs(runs)}")
-    axes = plot.add_subplot()
-    _draw_rates(axes, runs, title)
-    axes.legend(frameon=False)
-    return plot
+def _draw_metric(axes: Axes, runs: Runs, column: str) -> None:
+    for (name, rows), (colour, line, width, _) in with_run_styles(runs):
+        _draw_noisy(axes, _points(rows, column), line, colour, width, name)
+    label_axes(axes, "", STEPS, METRICS[column])
+    axes.set_ylim(bottom=0)
+    if column == "learning_rate":
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    else:
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def plot_step_parts(runs: Runs, title: str = "Where the time of a step goes") -> Plot:
     """Draw the parts of a step as stacked bars, one bar for each run.
 
-    A part is as long as its median over the steps: the first steps, and those that something else
-    on the machine disturbed, do not count for more than one.
+    A part's length is its median over the steps, so that slow first steps and disturbances of the
+    machine do not count.
 
     Args:
-        runs: name of a run -> its rows; those of the phase `train` count.
+        runs: name of a run -> its rows.
         title: the figure's title.
     """
-    plot = Plot(f"{title}: milliseconds of each part of a step in {name_runs(runs)}", height=2.6)
-    axes = plot.add_subplot()
-    ends = [0.0] * len(runs)
-    for part, (colour, hatch) in zip(PARTS_OF_A_STEP, PART_STYLES, strict=True):
-        widths = [1000 * median(_series(rows, "train", part)[1]) for rows in runs.values()]
-        axes.barh(
-            list(runs), widths, left=ends, color=colour, hatch=hatch, edgecolor="white",
-            height=0.55, label=f"{part.removeprefix('seconds_')} {_list(widths)}",
-        )  # fmt: skip
-        ends = [end + width for end, width in zip(ends, widths, strict=True)]
-    label_axes(axes, title, "milliseconds per step, median over the steps", "")
-    axes.invert_yaxis()  # the first run on top
-    axes.grid(axis="y", visible=False)
-    # Each entry lists the milliseconds of all runs: from the third on, five of them are too wide.
-    plot.legend(
-        loc="outside lower center", ncols=5 if len(runs) < 3 else 3, frameon=False, fontsize=8
+    parts = {}
+    for part in PARTS_OF_A_STEP:
+        times = [1000 * median(_points(rows, part)[1]) for rows in runs.values()]
+        values = " / ".join(f"{value:.0f}" for value in times)
+        parts[f"{part.removeprefix('seconds_')} {values} ms"] = times
+    plot = Plot(
+        f"{title}: milliseconds of each part of a step in {' and '.join(runs)}",
+        height=1.5 + 0.38 * len(runs),
     )
+    axes = plot.add_subplot()
+    draw_bars([axes], parts, "stacked")
+    label_axes(axes, title, "milliseconds per step, median over the steps", "")
+    label_rows(axes, list(runs))
+    # Each label lists the milliseconds of all runs: with three runs, five labels are too wide.
+    columns = 5 if len(runs) < 3 else 3
+    plot.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     return plot
 
 
 def plot_summary(rows: Rows, prompt: str, continuation: str, title: str) -> Plot:
-    """Draw a run in one picture: its loss on the left, what it writes on the right.
+    """Draw the loss of a run on the left, and a text that the model wrote on the right.
 
     Args:
         rows: the rows of one run.
-        prompt: what the model was given; shown in bold.
-        continuation: what it wrote.
+        prompt: the prompt; shown in bold.
+        continuation: the generated text.
         title: the figure's title.
     """
     plot = Plot(f"{title}: the loss of the run, and a text that the model wrote", width=10)
     left, right = plot.subplots(1, 2, width_ratios=(1, 1.15))
     plot.suptitle(title, fontweight="bold")
     draw_loss(left, {"": rows}, "it learns")
-    label_axes(right, "it writes", "", "")
-    right.set(xticks=[], yticks=[])
-    right.spines[["left", "bottom"]].set_visible(False)
-    _write(right, prompt, continuation)
+    right.set_title("it writes")
+    right.set_axis_off()
+    _write_text(right, prompt, continuation)
     return plot
 
 
-def _write(axes: Axes, prompt: str, continuation: str, columns: int = 64, lines: int = 17) -> None:
-    """Write a text into a panel, cut to what it holds; what was given is bold, what follows not."""
+def _write_text(axes: Axes, prompt: str, continuation: str) -> None:
+    """Write a text into a panel, cut to the panel's size."""
     shown = [
-        line if len(line) <= columns else f"{line[: columns - 1]}…"
-        for line in (prompt + continuation).split("\n")[:lines]
+        line if len(line) <= TEXT_COLUMNS else f"{line[: TEXT_COLUMNS - 1]}…"
+        for line in (prompt + continuation).split("\n")[:TEXT_LINES]
     ]
-    given = prompt.count("\n")
-    # Two texts over each other, each with spaces where the other one has letters.
-    bold = [*prompt.split("\n"), *[""] * lines][: len(shown)]
+    n_prompt_lines = prompt.count("\n")
+    # Two texts over each other: the prompt, and the rest with spaces in the prompt's place.
+    bold = [*prompt.split("\n"), *[""] * TEXT_LINES][: len(shown)]
     plain = [
-        line if number > given else " " * len(bold[number]) + line[len(bold[number]) :]
+        line if number > n_prompt_lines else " " * len(bold[number]) + line[len(bold[number]) :]
         for number, line in enumerate(shown)
     ]
     for text, weight, colour in ((bold, "bold", BLUE), (plain, "normal", BLACK)):
@@ -201,34 +172,91 @@ def _write(axes: Axes, prompt: str, continuation: str, columns: int = 64, lines:
         )  # fmt: skip
 
 
-def _draw_rates(axes: Axes, runs: Runs, title: str) -> None:
-    for (name, rows), (colour, line, width, _) in styled_runs(runs):
-        rates = _series(rows, "train", "learning_rate")
-        axes.plot(*rates, line, color=colour, linewidth=width, label=name)
-    label_axes(axes, title, STEPS, "learning rate (per step)")
+def plot_resumed_runs(
+    whole: Sequence[float], resumed: Mapping[str, Sequence[float]], title: str
+) -> Plot:
+    """Draw the loss of resumed runs, each in a panel beside the run that was never interrupted.
+
+    A panel begins a few steps before the run was resumed; the area between the curves is shaded.
+
+    Args:
+        whole: the loss of each step of the uninterrupted run, from step 1 on, in nats per token.
+        resumed: name -> the losses of a resumed run that ends at the same step.
+        title: the figure's title.
+
+    Raises:
+        ValueError: there is no resumed run, or one has more steps than the uninterrupted run.
+    """
+    if not resumed or any(len(losses) > len(whole) for losses in resumed.values()):
+        raise ValueError("at least one run is needed, each of them the end of the whole run")
+    n_rows = -(-len(resumed) // PANELS_IN_A_ROW)
+    names = ", ".join(resumed)
+    plot = Plot(f"{title}: loss over the steps, uninterrupted and {names}", 9.0, 0.6 + 2.3 * n_rows)
+    plot.suptitle(title)
+    columns = min(PANELS_IN_A_ROW, len(resumed))
+    panels = list(plot.subplots(n_rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for axes, (name, losses) in zip(panels, resumed.items(), strict=False):
+        start = len(whole) - len(losses)
+        first = max(0, start - STEPS_BEFORE_RESUMING)
+        steps = range(1, len(whole) + 1)
+        axes.fill_between(steps[start:], whole[start:], losses, color="0.8", label="difference")
+        axes.plot(steps[first:], whole[first:], color=BLUE, linewidth=3, label="never interrupted")
+        axes.plot(steps[start:], losses, "--", color=ORANGE, linewidth=1.8, label="resumed")
+        _mark_step(axes, start + 0.5)
+        label_axes(axes, name, STEPS, METRICS["loss"])
+        axes.label_outer()
+    for axes in panels[len(resumed) :]:
+        axes.set_axis_off()
+    panels[0].legend(frameon=False, fontsize=8)
+    return plot
+
+
+def plot_world_size(rows: Rows, title: str) -> Plot:
+    """Draw the loss of an elastic run, and under it the number of ranks at each step.
+
+    Args:
+        rows: the rows of one run.
+        title: the figure's title.
+    """
+    plot = Plot(f"{title}: training loss and number of ranks over the steps", height=4.6)
+    above, below = plot.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    draw_loss(above, {"": rows}, title)
+    above.legend(facecolor="white", edgecolor="none", framealpha=1)  # hides the vertical lines
+    above.set_xlabel("")
+    steps, sizes = _points(rows, "world_size")
+    below.fill_between(steps, sizes, step="mid", color=ORANGE, linewidth=0)
+    below.step(steps, sizes, where="mid", color=BLACK, linewidth=1.2)
+    for before, after, step in zip(sizes, sizes[1:], steps[1:], strict=False):
+        if before != after:
+            _mark_step(above, step - 0.5)
+            _mark_step(below, step - 0.5)
+    label_axes(below, "", STEPS, "ranks")
+    below.set_ylim(0, max(sizes) + 0.4)
+    below.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return plot
+
+
+def _mark_step(axes: Axes, step: float) -> None:
+    axes.axvline(step, color=BLACK, linestyle=":", linewidth=1)
 
 
 def _draw_noisy(
-    axes: Axes, points: Series, line: str, colour: str, width: float, label: str
+    axes: Axes, points: Points, line: str, colour: str, width: float, label: str
 ) -> None:
-    """Draw a value of each step; where there are many, faintly under their running median."""
+    """Draw a value of each step; a long series faintly, under its running median."""
     steps, values = points
     reach = len(values) // 60  # steps to either side; none in a run of few steps
     if reach:
         axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
         # A long run has more steps than a picture has columns.
-        places = range(0, len(values), max(1, len(values) // MOST_MEDIANS))
+        places = range(0, len(values), max(1, len(values) // MAX_MEDIANS))
         values = [median(values[max(0, i - reach) : i + reach + 1]) for i in places]
         steps = [steps[i] for i in places]
         label = f"{label} (median of {2 * reach + 1} steps)"
     axes.plot(steps, values, line, color=colour, linewidth=width, label=label)
 
 
-def _series(rows: Rows, phase: str, column: str) -> Series:
+def _points(rows: Rows, column: str, phase: str = "train") -> Points:
     """Return the steps and the values of a column in one phase."""
     chosen = [row for row in rows if row["phase"] == phase and column in row]
     return [row["step"] for row in chosen], [row[column] for row in chosen]
-
-
-def _list(milliseconds: Sequence[float]) -> str:
-    return " / ".join(f"{value:.0f}" for value in milliseconds) + " ms"
