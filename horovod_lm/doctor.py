@@ -28,7 +28,7 @@ from pathlib import Path
 from horovod_lm.installation.trial import TrialError, time_allreduce, try_one_rank
 from horovod_lm.utils.cli import command, run_cli
 from horovod_lm.utils.errors import UserError
-from horovod_lm.utils.machine import driver_cuda, has_gpu_driver
+from horovod_lm.utils.machine import has_gpu_driver
 
 GIB = 2**30
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -79,39 +79,33 @@ def check_torch() -> Iterator[Finding]:
     yield Finding("torch", OK, torch.__version__)
     if gpus_seen():
         yield Finding("GPU", OK, ", ".join(gpus_seen()))
-    elif has_gpu_driver():
-        yield Finding("GPU", WARN, *why_no_gpu(torch.version.cuda))
     else:
-        yield Finding("GPU", OK, "no driver of NVIDIA's; everything in the course runs on the CPU")
+        yield missing_gpu(torch.version.cuda)
 
 
-def why_no_gpu(torch_cuda: str | None) -> tuple[str, str]:
-    """Return why torch finds no GPU where NVIDIA's driver is installed, and what to do.
+def missing_gpu(torch_cuda: str | None) -> Finding:
+    """Return why torch finds no GPU, and what to do where NVIDIA's driver is installed.
 
     Args:
         torch_cuda: the CUDA version that torch was built with, or None.
     """
+    from horovod_lm.installation.cuda import why_no_gpu
     from horovod_lm.installation.environment import make_command
 
-    driver = driver_cuda()
+    why = why_no_gpu(torch_cuda)
+    if not has_gpu_driver():
+        return Finding("GPU", OK, f"{why}; everything in the course runs on the CPU")
     if torch_cuda is None:
         setup = make_command("setup", Path(sys.prefix))
-        return (
-            "NVIDIA's driver is installed, and torch is a CPU build: GPUs are not used",
-            f"{command('pip', 'uninstall', '--yes', 'torch')} && {setup}",
-        )
-    if driver is not None and driver[0] < int(torch_cuda.split(".")[0]):
-        return (
-            f"NVIDIA's driver supports CUDA {driver[0]}.{driver[1]}, and torch is built for CUDA "
-            f"{torch_cuda}: GPUs are not used",
-            "install a newer driver: https://docs.nvidia.com/deploy/cuda-compatibility",
-        )
-    if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
-        return "CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES"
-    return (
-        "NVIDIA's driver is installed, but torch finds no GPU",
-        "see what nvidia-smi says; after an update of the driver, restart; with docker: --gpus all",
-    )
+        fix = f"{command('pip', 'uninstall', '--yes', 'torch')} && {setup}"
+    elif why:
+        fix = "see https://docs.nvidia.com/deploy/cuda-compatibility"
+    elif os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
+        why, fix = "hidden by CUDA_VISIBLE_DEVICES", "unset CUDA_VISIBLE_DEVICES"
+    else:
+        why = "NVIDIA's driver is installed, but torch finds no GPU"
+        fix = "run nvidia-smi; after an update of the driver, restart; with docker: --gpus all"
+    return Finding("GPU", WARN, f"not used: {why}", fix)
 
 
 def check_setup(folder: Path) -> Iterator[Finding]:
@@ -143,6 +137,7 @@ def check_compiler() -> Iterator[Finding]:
 def check_horovod() -> Iterator[Finding]:
     """Horovod: there, ours, working; what it can communicate with."""
     from horovod_lm.install_horovod import installed_version, key_of, why_not_right
+    from horovod_lm.installation.toolchain import inspect_toolchain
 
     build, version = command("horovod_lm.install_horovod"), installed_version()
     if version is None:
@@ -165,7 +160,8 @@ def check_horovod() -> Iterator[Finding]:
         if len(gpus_seen()) == 1:
             yield Finding("transports", OK, f"{says}, which is right for one GPU")
         else:
-            yield Finding("transports", WARN, says, f"for speed: {build} --nccl")
+            why_not = inspect_toolchain().why_not
+            yield Finding("transports", WARN, says, f"for speed: {why_not or build}")
     else:
         yield Finding("transports", OK, f"{says} (gloo is the one that the course needs)")
 

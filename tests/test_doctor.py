@@ -100,7 +100,7 @@ def test_nccl_is_missed_where_there_are_several_gpus(monkeypatch, gpus, verdict)
     found = {finding.subject: finding for finding in doctor.check_horovod()}
     assert found["transports"].verdict == verdict
     assert "gradients on GPUs are reduced in CPU memory" in found["transports"].says
-    assert found["transports"].cure.endswith("--nccl") is (verdict == WARN)
+    assert found["transports"].cure.startswith("for speed: ") is (verdict == WARN)
 
 
 @pytest.mark.horovod
@@ -115,26 +115,24 @@ def test_a_build_without_gloo_fails(monkeypatch):
 @pytest.mark.parametrize(
     ("driver", "torch_cuda", "hidden", "says", "fix"),
     [
-        (None, None, None, "torch is a CPU build", " -m pip uninstall --yes torch && make setup"),
-        (
-            (12, 4),
-            "13.0",
-            None,
-            "driver supports CUDA 12.4, and torch is built for CUDA 13.0",
-            "new",
-        ),
-        ((13, 0), "13.2", "", "CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES"),
-        ((13, 0), "13.0", None, "but torch finds no GPU", "nvidia-smi"),
-        (None, "13.0", None, "but torch finds no GPU", "nvidia-smi"),
+        (None, None, None, "is a CPU build", " -m pip uninstall --yes torch && make setup"),
+        ((12, 4), "13.0", None, "driver supports CUDA 12.4, and torch needs CUDA 13.0", "nvidia"),
+        ((13, 0), "13.2", "", "hidden by CUDA_VISIBLE_DEVICES", "unset CUDA_VISIBLE_DEVICES"),
+        ((13, 0), "13.0", None, "but torch finds no GPU", "run nvidia-smi"),
+        (None, "13.0", None, "but torch finds no GPU", "run nvidia-smi"),
     ],
 )
 def test_a_driver_without_a_gpu_is_explained(monkeypatch, driver, torch_cuda, hidden, says, fix):
-    monkeypatch.setattr(doctor, "driver_cuda", lambda: driver)
+    from horovod_lm.installation import cuda
+
+    for module in (doctor, cuda):
+        monkeypatch.setattr(module, "has_gpu_driver", lambda: True)
+    monkeypatch.setattr(cuda, "driver_cuda", lambda: driver)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    message, cure = doctor.why_no_gpu(torch_cuda)
-    assert says in message and fix in cure
+    finding = doctor.missing_gpu(torch_cuda)
+    assert finding.verdict == WARN and says in finding.says and fix in finding.cure
 
 
 def test_where_there_is_no_environment_it_says_what_the_set_up_needs(tmp_path):

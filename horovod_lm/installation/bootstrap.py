@@ -24,8 +24,9 @@ def newer_python(oldest):
     for minor in range(13, oldest - 1, -1):
         name = "python3.%d" % minor
         try:
-            if subprocess.call([name, "-c", ""], stderr=subprocess.DEVNULL) == 0:
-                return name
+            with open(os.devnull, "w") as nowhere:
+                if subprocess.call([name, "-c", ""], stderr=nowhere) == 0:
+                    return name
         except OSError:
             pass
     return None

@@ -297,6 +297,7 @@ class Setup:
         options: list[str] = []
         if index and answers(index):
             # Only torch itself comes from there; what it depends on follows with the project.
+            self.stamp(project="")
             options = ["--no-deps", "--extra-index-url", index]
         build = build_of_torch(environment, self.pins["torch"], options[1:])
         kind = "CPU" if "+cpu" in build or sys.platform != "linux" else "CUDA"
