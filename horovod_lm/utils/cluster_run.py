@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from horovod_lm.utils.cli import command
 from horovod_lm.utils.cluster import (
     DEFAULT_HOSTFILE,
     check_names,
@@ -31,7 +32,6 @@ from horovod_lm.utils.errors import DistributedError
 KILLED_BEHIND_SSH = 255  # what ssh says of a command there that a signal ended
 LINES_KEPT = 400
 SECONDS_TO_ANSWER = 4
-DOCTOR = "python -m horovod_lm.doctor --hosts FILE looks at every host"
 _OF_A_RANK = re.compile(r"\[(\d+)\]<(stdout|stderr)>:(.*)")
 _NO_SSH = re.compile(r"ssh not successful for host (\S+):")
 _FIRST_SIGN = re.compile(r"lost another rank|another rank is gone|exit with status code")
@@ -131,7 +131,8 @@ def _locked_out(said: Sequence[str]) -> str:
             return (
                 f"{found[1]} does not let ssh in ({told[0] if told else 'it does not say why'}):"
                 " check distributed.ssh_user, ssh_port and ssh_identity_file, and that the key"
-                f" stands in {found[1]}'s authorized_keys; {DOCTOR}"
+                f" stands in {found[1]}'s authorized_keys;"
+                f" {command('horovod_lm.doctor', '--hosts', 'FILE')} looks at every host"
             )
     return ""
 
