@@ -116,17 +116,15 @@ class JobProcess:
         return self.ended.result(timeout)
 
     def _hear(self, event: dict[str, Any]) -> None:
-        if event["event"] != "closed":
+        try:
             self._note(event)
-        if self._on_event is not None:
-            self._on_event(event)
-        if event["event"] == "ended":
-            self._processes.hang_up()
-        elif event["event"] == "closed":
-            for log in self._logs.values():
-                log.close()
-            self.seconds = time.monotonic() - self._started
-            self.ended.set_result(self.result)
+            if self._on_event is not None:
+                self._on_event(event)
+        finally:
+            if event["event"] == "ended":
+                self._processes.hang_up()
+            elif event["event"] == "closed":
+                self.ended.set_result(self.result)
 
     def _note(self, event: dict[str, Any]) -> None:
         self.result.add(event)
@@ -137,6 +135,10 @@ class JobProcess:
             self._processes.stop(NAME, "failed", after=SECONDS_TO_AGREE)
         elif event["event"] == "ended" and self._spec.cell_folder is not None:
             self.result.read_reports(self._spec.cell_folder)
+        elif event["event"] == "closed":
+            self.seconds = time.monotonic() - self._started
+            for log in self._logs.values():
+                log.close()
 
     def _log(self, rank: int, text: str) -> None:
         if self._spec.log_dir is None:

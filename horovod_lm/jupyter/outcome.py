@@ -14,8 +14,7 @@ from horovod_lm.jupyter import rank_cell
 from horovod_lm.utils.errors import DistributedError
 
 LAST_LINES = 12  # of a failed command's output, in the error
-_LOST = "HorovodInternalError"  # Horovod: raised on the ranks that survive another one
-# Horovod: the same exception where all ranks live, but their calls do not match.
+# Horovod: its exception for a lost rank where all ranks live, but their calls do not match.
 _MISMATCH = re.compile(r"^(Mismatched |No \w+ operation enabled)")
 # Horovod: its log begins with the time, the level and the place in its source.
 _LOG_PREFIX = re.compile(r"^\[\d{4}-[^\]]*: [A-Z] [^\]]*\] (?:\[\d+\]: )?")
@@ -161,7 +160,7 @@ class JobResult:
         own = {
             rank: error
             for rank, error in self.errors.items()
-            if error["name"] != _LOST or _MISMATCH.match(error["text"])
+            if error["name"] != rank_cell.LOST or _MISMATCH.match(error["text"])
         }
         if not own:
             return None

@@ -26,6 +26,8 @@ CELL = "<cell>"  # the file name in tracebacks
 VARIABLE = "HOROVOD_LM_CELL"
 DEADLINE = "HOROVOD_LM_DEADLINE"  # seconds since 1970, when the cell is stopped
 SECONDS_TO_REPORT = 1.0  # before the deadline
+LOST = "HorovodInternalError"  # Horovod: raised on the ranks that survive another one
+SECONDS_BEHIND_LOST = 2.0  # the rank that was lost should be the first that ends
 LARGEST_VALUE = 32 * 2**20  # bytes, pickled
 
 
@@ -192,6 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError:  # no space: then the traceback is the rank's last output
             traceback.print_exception(error)
         sys.stdout.flush()
+        if type(error).__name__ == LOST:
+            time.sleep(SECONDS_BEHIND_LOST)
         os._exit(1)  # without Horovod's shutdown, which would wait for the other ranks
     return 0
 

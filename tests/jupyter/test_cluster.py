@@ -173,27 +173,17 @@ def test_a_killed_kernel_takes_its_ranks_along(kernel):
     assert not alive
 
 
-@pytest.mark.usefixtures("nothing_left")
-def test_a_killed_supervisor_takes_its_ranks_along_and_the_next_cell_says_so():
-    with HorovodCluster(n=1) as alone:
-        os.kill(alone._engines.processes.supervisor, signal.SIGKILL)
-        wait_until(lambda: bool(alone._engines.ended()), 10, "the news of its end")
-        with pytest.raises(RankError, match="^rank 0 was killed by SIGKILL"):
-            alone.run("1")
-
-
 # ---- nothing is left -----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_twenty_starts_and_stops_leave_nothing(nothing_left, tmp_path, monkeypatch):
+def test_starts_and_stops_leave_nothing(nothing_left, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     with HorovodCluster(n=1):
         pass  # what is made once and kept: ZeroMQ's context, and imports
     before = held()
-    for _ in range(20):
+    for _ in range(4):
         with HorovodCluster(n=2) as cluster:
             assert cluster.run("hvd.size()") == [2, 2]
     assert held() == before

@@ -13,9 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
+from horovod_lm.jupyter.call import JobProcess, JobSpec
 from horovod_lm.jupyter.processes import Processes
 from tests.conftest import ROOT
-from tests.jupyter.conftest import wait_until
+from tests.jupyter.conftest import needs_horovod
 
 # A grandchild in a session of its own, whose parent has ended: no process group finds it.
 DAEMON = """
@@ -134,16 +135,15 @@ def test_a_supervisor_that_is_killed_ends_its_commands_with_a_sentence(supervise
     until("closed")
 
 
-def test_a_reader_that_fails_ends_the_commands_with_a_sentence(nothing_left):
-    heard: list[dict[str, Any]] = []
-
+@needs_horovod
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_job_whose_reader_fails_ends_with_a_sentence(nothing_left):
     def fail(event: dict[str, Any]) -> None:
-        heard.append(event)
-        if event.get("text") == "up\n":
+        if event["event"] in ("output", "closed"):
             raise ValueError("no more")
 
-    processes = Processes(fail)
-    processes.start("job", [sys.executable, "-c", SLEEP])
-    wait_until(lambda: heard[-1:] == [{"event": "closed"}], 20, "the end")
-    assert heard[-3]["text"] == "the reader of its events failed: ValueError: no more\n"
-    assert heard[-2]["event"] == "ended" and heard[-2]["left"] == []
+    echo = ["horovodrun", "-np", "1", "sh", "-c", "echo up; sleep 100"]
+    job = JobProcess(JobSpec(1, echo), fail)
+    assert str(job.wait(60).error()) == (
+        "horovodrun could not run the cell: the reader of its events failed: ValueError: no more"
+    )
