@@ -1,14 +1,14 @@
-"""Exercises that check themselves, and their solutions, written once and kept in the notebook.
+"""Exercises that check themselves, with their solutions in the notebook.
 
 An exercise is three cells of a notebook, in this order:
 
-1. a cell of code with the tag `exercise`: the stub, whose functions return None until filled in;
-2. a cell of code that calls `check(...)`, which says in a sentence what is wrong, and never raises
-   because of the reader's code;
-3. a cell of markdown with `<details><summary>Solution</summary>` around a block of Python.
+1. a code cell with the tag `exercise`: the stub, whose functions return None until filled in;
+2. a code cell that calls `check(...)`, which prints what is wrong and catches the exceptions of the
+   reader's code;
+3. a markdown cell with `<details><summary>Solution</summary>` around a block of Python.
 
-`with_solutions` puts each solution in its stub's place, so that a test can run what readers see.
-Cells that an exercise builds on have the tag `exercise-needs`: it can be run without the rest.
+`with_solutions` replaces each stub by its solution, so that a test can run what readers see. Cells
+that an exercise needs have the tag `exercise-needs`, so that it can be run without the other cells.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from horovod_lm.utils.errors import UserError
 
-if TYPE_CHECKING:  # a page that checks an answer needs no notebook format: it loads for seconds
+if TYPE_CHECKING:  # nbformat takes seconds to import, and a page does not need it
     from nbformat import NotebookNode
 
 STUB_TAG = "exercise"
@@ -38,14 +38,14 @@ class ExerciseError(UserError):
 
 
 def check(name: str, answer: Any, reference: Any, examples: Iterable[tuple] | None = None) -> None:
-    """Print whether an answer is right, or the first thing that is not, in one sentence.
+    """Print whether an answer is right, or the first difference in one sentence.
 
     Args:
-        name: what the exercise asks for, as the sentence shall call it.
+        name: the name of the answer in the printed sentence.
         answer: the reader's value, or with `examples` the reader's function.
-        reference: the right value, or a function that gives it.
-        examples: the positional arguments of each call to compare; None compares two values.
-            Each function gets a copy of its own, so that writing into them misleads nobody.
+        reference: the right value, or a function that returns it.
+        examples: the positional arguments of each call to compare; None: compare two values. Each
+            function gets a copy, so that changes in place do not affect the other.
     """
     if examples is None:
         problem = _difference(answer, reference)
@@ -55,10 +55,10 @@ def check(name: str, answer: Any, reference: Any, examples: Iterable[tuple] | No
 
 
 def solutions(notebook: NotebookNode) -> dict[str, str]:
-    """Return the solution of every exercise, by the id of its stub's cell.
+    """Return the solution of every exercise by the id of its stub cell.
 
     Raises:
-        ExerciseError: a stub is not followed by a check and a solution of its own.
+        ExerciseError: a stub is not followed by its own check and solution.
     """
     cells, found = notebook.cells, {}
     for index, cell in enumerate(cells):
@@ -69,14 +69,14 @@ def solutions(notebook: NotebookNode) -> dict[str, str]:
         if solution is None or "check(" not in following[0].source:
             raise ExerciseError(
                 f"exercise {cell.id}: put a cell with check(...) and then one with its"
-                " <details><summary>Solution</summary> right below the stub"
+                " <details><summary>Solution</summary> directly below the stub"
             )
         found[cell.id] = solution[1]
     return found
 
 
 def with_solutions(notebook: NotebookNode) -> NotebookNode:
-    """Return a copy of a notebook in which each stub is replaced by its solution.
+    """Return a copy of a notebook with each stub replaced by its solution.
 
     Raises:
         ExerciseError: as `solutions`.
@@ -88,7 +88,7 @@ def with_solutions(notebook: NotebookNode) -> NotebookNode:
 
 
 def exercises_alone(notebook: NotebookNode) -> NotebookNode:
-    """Return a copy of a notebook with nothing but its exercises and the cells they build on.
+    """Return a copy of a notebook with only its exercises and the cells that they need.
 
     Raises:
         ExerciseError: as `solutions`.
@@ -104,7 +104,7 @@ def exercises_alone(notebook: NotebookNode) -> NotebookNode:
 
 
 def _first_wrong_call(answer: Any, reference: Callable, examples: Iterable[tuple]) -> str:
-    """Say what is wrong with the first example for which two functions differ; "": nothing."""
+    """Describe the first example for which two functions differ; "": there is none."""
     if not callable(answer):
         return f"must be a function, and is {_kind(answer)}"
     for arguments in examples:
@@ -112,7 +112,7 @@ def _first_wrong_call(answer: Any, reference: Callable, examples: Iterable[tuple
         call = f"({', '.join(_describe(argument) for argument in arguments)})"
         try:
             given = answer(*copy.deepcopy(arguments))
-        except Exception as error:  # whatever a reader's code raises is an answer, not a failure
+        except Exception as error:  # an exception of the reader's code is a wrong answer
             return f"raises {type(error).__name__} for {call}: {error}"
         problem = _difference(given, expected)
         if problem:
@@ -121,7 +121,7 @@ def _first_wrong_call(answer: Any, reference: Callable, examples: Iterable[tuple
 
 
 def _difference(given: Any, expected: Any) -> str:
-    """Say how a value differs from the right one, of the same kind of thing; "": it does not."""
+    """Describe how a value differs from the right one; "": it does not."""
     if given is None and expected is not None:
         return "is still None"
     if isinstance(expected, torch.Tensor):
@@ -157,7 +157,7 @@ def _tensor_difference(given: Any, expected: torch.Tensor) -> str:
 
 def _scalar_difference(given: Any, expected: Any) -> str:
     if isinstance(expected, float) and isinstance(given, (int, float, torch.Tensor)):
-        # A loss is as right as a tensor without dimensions as it is as a number.
+        # A loss may be a number or a tensor without dimensions.
         return _tensor_difference(torch.as_tensor(given), torch.tensor(expected))
     if type(given) is not type(expected) or given != expected:
         return f"is {_describe(given)}, and must be {_describe(expected)}"
