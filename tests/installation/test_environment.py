@@ -13,7 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,6 @@ from horovod_lm.installation.environment import (
     MARK,
     Environment,
     Setup,
-    build_of_torch,
     find_environment,
     former_folder,
     next_steps,
@@ -311,17 +311,66 @@ def test_versions_are_compared_by_number(tmp_path, version, lacks):
     assert Setup(tmp_path).lacks_torch(found) is lacks
 
 
-@pytest.mark.parametrize("builds", [["2.13.0", "2.13.0+cpu"], ["2.13.0", "12.13.0+cpu"], []])
-def test_the_build_that_pip_would_take_is_known_before_the_download(
-    made, tmp_path, monkeypatch, builds
+@pytest.fixture
+def index(tmp_path, monkeypatch) -> Iterator[Callable[[str], None]]:
+    """An index of packages, the only one that pip asks; call it to add a torch of some version."""
+    folder = tmp_path / "index" / "torch"
+    folder.mkdir(parents=True)
+
+    def add(version: str) -> None:
+        name, info = f"torch-{version}-py3-none-any.whl", f"torch-{version}.dist-info"
+        with zipfile.ZipFile(folder / name, "w") as wheel:
+            metadata = f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
+            wheel.writestr(f"{info}/METADATA", metadata)
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/")
+        for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
+            monkeypatch.delenv(name, raising=False)
+        yield add
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("driver", "builds", "url", "taken", "said"),
+    [
+        (False, ["2.13.0", "2.13.0+cpu"], "here", "2.13.0+cpu", "CPU build, 0.2 GB to download"),
+        (True, ["2.13.0"], "", "2.13.0", "torch 2.13.0, CUDA build, 2.7 GB to download"),
+        (True, ["2.13.0+cpu"], "", "2.13.0+cpu", "driver is installed, but pip's index has only"),
+        (True, ["2.13.0", "2.13.0+cu126"], "here", "2.13.0+cu126", "torch 2.13.0+cu126, CUDA"),
+        (
+            False,
+            ["2.13.0"],
+            "http://127.0.0.1:9/",
+            "2.13.0",
+            "http://127.0.0.1:9/ does not answer, and pip's own index has torch 2.13.0, CUDA build,"
+            " 2.7 GB to download; for another index: make setup TORCH_INDEX_URL=...",
+        ),
+    ],
+)
+def test_the_build_of_torch_follows_the_driver(
+    made, tmp_path, monkeypatch, capsys, index, driver, builds, url, taken, said
 ):
-    names = [f"torch-{build}-py3-none-any.whl" for build in builds]
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "index.html").write_text("".join(f'<a href="{n}">{n}</a>' for n in names))
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    found = build_of_torch(made, "2.13.0", ["--index-url", tmp_path.as_uri()])
-    assert found == ("2.13.0+cpu" if "2.13.0+cpu" in builds else "2.13.0")
+    for build in builds:
+        index(build)
+    if driver:
+        program(tmp_path / "bin" / "nvidia-smi", "")
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    else:
+        monkeypatch.setattr(environment, "has_gpu_driver", lambda: False)
+    monkeypatch.setenv("TORCH_INDEX_URL", os.environ["PIP_INDEX_URL"] if url == "here" else url)
+    folder = tmp_path / "env"
+    shutil.copytree(made.folder, folder, symlinks=True)
+    setup = Setup(folder)
+    with setup.hold():
+        setup.install_torch(find_environment(folder))
+    assert find_environment(folder).torch == taken
+    assert said in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -401,20 +450,6 @@ def test_a_step_that_fails_says_its_last_lines_and_its_log(made):
     assert "  | 29\n" in str(error.value) and "  | 9\n" not in str(error.value)
     assert str(setup.log) in str(error.value)
     assert "\n9\n" in setup.log.read_text()
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/simple", "nonsense"])
-def test_an_index_that_is_not_there_does_not_answer(url):
-    assert environment.answers(url) is False
-
-
-def test_an_index_that_is_there_answers(tmp_path):
-    (tmp_path / "torch").mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert environment.answers(f"http://127.0.0.1:{server.server_port}/") is True
-        server.shutdown()
 
 
 def test_the_line_that_activates_works_when_it_is_pasted(made, monkeypatch):
