@@ -1,14 +1,14 @@
-"""Text to batches: corpora, tokenizers, token files, and loaders that share them out to ranks."""
+"""Text to batches: corpora, tokenizers, token files, and loaders that shard batches over ranks."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
 
-_HOME = {
+_MODULE_OF = {
     "get_dataloaders": "loaders",
     "load_preprocessed_data": "loaders",
-    "ShardedBatchSampler": "sampler",
+    "ShardedBatchSampler": "loaders",
     "TokenBlockDataset": "loaders",
     "prepare_data": "prepare",
     "load_tokenizer": "tokenizers",
@@ -19,14 +19,14 @@ _HOME = {
     "story_entropy": "stories",
     "story_log_probability": "stories",
 }
-__all__ = sorted(_HOME)
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name from its module when it is first used: only loaders need torch."""
-    if name not in _HOME:
+    """Import a name on first use: only the loaders need torch."""
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,15 +1,15 @@
-"""Probabilistic grammars whose entropy is known exactly.
+"""Probabilistic grammars with a known entropy.
 
-A grammar writes a text by replacing its leftmost symbol, again and again, with one of the symbol's
-alternatives, drawn with known probabilities. When every text can be written in one way only (the
-grammar is *unambiguous*), texts and sequences of draws are the same thing, so that
+A grammar generates a text by replacing its leftmost symbol, repeatedly, with one of the symbol's
+alternatives, drawn with known probabilities. If every text has exactly one derivation (the grammar
+is *unambiguous*), a text corresponds to one sequence of draws, so that
 
-- the probability of a text is the product of the probabilities of its draws, found by parsing it;
-- the entropy of a text is the sum, along the draws, of each draw's entropy given the draws before
-  it: the chain rule, H(X1, X2, ...) = H(X1) + H(X2 | X1) + ... (Cover & Thomas, Elements of
-  Information Theory, 2nd ed., theorem 2.5.1).
+- the probability of a text is the product of the probabilities of its draws, found by parsing;
+- the entropy of a text is the sum of the draws' entropies, each given the earlier draws: the chain
+  rule, H(X1, X2, ...) = H(X1) + H(X2 | X1) + ... (Cover & Thomas, Elements of Information Theory,
+  2nd ed., theorem 2.5.1).
 
-No model of these texts can have a smaller mean loss than that entropy; the best one has just it.
+The entropy is the minimum of the mean loss over all models of these texts.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SLOT = re.compile(r"\{(?:(\w+)=)?(\w+)(?:\.(\w+))?\}")
 
 @dataclass(frozen=True)
 class Alternative:
-    """One way to write a symbol.
+    """One replacement of a symbol.
 
     Args:
-        text: plain text with slots: `{animal}` writes the symbol `animal`; `{friend=animal}` does
-            so and remembers the draw as `friend`; `{friend}` repeats the remembered text;
-            `{friend.habit}` writes the remembered draw's feature `habit`.
-        weight: how often, relative to the symbol's other alternatives.
-        features: what else is known about it, as texts that may hold slots in their turn.
+        text: plain text with slots: `{animal}` draws the symbol `animal`; `{friend=animal}` also
+            stores the draw as `friend`; `{friend}` repeats the stored text; `{friend.habit}`
+            inserts the stored draw's feature `habit`.
+        weight: its frequency, relative to the symbol's other alternatives.
+        features: named texts that belong to it; they may contain slots.
     """
 
     text: str
@@ -46,7 +46,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Draw:
-    """A slot that draws one of the alternatives of `symbol`, and may remember it as `name`."""
+    """A slot that draws an alternative of `symbol` and stores it as `name`, if given."""
 
     symbol: str
     name: str | None = None
@@ -54,7 +54,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Recall:
-    """A slot that writes a feature of the draw remembered as `name` (`text`: the draw itself)."""
+    """A slot that inserts a feature of the draw stored as `name` (`text`: its text)."""
 
     name: str
     feature: str = "text"
@@ -66,14 +66,14 @@ Memory = Mapping[str, Alternative]
 
 
 class Grammar:
-    """A finite, unambiguous, probabilistic grammar with memory.
+    """A finite, unambiguous, probabilistic grammar with stored draws.
 
     Args:
-        rules: for each symbol its alternatives: plain strings weigh 1 and have no features.
-        start: the symbol that writes a whole text.
+        rules: the alternatives of each symbol: plain strings have weight 1 and no features.
+        start: the symbol of a whole text.
 
     Raises:
-        ValueError: the rules cannot work; the message says which and why.
+        ValueError: invalid rules; the message names the rule and the reason.
     """
 
     def __init__(
@@ -88,18 +88,21 @@ class Grammar:
         self._cumulative: dict[str, list[float]] = {}
         for symbol, alternatives in self.rules.items():
             if not alternatives or any(one.weight <= 0 for one in alternatives):
-                raise ValueError(
-                    f"the symbol {symbol!r} needs alternatives, each with a weight above 0"
-                )
+                raise ValueError(f"the symbol {symbol!r} needs alternatives with weights above 0")
             total = math.fsum(one.weight for one in alternatives)
             self._probabilities[symbol] = [one.weight / total for one in alternatives]
             self._cumulative[symbol] = list(itertools.accumulate(self._probabilities[symbol]))
-        self._parts = {text: self._split(text) for text in self._all_texts()}
-        self._check_slots()
+        alternatives = itertools.chain.from_iterable(self.rules.values())
+        texts = {text for one in alternatives for text in (one.text, *one.features.values())}
+        self._parts = {text: self._split(text) for text in ("", *texts)}
+        self._check_recalls()
+        self._check_no_cycle()
 
     def sample(self, generator: random.Random) -> str:
-        """Write one text, drawn with the grammar's probabilities."""
-        pending, memory, written = [Draw(self.start)], {}, []
+        """Generate a random text."""
+        pending: list[Part] = [Draw(self.start)]
+        memory: dict[str, Alternative] = {}
+        written: list[str] = []
         while pending:
             part = pending.pop()
             if isinstance(part, str):
@@ -116,7 +119,7 @@ class Grammar:
         return "".join(written)
 
     def texts(self) -> Iterator[tuple[str, float]]:
-        """Yield every text with its probability. For small grammars: there may be very many."""
+        """Yield every text with its probability. Only for small grammars."""
 
         def write(parts: Parts, memory: Memory) -> Iterator[tuple[str, float]]:
             if not parts:
@@ -132,10 +135,10 @@ class Grammar:
         return write((Draw(self.start),), {})
 
     def log_probability(self, text: str) -> float:
-        """Return the log-probability of `text` in nats; -inf if the grammar cannot write it.
+        """Return the log-probability of `text` in nats; -inf if the grammar cannot generate it.
 
         Raises:
-            ValueError: `text` can be written in two ways: the grammar is ambiguous.
+            ValueError: `text` has two derivations: the grammar is ambiguous.
         """
 
         def parse(parts: Parts, memory: Memory, position: int) -> Iterator[float]:
@@ -152,16 +155,23 @@ class Grammar:
 
         found = list(itertools.islice(parse((Draw(self.start),), {}, 0), 2))
         if len(found) > 1:
-            raise ValueError(f"the grammar is ambiguous: it can write this in two ways: {text!r}")
+            raise ValueError(f"the grammar is ambiguous: this text has two derivations: {text!r}")
         return found[0] if found else -math.inf
+
+    def count(self) -> int:
+        """Return the number of different texts, exactly."""
+        return self._size[0]
+
+    def entropy(self) -> float:
+        """Return the entropy of a text in nats: the minimum of the mean loss of any model."""
+        return self._size[1]
 
     @cached_property
     def _size(self) -> tuple[int, float]:
-        """The number of texts and the entropy of one in nats, by the chain rule along the draws.
+        """The number of texts and the entropy of one in nats, by the chain rule.
 
-        What is still to be drawn depends on the slots left to fill and on the remembered features
-        that hold draws themselves, and on nothing else. The cache therefore makes of a sum over all
-        texts one that is hardly longer than the grammar.
+        Later draws depend only on the open slots and on stored features that contain draws. So
+        memoization turns a sum over all texts into one that is hardly longer than the grammar.
         """
 
         @cache
@@ -170,31 +180,17 @@ class Grammar:
                 return 1, 0.0
             count, entropy = 0, 0.0
             for probability, after, then in self._expansions(slots, dict(memory)):
-                rest = tuple(part for part in after if not isinstance(part, str))
-                still_open = tuple(
-                    (name, self._without_fixed_texts(one)) for name, one in sorted(then.items())
-                )
-                rest_count, rest_entropy = measure(rest, still_open)
+                open_slots = tuple(part for part in after if not isinstance(part, str))
+                open_memory = tuple((name, _only_draws(one)) for name, one in sorted(then.items()))
+                rest_count, rest_entropy = measure(open_slots, open_memory)
                 count += rest_count
                 entropy += probability * (rest_entropy - math.log(probability))
             return count, entropy
 
         return measure((Draw(self.start),), ())
 
-    def count(self) -> int:
-        """Return how many different texts the grammar can write, exactly."""
-        return self._size[0]
-
-    def entropy(self) -> float:
-        """Return the entropy of a text in nats: the smallest mean loss that any model can reach."""
-        return self._size[1]
-
     def _expansions(self, parts: Parts, memory: Memory) -> Iterator[tuple[float, Parts, Memory]]:
-        """Yield every way to replace the slot `parts[0]`.
-
-        Yields:
-            The way's probability, the parts that are then left, and what is then remembered.
-        """
+        """Yield every replacement of the slot `parts[0]`: probability, parts and memory after."""
         slot, rest = parts[0], parts[1:]
         if isinstance(slot, Recall):
             yield 1.0, self._recalled(slot, memory) + rest, memory
@@ -209,58 +205,41 @@ class Grammar:
         text = alternative.text if slot.feature == "text" else alternative.features[slot.feature]
         return self._parts[text]
 
-    def _without_fixed_texts(self, alternative: Alternative) -> Alternative:
-        """Return what of a remembered draw matters to draws to come: its features that draw."""
-        features = {
-            name: text if "{" in text else "" for name, text in alternative.features.items()
-        }
-        return Alternative("", features=features)
-
     def _split(self, text: str) -> Parts:
         """Cut a text at its slots: `"{hero=name} ran"` becomes `(Draw("name", "hero"), " ran")`."""
         parts: list[Part] = []
         position = 0
         for match in SLOT.finditer(text):
             parts += [text[position : match.start()]] if match.start() > position else []
-            remembered_as, symbol, feature = match.groups()
-            if remembered_as or (symbol in self.rules and not feature):
+            stored_as, symbol, feature = match.groups()
+            if stored_as or (symbol in self.rules and not feature):
                 if symbol not in self.rules:
-                    raise ValueError(
-                        f"there is no symbol {symbol!r} for the slot {match.group()} in {text!r}"
-                    )
-                parts.append(Draw(symbol, remembered_as))
+                    raise ValueError(f"no symbol {symbol!r} for {match.group()} in {text!r}")
+                parts.append(Draw(symbol, stored_as))
             else:
                 parts.append(Recall(symbol, feature or "text"))
             position = match.end()
         return (*parts, *([text[position:]] if position < len(text) else []))
 
-    def _all_texts(self) -> Iterator[str]:
-        yield ""
-        for alternative in itertools.chain.from_iterable(self.rules.values()):
-            yield alternative.text
-            yield from alternative.features.values()
-
-    def _check_slots(self) -> None:
-        """Refuse rules that never end, and slots that repeat what is not there to be repeated."""
-        remembered: dict[str, list[Alternative]] = {}
-        for slot in itertools.chain.from_iterable(self._parts.values()):
+    def _check_recalls(self) -> None:
+        """Raise ValueError if a slot repeats something that is not stored or draws again."""
+        slots = list(itertools.chain.from_iterable(self._parts.values()))
+        stored: dict[str, list[Alternative]] = {}
+        for slot in slots:
             if isinstance(slot, Draw) and slot.name:
-                remembered.setdefault(slot.name, []).extend(self.rules[slot.symbol])
-        for slot in itertools.chain.from_iterable(self._parts.values()):
+                stored.setdefault(slot.name, []).extend(self.rules[slot.symbol])
+        for slot in slots:
             if not isinstance(slot, Recall):
                 continue
-            if slot.name not in remembered:
-                raise ValueError(
-                    f"nothing is remembered as {slot.name!r}, and no symbol has that name"
-                )
-            for one in remembered[slot.name]:
+            if slot.name not in stored:
+                raise ValueError(f"{slot.name!r} is neither a symbol nor a stored draw")
+            for one in stored[slot.name]:
                 if slot.feature not in ("text", *one.features):
                     raise ValueError(f"{one.text!r} has no feature {slot.feature!r}")
                 if slot.feature == "text" and "{" in one.text:
                     raise ValueError(f"{one.text!r} cannot be repeated: its slots would draw again")
-        self._check_that_it_ends()
 
-    def _check_that_it_ends(self) -> None:
+    def _check_no_cycle(self) -> None:
         leads_to: dict[str, set[str]] = {}
         for symbol, alternatives in self.rules.items():
             texts = [text for one in alternatives for text in (one.text, *one.features.values())]
@@ -269,5 +248,10 @@ class Grammar:
         try:
             graphlib.TopologicalSorter(leads_to).prepare()
         except graphlib.CycleError as error:
-            cycle = " -> ".join(error.args[1])
-            raise ValueError(f"symbols lead back to themselves: {cycle}") from None
+            raise ValueError(f"the rules have a cycle: {' -> '.join(error.args[1])}") from None
+
+
+def _only_draws(alternative: Alternative) -> Alternative:
+    """Return a stored draw without its fixed texts: only features that draw affect the entropy."""
+    features = {name: text if "{" in text else "" for name, text in alternative.features.items()}
+    return Alternative("", features=features)

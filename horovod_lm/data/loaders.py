@@ -1,42 +1,40 @@
-"""From token files to batches."""
+"""From token files to batches: windows of tokens, and a sampler that shards them over the ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from horovod_lm.data.prepare import data_settings
-from horovod_lm.data.sampler import ShardedBatchSampler
+from horovod_lm.data.prepare import data_settings, read_metadata
 from horovod_lm.data.split import TRAIN, VAL
-from horovod_lm.data.token_files import read_metadata
+from horovod_lm.models.loss import IGNORE_INDEX
+from horovod_lm.utils.cli import command
 from horovod_lm.utils.config import Config, resolve_path
 from horovod_lm.utils.distributed import get_rank, get_world_size, own_device
 from horovod_lm.utils.errors import DataError
-
-IGNORED_LABEL = -100  # what torch's cross entropy, and ours, leaves out
 
 Batch = dict[str, torch.Tensor]
 
 
 class TokenBlockDataset(Dataset[Batch]):
-    """Windows of `block_length` tokens over a file of token ids, read where they are needed.
+    """Windows of `block_length` tokens over a memory-mapped file of token ids.
 
-    Window i starts at token i * (block_length - 1): two windows share one token, the last of the
-    one and the first of the other. The model predicts every token of a window but the first, so
-    every token of the file but its first (an end-of-text) is predicted exactly once. The last
-    window is filled up with `fill_id`; what is filled is no label.
+    Window i starts at token i * (block_length - 1): the last token of a window is the first of the
+    next. The model predicts every token of a window except the first, so every token of the file
+    except its first (an end-of-text) is predicted exactly once. The last window is padded with
+    `fill_id`, and the labels of the padding are ignored.
 
     Args:
         path: the file.
         block_length: tokens per window, T.
-        dtype: NumPy's name for the type of an id in the file.
-        fill_id: fills the last window.
+        dtype: NumPy dtype of an id in the file.
+        fill_id: pads the last window.
     """
 
     def __init__(
@@ -51,22 +49,19 @@ class TokenBlockDataset(Dataset[Batch]):
         return -(-(self.num_tokens - 1) // (self.block_length - 1))  # rounded up
 
     def __getitem__(self, index: int) -> Batch:
-        """Return `input_ids` and `labels`, (T,) long; the model shifts the labels itself."""
+        """Return `input_ids` and `labels`, (T,) long; the model shifts the labels."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         start = index * (self.block_length - 1)
-        window = torch.from_numpy(self.tokens[start : start + self.block_length].astype(np.int64))
-        missing = self.block_length - len(window)
-        if not missing:
-            return {"input_ids": window, "labels": window.clone()}
-        return {
-            "input_ids": torch.cat([window, window.new_full((missing,), self.fill_id)]),
-            "labels": torch.cat([window, window.new_full((missing,), IGNORED_LABEL)]),
-        }
+        tokens = torch.from_numpy(self.tokens[start : start + self.block_length].astype(np.int64))
+        input_ids = torch.full((self.block_length,), self.fill_id)
+        labels = torch.full((self.block_length,), IGNORE_INDEX)
+        input_ids[: len(tokens)] = labels[: len(tokens)] = tokens
+        return {"input_ids": input_ids, "labels": labels}
 
     @property
     def tokens(self) -> np.memmap:
-        """All token ids, mapped and not read; each process maps the file for itself."""
+        """All token ids, memory-mapped; each process maps the file itself."""
         if self._tokens is None:
             self._tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
         return self._tokens
@@ -76,16 +71,101 @@ class TokenBlockDataset(Dataset[Batch]):
         return {**self.__dict__, "_tokens": None}
 
 
+class ShardedBatchSampler(Sampler[list[int]]):
+    """Shards samples over ranks and micro-batches: in an epoch, each sample is used once.
+
+    All ranks draw the same permutation from (seed, epoch). Each optimizer step takes the next
+    G = batch_size * gradient_accumulation_steps * world_size samples, cut into
+    gradient_accumulation_steps * world_size pieces of nearly equal length; micro-batch m of rank r
+    is piece m * world_size + r. Hence
+
+    - every rank has the same number of micro-batches in a step, so no rank waits forever;
+    - a step's samples depend only on G: one rank with batch 2B uses those of two ranks with B;
+    - the last step may be smaller, its pieces even empty, but no sample is dropped or repeated.
+
+    (`torch.utils.data.DistributedSampler` repeats samples to fill the last step.)
+
+    Args:
+        num_samples: samples in the dataset.
+        batch_size: samples in a micro-batch of one rank.
+        gradient_accumulation_steps: micro-batches of one rank in a step.
+        rank: this process, from 0.
+        world_size: number of processes.
+        seed: determines the permutations.
+        shuffle: False uses the samples in order.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        gradient_accumulation_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be between 0 and {world_size - 1}, got {rank}")
+        if num_samples < 0 or batch_size < 1 or gradient_accumulation_steps < 1:
+            raise ValueError("batch_size and gradient_accumulation_steps must be at least 1")
+        self.num_samples, self.batch_size = num_samples, batch_size
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.rank, self.world_size = rank, world_size
+        self.seed, self.shuffle = seed, shuffle
+        self.epoch, self.start = 0, 0
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples in a full optimizer step, over all ranks: G."""
+        return self.batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in a whole epoch."""
+        return -(-self.num_samples // self.samples_per_step)  # rounded up
+
+    @property
+    def steps_left(self) -> int:
+        """Optimizer steps of an iteration: fewer than an epoch's after `set_start`."""
+        return -(-(self.num_samples - self.start) // self.samples_per_step)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Select the epoch's permutation, from its first sample."""
+        self.epoch, self.start = epoch, 0
+
+    def set_start(self, samples_already_seen: int) -> None:
+        """Skip the epoch's first samples: to resume, at this world size or another."""
+        if not 0 <= samples_already_seen <= self.num_samples:
+            raise ValueError(f"cannot skip {samples_already_seen} of {self.num_samples} samples")
+        self.start = samples_already_seen
+
+    def __len__(self) -> int:
+        """Return the number of micro-batches of this rank in an iteration."""
+        return self.steps_left * self.gradient_accumulation_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.arange(self.num_samples)
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
+        for first in range(self.start, self.num_samples, self.samples_per_step):
+            step = order[first : first + self.samples_per_step]
+            pieces = np.array_split(step, self.gradient_accumulation_steps * self.world_size)
+            own = pieces[self.rank :: self.world_size]  # Horovod: each rank has its own samples
+            for micro_batch in own:
+                yield micro_batch.tolist()
+
+
 def load_preprocessed_data(
     data_dir: str | Path = "notebooks/data/preprocessed/v1",
 ) -> tuple[TokenBlockDataset, TokenBlockDataset]:
-    """Return the training and the validation windows of a folder that `prepare_data` made.
+    """Return the training and validation windows of a folder that `prepare_data` made.
 
     Args:
         data_dir: the folder; a relative path starts at the project root.
 
     Raises:
-        DataError: there are no prepared data.
+        DataError: the folder has no prepared data.
     """
     folder = resolve_path(data_dir)
     return _datasets(folder, _metadata(folder, "configs/tiny.yaml"))
@@ -96,19 +176,19 @@ def get_dataloaders(
 ) -> tuple[DataLoader, DataLoader]:
     """Return the loaders of this rank's training and validation batches.
 
-    A batch holds `input_ids` and `labels`, (B, T) long, and B may be 0 in the last step of an
-    epoch. The training loader's `batch_sampler` is a `ShardedBatchSampler`: call its `set_epoch`
-    before each epoch.
+    A batch holds `input_ids` and `labels`, (B, T) long; B may be 0 in the last step of an epoch.
+    The training loader's `batch_sampler` is a `ShardedBatchSampler`: call its `set_epoch` before
+    each epoch.
 
     Args:
         config: the settings.
-        rank: this process; default: what Horovod says.
-        world_size: number of processes; default: what Horovod says.
+        rank: this process; None: Horovod's rank.
+        world_size: number of processes; None: Horovod's size.
 
     Raises:
         DataError: the data are not prepared, or were prepared with other settings.
     """
-    rank = get_rank() if rank is None else rank  # Horovod: which share of each step is ours
+    rank = get_rank() if rank is None else rank  # Horovod: which shard of each step is ours
     world_size = get_world_size() if world_size is None else world_size  # Horovod: of how many
     folder = config.resolve(config.data.data_dir)
     metadata = _metadata(folder, "FILE")
@@ -124,13 +204,13 @@ def get_dataloaders(
 
 
 def stack_blocks(samples: Sequence[Batch], block_length: int) -> Batch:
-    """Return samples as one batch: `input_ids` and `labels`, (B, T) long; (0, T) for no samples."""
-    if not samples:
-        empty = torch.empty((0, block_length), dtype=torch.long)
-        return {"input_ids": empty, "labels": empty.clone()}
+    """Stack samples to `input_ids` and `labels`, (B, T) long; (0, T) without samples."""
     return {
-        name: torch.stack([sample[name] for sample in samples]) for name in ("input_ids", "labels")
-    }  # B x (T,) -> (B, T)
+        name: torch.stack([sample[name] for sample in samples])  # B x (T,) -> (B, T)
+        if samples
+        else torch.empty((0, block_length), dtype=torch.long)
+        for name in ("input_ids", "labels")
+    }
 
 
 def _loader(config: Config, dataset: TokenBlockDataset, sampler: ShardedBatchSampler) -> DataLoader:
@@ -144,7 +224,8 @@ def _loader(config: Config, dataset: TokenBlockDataset, sampler: ShardedBatchSam
         persistent_workers=workers > 0,
         # Horovod: its threads and connections do not survive a fork; a fork server has none.
         multiprocessing_context="forkserver" if workers else None,
-        # Its own generator: else each epoch drew from torch's, and a resumed run would differ.
+        # Its own generator: otherwise each epoch would draw a number from torch's, and a resumed
+        # run would differ.
         generator=torch.Generator().manual_seed(config.seed),
     )
 
@@ -152,13 +233,10 @@ def _loader(config: Config, dataset: TokenBlockDataset, sampler: ShardedBatchSam
 def _datasets(
     folder: Path, metadata: dict[str, Any]
 ) -> tuple[TokenBlockDataset, TokenBlockDataset]:
-    length, dtype, fill = (
-        metadata["block_length"],
-        metadata["dtype"],
-        metadata["tokenizer"]["eot_id"],
-    )
+    length, dtype = metadata["block_length"], metadata["dtype"]
     train, val = (
-        TokenBlockDataset(folder / f"{part}.bin", length, dtype, fill) for part in (TRAIN, VAL)
+        TokenBlockDataset(folder / f"{part}.bin", length, dtype, metadata["tokenizer"]["eot_id"])
+        for part in (TRAIN, VAL)
     )
     return train, val
 
@@ -168,24 +246,24 @@ def _metadata(folder: Path, config_file: str) -> dict[str, Any]:
     if metadata is None:
         raise DataError(
             f"there are no prepared data in {folder}: "
-            f"run python -m horovod_lm.data --config {config_file}"
+            f"run {command('horovod_lm.data', '--config', config_file)}"
         )
     return metadata
 
 
 def _check_settings(config: Config, metadata: dict[str, Any], folder: Path) -> None:
-    """Refuse data that were prepared with other settings than the configuration's."""
+    """Raise DataError for data that were prepared with other settings."""
     prepared = metadata["settings"]
     for key, wanted in data_settings(config).items():
         if prepared.get(key) != wanted:
             raise DataError(
-                f"the data in {folder} were prepared with {key}={prepared.get(key, 'unset')}, and "
-                f"the configuration has {wanted}: run python -m horovod_lm.data again with this "
+                f"the data in {folder} were prepared with {key}={prepared.get(key, 'unset')}, but "
+                f"the configuration has {wanted}: run {command('horovod_lm.data')} again with this "
                 "configuration, or choose another data.data_dir"
             )
     tokens = metadata["tokenizer"]["vocab_size"]
     if tokens > config.model.vocab_size:
         raise DataError(
-            f"the data in {folder} have {tokens} tokens and the model room for "
+            f"the data in {folder} have {tokens} different tokens, but model.vocab_size is "
             f"{config.model.vocab_size}: set model.vocab_size={tokens} or more"
         )

@@ -1,57 +1,135 @@
-"""From text to token files: once per host, whole or not at all, in constant memory.
+"""From text to token files: once per host, atomically, in constant memory.
 
-One preparation reads the corpus up to three times: to choose the split, to learn the vocabulary
-from the training text, and to encode everything. See `horovod_lm.data.token_files` for the result.
+The corpus is read up to three times: to choose the split, to train the BPE on the training text,
+and to encode everything. The result is four files in `data.data_dir`:
+
+- `train.bin`, `val.bin`: all tokens in one row (little-endian uint16, or uint32 for a large
+  vocabulary), with end-of-text before the first document and after every one.
+- `tokenizer.json`: for `load_tokenizer`.
+- `metadata.json`: a description of the data and of their inputs. It is published last: if it
+  exists, the other three are complete and belong to it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 
 from horovod_lm.data.corpora import Corpus, open_corpus
-from horovod_lm.data.split import TRAIN, VAL, Split, SplitText, Survey, choose_split
-from horovod_lm.data.stories import story_count, story_entropy
-from horovod_lm.data.token_files import (
-    FORMAT,
-    METADATA,
-    TOKENIZER,
-    PartSummary,
-    TokenWriter,
-    put_in_place,
-    read_metadata,
+from horovod_lm.data.split import (
+    TRAIN,
+    VAL,
+    CorpusStats,
+    DocumentSplit,
+    Split,
+    SplitText,
+    choose_split,
 )
+from horovod_lm.data.stories import story_count, story_entropy
 from horovod_lm.data.tokenizers import Tokenizer, make_tokenizer, train_bpe
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.errors import DataError
+from horovod_lm.utils.machine import sync_folder
 
-BPE_TRAINING_BYTES = 64 << 20  # more text than this hardly changes a vocabulary
-BATCH_CHARACTERS = 1 << 20  # text that is encoded in one go
+FORMAT = 2  # to be incremented when the same inputs give other files
+METADATA, TOKENIZER = "metadata.json", "tokenizer.json"
+FILES = (f"{TRAIN}.bin", f"{VAL}.bin", TOKENIZER, METADATA)  # in the order of publication
+BPE_TRAINING_BYTES = 64 << 20  # more text hardly changes a vocabulary
+BATCH_CHARACTERS = 1 << 20  # text that is encoded in one call
 
 Progress = Callable[[str, float], None]
-"""Called with what is being done and the part of it that is done, from 0 to 1."""
+"""Called with the current phase and its completed fraction, from 0 to 1."""
+
+
+@dataclass
+class PartSummary:
+    """Content of one of the two token files."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    sha256: str = ""
+
+
+class TokenWriter:
+    """Appends documents to a file of token ids, counts and hashes them.
+
+    Args:
+        path: the file.
+        dtype: NumPy dtype of an id.
+        eot_id: written before the first document and after every one.
+    """
+
+    def __init__(self, path: Path, dtype: str, eot_id: int) -> None:
+        self.dtype, self.eot_id = dtype, eot_id
+        self.summary = PartSummary()
+        self._digest = hashlib.sha256()
+        self._file = path.open("wb")
+        self._append([eot_id])
+
+    def write(self, ids: list[int], size: int, ends_document: bool) -> None:
+        """Append a piece of a document: its ids, its size in bytes, and whether it is the last."""
+        self._append([*ids, self.eot_id] if ends_document else ids)
+        self.summary.bytes += size
+        self.summary.documents += ends_document
+
+    def close(self) -> PartSummary:
+        """Close the file and return a summary."""
+        self._file.close()
+        self.summary.sha256 = self._digest.hexdigest()
+        return self.summary
+
+    def _append(self, ids: list[int]) -> None:
+        data = np.asarray(ids, dtype=self.dtype).tobytes()
+        self._file.write(data)
+        self._digest.update(data)
+        self.summary.tokens += len(ids)
+
+
+def read_metadata(data_dir: Path) -> dict[str, Any] | None:
+    """Return the content of `metadata.json`, or None if the data are missing or incomplete."""
+    try:
+        metadata = json.loads((data_dir / METADATA).read_text(encoding="utf-8"))
+        complete = metadata["format"] == FORMAT and (data_dir / TOKENIZER).is_file()
+        for part in (TRAIN, VAL):
+            size = metadata[part]["tokens"] * np.dtype(metadata["dtype"]).itemsize
+            complete = complete and (data_dir / f"{part}.bin").stat().st_size == size
+        return metadata if complete else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def publish(partial: Path, data_dir: Path) -> None:
+    """Move the finished files into `data_dir`; remove `metadata.json` first and add it last."""
+    (data_dir / METADATA).unlink(missing_ok=True)
+    for name in FILES:
+        with (partial / name).open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial / name, data_dir / name)
+    sync_folder(data_dir)
 
 
 def prepare_data(
     config: Config, force: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Make the token files of `config` in `config.data.data_dir`, unless they are there already.
+    """Make the token files of `config` in `config.data.data_dir`, unless they exist.
 
-    Any number of processes may call this at once: one prepares, the others wait for it and find the
-    data made. A preparation that is killed leaves the earlier data as they were.
+    Any number of processes may call this at once: one prepares, the others wait and then find the
+    data. If a preparation is killed, the earlier data remain.
 
     Args:
-        config: the settings; `data`, `seed`, `model.vocab_size` and `model.max_seq_len` matter
-            here.
-        force: prepare even when nothing has changed.
-        progress: told how far the work is.
+        config: the settings; `data`, `seed`, `model.vocab_size` and `model.max_seq_len` are used.
+        force: prepare again even if nothing has changed.
+        progress: called with the progress.
 
     Returns:
         The content of `metadata.json`.
@@ -63,23 +141,17 @@ def prepare_data(
     corpus = open_corpus(config)
     inputs = _fingerprint(config, corpus)
     if not force and (metadata := _unchanged(data_dir, inputs)):
-        return metadata  # without the lock: the folder may be one that we cannot write to
+        return metadata  # without the lock: the folder may be read-only
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(data_dir / ".lock"):
-            # Another process may have made them while this one waited.
+            # Another process may have prepared them while this one waited.
             if not force and (metadata := _unchanged(data_dir, inputs)):
                 return metadata
             return _prepare(config, corpus, inputs, data_dir, progress or (lambda *_: None))
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"the data cannot be written to {data_dir}: {reason}") from None
-
-
-def _unchanged(data_dir: Path, inputs: str) -> dict[str, Any] | None:
-    """Return the metadata of data that are whole and were made from the same inputs, else None."""
-    metadata = read_metadata(data_dir)
-    return metadata if metadata is not None and metadata["inputs"] == inputs else None
 
 
 def data_settings(config: Config) -> dict[str, Any]:
@@ -95,6 +167,12 @@ def data_settings(config: Config) -> dict[str, Any]:
     return {**settings, "model.max_seq_len": config.model.max_seq_len, "seed": config.seed}
 
 
+def _unchanged(data_dir: Path, inputs: str) -> dict[str, Any] | None:
+    """Return the metadata of complete data with the same inputs, else None."""
+    metadata = read_metadata(data_dir)
+    return metadata if metadata is not None and metadata["inputs"] == inputs else None
+
+
 def _fingerprint(config: Config, corpus: Corpus) -> str:
     inputs = {"format": FORMAT, "settings": data_settings(config), "corpus": corpus.fingerprint}
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -103,15 +181,22 @@ def _fingerprint(config: Config, corpus: Corpus) -> str:
 def _prepare(
     config: Config, corpus: Corpus, inputs: str, data_dir: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Make the four files in a folder of their own, then move them into `data_dir`."""
+    """Make the four files in a temporary folder, then move them into `data_dir`."""
     progress("reading", 0.0)
-    survey = Survey.of(corpus.documents(), config.seed)
-    if not survey.documents:
-        raise DataError(f"{corpus.description} holds no text: choose another data.path or source")
-    split = choose_split(survey, config.seed, config.data.val_fraction)
-    tokenizer = _make_tokenizer(config, corpus, survey, split, progress)
+    stats = CorpusStats.of(corpus.documents(), config.seed)
+    validation = CorpusStats.of(corpus.validation(), config.seed)
+    if not stats.documents:
+        raise DataError(
+            f"{corpus.description} contains no text: choose another data.path or source"
+        )
+    if validation.documents:
+        split: Split = DocumentSplit(config.seed, 0.0, "the dataset's own validation split")
+    else:
+        split = choose_split(stats, config.seed, config.data.val_fraction)
+    total_bytes = stats.bytes + validation.bytes
+    tokenizer = _make_tokenizer(config, corpus, split, total_bytes, progress)
     partial = data_dir / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed preparation left
+    shutil.rmtree(partial, ignore_errors=True)  # from a killed preparation
     partial.mkdir()
     try:
         dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
@@ -119,17 +204,52 @@ def _prepare(
             part: TokenWriter(partial / f"{part}.bin", dtype, tokenizer.eot_id)
             for part in (TRAIN, VAL)
         }
-        _encode(split.assign(corpus.documents()), tokenizer, writers, survey.bytes, progress)
+        _encode(_split_texts(corpus, split), tokenizer, writers, total_bytes, progress)
         parts = {part: writer.close() for part, writer in writers.items()}
         _check_size(config, corpus, parts)
         metadata = _describe(config, corpus, inputs, split, tokenizer, dtype, parts)
         (partial / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
         content = json.dumps(metadata, indent=2, ensure_ascii=False)
         (partial / METADATA).write_text(content + "\n", encoding="utf-8")
-        put_in_place(partial, data_dir)
+        publish(partial, data_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return metadata
+
+
+def _split_texts(corpus: Corpus, split: Split) -> Iterator[SplitText]:
+    yield from split.assign(corpus.documents())
+    yield from DocumentSplit(seed=0, threshold=1.0).assign(corpus.validation())
+
+
+def _make_tokenizer(
+    config: Config, corpus: Corpus, split: Split, total_bytes: int, progress: Progress
+) -> Tokenizer:
+    """Return the tokenizer of `config`; a BPE is trained on training text only."""
+    if config.data.tokenizer == "bpe":
+        wanted = min(total_bytes, BPE_TRAINING_BYTES)
+        texts = _training_texts(_split_texts(corpus, split), wanted, progress)
+        tokenizer: Tokenizer = train_bpe(texts, config.model.vocab_size)
+    else:
+        tokenizer = make_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, but "
+            f"model.vocab_size is {config.model.vocab_size}: "
+            f"set model.vocab_size={tokenizer.vocab_size} or more"
+        )
+    return tokenizer
+
+
+def _training_texts(texts: Iterable[SplitText], wanted: int, progress: Progress) -> Iterator[str]:
+    seen = 0
+    for text in texts:
+        seen += text.size
+        progress("training the tokenizer", min(1.0, seen / wanted))
+        if text.part == TRAIN:
+            yield text.text
+        if seen >= wanted:
+            return
 
 
 def _encode(
@@ -139,7 +259,7 @@ def _encode(
     total_bytes: int,
     progress: Progress,
 ) -> None:
-    """Encode the texts, some at a time, and append each to the file of its side."""
+    """Encode the texts in batches and append each to the file of its part."""
     done = 0
     for batch in _batches(texts):
         encoded = tokenizer.encode_batch([text.text for text in batch])
@@ -149,38 +269,8 @@ def _encode(
         progress("encoding", done / total_bytes)
 
 
-def _make_tokenizer(
-    config: Config, corpus: Corpus, survey: Survey, split: Split, progress: Progress
-) -> Tokenizer:
-    """Return the tokenizer of `config`; a BPE learns from training text only."""
-    if config.data.tokenizer == "bpe":
-        wanted = min(survey.bytes, BPE_TRAINING_BYTES)
-        tokenizer: Tokenizer = train_bpe(
-            _training_texts(corpus, split, wanted, progress), config.model.vocab_size
-        )
-    else:
-        tokenizer = make_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise DataError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens and the model room "
-            f"for {config.model.vocab_size}: set model.vocab_size={tokenizer.vocab_size} or more"
-        )
-    return tokenizer
-
-
-def _training_texts(corpus: Corpus, split: Split, wanted: int, progress: Progress) -> Iterator[str]:
-    seen = 0
-    for text in split.assign(corpus.documents()):
-        seen += text.size
-        progress("learning the vocabulary", min(1.0, seen / wanted))
-        if text.part == TRAIN:
-            yield text.text
-        if seen >= wanted:
-            return
-
-
 def _batches(texts: Iterable[SplitText]) -> Iterator[list[SplitText]]:
-    """Group texts so that each group has about `BATCH_CHARACTERS` characters."""
+    """Group texts to about `BATCH_CHARACTERS` characters."""
     batch: list[SplitText] = []
     characters = 0
     for text in texts:

@@ -1,9 +1,8 @@
-"""Which text is for training and which for validation.
+"""The split into training and validation text.
 
-A document's side follows from a number that is drawn from the seed and from its text, and from
-nothing else: every rank and every run comes to the same split, a document that is added or removed
-moves no other one, and two copies of a text always land on the same side. No token of validation is
-in training.
+The part of a document is determined by a number drawn from the seed and the document's text: every
+rank and every run computes the same split, adding or removing a document does not move another,
+and two copies of a text are always in the same part. No validation text is in training.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ TRAIN, VAL = "train", "val"
 
 @dataclass(frozen=True)
 class SplitText:
-    """A piece of text, its side, its size in UTF-8 bytes, and whether a document ends with it."""
+    """A piece of text, its part, its size in UTF-8 bytes, and whether it ends its document."""
 
     part: str
     text: str
@@ -30,8 +29,8 @@ class SplitText:
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What one look at a corpus tells: its documents, its bytes, and the range of their numbers."""
+class CorpusStats:
+    """Number of documents, total bytes, and the range of the documents' numbers."""
 
     documents: int
     bytes: int
@@ -39,8 +38,8 @@ class Survey:
     largest: float
 
     @classmethod
-    def of(cls, documents: Iterable[Document], seed: int) -> Survey:
-        """Count the documents that are not empty."""
+    def of(cls, documents: Iterable[Document], seed: int) -> CorpusStats:
+        """Read the documents once; empty ones do not count."""
         count, size, smallest, largest = 0, 0, math.inf, -math.inf
         for document in documents:
             if first := next(iter(document.pieces()), ""):
@@ -56,49 +55,50 @@ class Split(Protocol):
     description: str
 
     def assign(self, documents: Iterable[Document]) -> Iterator[SplitText]:
-        """Yield the text of the documents, in order, with its side."""
+        """Yield the text of the documents, in order, with its part."""
         ...
 
 
 def document_number(text: str, seed: int) -> float:
-    """Return a number from [0, 1) that follows from the two and is evenly spread over texts."""
+    """Return a number in [0, 1), uniform over texts, determined by text and seed."""
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=str(seed).encode()).digest()
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 
 
-def choose_split(survey: Survey, seed: int, val_fraction: float) -> Split:
-    """Return the split for a corpus: by document, or within the document when there is only one.
+def choose_split(stats: CorpusStats, seed: int, val_fraction: float) -> Split:
+    """Return the split of a corpus: by document, or within the document if there is only one.
 
-    The bar below which a document's number puts it into validation is `val_fraction`, moved where
-    it must be so that each side gets at least one document.
+    The threshold is `val_fraction`, adjusted where necessary so that each part gets at least one
+    document.
     """
-    if survey.smallest < survey.largest:
-        bar = min(max(val_fraction, math.nextafter(survey.smallest, 1.0)), survey.largest)
-        return DocumentSplit(seed, bar)
-    return TailSplit(round(survey.bytes / max(survey.documents, 1) * (1 - val_fraction)))
+    if stats.smallest < stats.largest:
+        threshold = min(max(val_fraction, math.nextafter(stats.smallest, 1.0)), stats.largest)
+        return DocumentSplit(seed, threshold)
+    return TailSplit(round(stats.bytes / max(stats.documents, 1) * (1 - val_fraction)))
 
 
 @dataclass(frozen=True)
 class DocumentSplit:
-    """Whole documents: those whose number lies below `bar` are for validation."""
+    """Whole documents: those with a number below `threshold` are for validation."""
 
     seed: int
-    bar: float
+    threshold: float
     description: str = "by document"
 
     def assign(self, documents: Iterable[Document]) -> Iterator[SplitText]:
         for document in documents:
             part = ""
             for text, is_last in _with_last(document.pieces()):
-                part = part or (VAL if document_number(text, self.seed) < self.bar else TRAIN)
+                if not part:
+                    part = VAL if document_number(text, self.seed) < self.threshold else TRAIN
                 yield SplitText(part, text, len(text.encode("utf-8")), is_last)
 
 
 @dataclass(frozen=True)
 class TailSplit:
-    """For a corpus of one document: what follows its first `train_bytes` bytes is for validation.
+    """For a corpus of one document: the text after `train_bytes` bytes is for validation.
 
-    The cut is made at the end of a line where there is one near, else at the end of a word.
+    The cut is at the end of a nearby line, or else of a word.
     """
 
     train_bytes: int
@@ -120,7 +120,7 @@ class TailSplit:
 
 
 def _cut_position(text: str, size: int) -> int:
-    """Return where a line or a word of `text` ends after about `size` bytes."""
+    """Return the end of a line or a word of `text` near `size` bytes."""
     middle = len(text.encode("utf-8")[:size].decode("utf-8", errors="ignore"))
     near = max(80, len(text) // 20)
     for separator in ("\n\n", "\n", " "):
@@ -132,10 +132,10 @@ def _cut_position(text: str, size: int) -> int:
 
 def _with_last(pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
     """Yield each piece and whether it is the last one."""
-    held: str | None = None
+    previous: str | None = None
     for piece in pieces:
-        if held is not None:
-            yield held, False
-        held = piece
-    if held is not None:
-        yield held, True
+        if previous is not None:
+            yield previous, False
+        previous = piece
+    if previous is not None:
+        yield previous, True

@@ -1,22 +1,22 @@
-"""Tiny English stories with a known entropy: a corpus whose best possible loss is known exactly.
+"""Tiny English stories with a known entropy, which is the minimum of the loss.
 
-Story `index` of the series `seed` is a function of the two numbers alone, so that a corpus of any
-size needs no file:
+Story `index` of the series `seed` is a function of these two numbers, so a corpus of any size needs
+no file:
 
     Once upon a time, Zoe left her tiny bell in the garden. "Who took my bell?" whispered Zoe. But
     that garden was windy all morning. Soon she met a busy squirrel digging a tunnel. They looked
     under a blanket and behind a well. The squirrel found it beside a mushroom. So Zoe clapped and
     danced with her dear bell in the same garden until the bells rang.
 
-The name, the pronoun, the toy and the place of the first sentence come back in the last one, some
-fifty words later. Whoever looks at the last few words only cannot know them; attention can. The
-second and the third sentence repeat them at once: a small model learns to look back over these
-short distances first, and over the long ones soon after. (The word before each tie is the tie's
-own - "my", "that", "dear", "same" - which tells one layer of attention what to look for.)
+The name, the pronoun, the toy and the place of the first sentence are repeated in the last one,
+some fifty words later: predicting them needs long-range attention. The second and the third
+sentence repeat them at a short distance, which a small model learns first. The word before each
+repetition is always the same ("my", "that", "dear", "same"), which tells one layer of attention
+what to attend to.
 
 Every story is one derivation of an unambiguous grammar (see `horovod_lm.data.grammar`). Hence
-`story_entropy()`, in nats per story, is the smallest mean loss that any language model can reach,
-and `story_log_probability` is the score that the perfect model gives.
+`story_entropy()`, in nats per story, is the minimum of the mean loss of any language model, and
+`story_log_probability` is the log-probability under the perfect model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PLACES = {
     "on": "hill farm beach".split(),
     "at": "market mill school".split(),
 }
-# A friend's habit depends on what kind of animal it is: frogs do not build nests.
+# An animal's habit depends on its kind: frogs do not build nests.
 FRIENDS = {
     "{bird_habit}": "owl robin crow dove".split(),
     "{pond_habit}": "duck frog otter turtle".split(),
@@ -135,7 +135,7 @@ def story_grammar() -> Grammar:
 
 
 def generate_story(seed: int, index: int) -> str:
-    """Return story `index` of the endless series `seed`: the same for the same two numbers."""
+    """Return story `index` of the series `seed`, which is determined by these two numbers."""
     return story_grammar().sample(random.Random(f"{seed}/{index}"))
 
 
@@ -145,15 +145,15 @@ def generate_stories(count: int, seed: int) -> Iterator[str]:
 
 
 def story_log_probability(story: str) -> float:
-    """Return the log-probability of `story` in nats; -inf if the grammar cannot write it."""
+    """Return the log-probability of `story` in nats; -inf if the grammar cannot generate it."""
     return story_grammar().log_probability(story)
 
 
 def story_entropy() -> float:
-    """Return the entropy of a story in nats: no model has a smaller mean loss per story."""
+    """Return the entropy of a story in nats: the minimum of the mean loss per story."""
     return story_grammar().entropy()
 
 
 def story_count() -> int:
-    """Return how many different stories there are."""
+    """Return the number of different stories."""
     return story_grammar().count()

@@ -1,8 +1,10 @@
-"""Corpora: which text each source gives, in which order, and what it says when there is none."""
+"""Corpora: the text of each source, its order, and the errors of missing text."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
 import sysconfig
 from itertools import islice
@@ -12,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from horovod_lm.data.corpora import open_corpus, read_text_file
+from horovod_lm.data.corpora import _join_articles, open_corpus, read_text_file
+from horovod_lm.data.prepare import prepare_data
 from horovod_lm.data.stories import generate_stories
 from horovod_lm.utils.errors import DataError
 
@@ -53,14 +56,13 @@ def test_the_python_corpus_is_the_standard_library_without_tests_and_packages(ma
     assert 5e6 < sum(document.size for document in documents) < 5e7
 
 
-def test_third_party_packages_are_not_even_looked_into(make_config, monkeypatch):
-    """Every preparation lists the library, and they may hold a hundred thousand files."""
-    looked_into, scandir = [], os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: looked_into.append(Path(path)) or scandir(path))
+def test_third_party_packages_are_not_listed(make_config, monkeypatch):
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(Path(path)) or scandir(path))
     open_corpus(make_config(source="python"))
     root = Path(sysconfig.get_paths()["stdlib"])
-    assert {root, root / "json"} <= set(looked_into)
-    inside = {part for folder in looked_into for part in folder.relative_to(root).parts}
+    assert {root, root / "json"} <= set(listed)
+    inside = {part for folder in listed for part in folder.relative_to(root).parts}
     assert inside.isdisjoint({"test", "tests", "site-packages", "dist-packages"})
 
 
@@ -76,7 +78,7 @@ def test_every_file_of_the_python_corpus_is_read_as_it_is(make_config):
 
 @pytest.fixture
 def library(tmp_path):
-    """A folder with two texts, one in a folder of its own, an empty file and a hidden one."""
+    """A folder with three texts, an empty file and a hidden one."""
     (tmp_path / "library" / "more").mkdir(parents=True)
     (tmp_path / "library" / "b.txt").write_text("second")
     (tmp_path / "library" / "a.md").write_text("first")
@@ -96,21 +98,17 @@ def library(tmp_path):
         (["library/more", "library/b.txt", "library/*.txt"], ["second", "third"]),
     ],
 )
-def test_files_come_from_a_file_a_folder_a_glob_or_a_list_in_order_and_once(
+def test_files_of_a_file_a_folder_a_glob_or_a_list_are_read_once_in_order(
     make_config, library, path, expected
 ):
     assert texts(make_config(source="files", path=path)) == expected
 
 
-def test_prepared_data_inside_the_folder_are_not_text(make_config, library):
+def test_prepared_data_inside_the_folder_are_excluded(make_config, library):
     (library / "prepared").mkdir()
     (library / "prepared" / "train.bin").write_bytes(b"\xff\xff")
     config = make_config(source="files", path="library", data_dir="library/prepared")
     assert texts(config) == ["first", "second", "third"]
-
-
-def test_files_may_lie_anywhere(make_config, library):
-    assert texts(make_config(source="files", path=str(library))) == ["first", "second", "third"]
 
 
 @pytest.mark.parametrize("path", ["nowhere.txt", "nowhere/*.txt", ["library", "nowhere.txt"]])
@@ -203,7 +201,7 @@ def test_max_bytes_cuts_a_first_document_that_alone_is_too_large(make_config, tm
 
 
 def test_the_hub_without_its_library_is_a_sentence(make_config, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)  # what an import finds that is not installed
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
     config = make_config(source="hub", hub_dataset="someone/something")
     with pytest.raises(
         DataError, match=r"needs the library 'datasets': pip install 'horovod_lm\[hub\]'"
@@ -213,7 +211,7 @@ def test_the_hub_without_its_library_is_a_sentence(make_config, monkeypatch):
 
 @pytest.fixture
 def local_dataset(tmp_path):
-    """Two rows of text in the formats in which people keep datasets."""
+    """Two rows of text, as JSON lines and as saved by the library."""
     datasets = pytest.importorskip("datasets")
     (tmp_path / "json").mkdir()
     (tmp_path / "json" / "train.jsonl").write_text(
@@ -235,15 +233,66 @@ def test_a_local_copy_of_a_dataset_is_read(make_config, local_dataset, folder):
     assert open_corpus(config).fingerprint != before
 
 
+WIKITEXT = {
+    "train": [
+        "", " = Valkyria = \n", "", " It is a game . \n", " = = Gameplay = = \n", " More text . \n",
+        "", " = 1 = 2 = \n", " The second article . \n",
+    ],
+    "validation": ["", " = Homarus = \n", "", " It is a lobster . \n"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_rows_of_wikitext_are_joined_to_articles_and_its_validation_split_is_used(
+    make_config, tmp_path, saved
+):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "wiki").mkdir()
+    for name, rows in WIKITEXT.items():
+        lines = [json.dumps({"text": row}) + "\n" for row in rows]
+        (tmp_path / "wiki" / f"{name}.jsonl").write_text("".join(lines))
+    if saved:
+        splits = datasets.load_dataset(str(tmp_path / "wiki"), cache_dir=tmp_path / "cache")
+        shutil.rmtree(tmp_path / "wiki")
+        splits.save_to_disk(tmp_path / "wiki")
+    config = make_config(source="hub", hub_dataset="wiki", max_seq_len=16)
+    corpus = open_corpus(config)
+    assert texts(config) == [
+        " = Valkyria = \n\n It is a game . \n = = Gameplay = = \n More text . \n\n",
+        " = 1 = 2 = \n The second article . \n",
+    ]
+    [article] = corpus.validation()
+    assert "".join(article.pieces()) == " = Homarus = \n\n It is a lobster . \n"
+
+    metadata = prepare_data(config)
+    assert metadata["split"] == "the dataset's own validation split"
+    assert [metadata[part]["documents"] for part in ("train", "val")] == [2, 1]
+    assert metadata["val"]["bytes"] == article.size
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([], []),
+        (["", ""], []),
+        (["one", "", " = Two = \n", "three"], ["one", " = Two = \n", "three"]),
+        (["", " = One = ", "line", " = Two = "], [" = One = \nline\n", " = Two = \n"]),
+        ([" = = One = = \n", "line"], [" = = One = = \n", "line"]),
+    ],
+)
+def test_only_rows_after_a_first_row_that_is_a_heading_are_joined(rows, expected):
+    assert list(_join_articles(iter(rows))) == expected
+
+
 def test_a_missing_field_is_a_sentence_with_the_fields_there_are(make_config, local_dataset):
     config = make_config(source="hub", hub_dataset="json", hub_text_field="story")
     with pytest.raises(DataError, match="no field 'story': set data.hub_text_field to one of text"):
         texts(config)
 
 
-def test_a_dataset_that_cannot_be_had_is_a_sentence(make_config, monkeypatch):
+def test_a_dataset_that_cannot_be_loaded_is_a_sentence(make_config, monkeypatch):
     pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # no server
     config = make_config(source="hub", hub_dataset="nobody/no-such-dataset")
     with pytest.raises(
         DataError, match="the dataset nobody/no-such-dataset cannot be read"

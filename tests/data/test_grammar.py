@@ -1,4 +1,4 @@
-"""The grammar's mathematics, held against brute force on grammars small enough to write out."""
+"""Entropy, count and probabilities against brute force on small grammars."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_entropy_count_and_parse_equal_brute_force_on_random_grammars(grammar):
     assert grammar.log_probability(text) == pytest.approx(math.log(probability))
 
 
-def test_an_ambiguous_grammar_is_found_out():
+def test_an_ambiguous_grammar_is_detected():
     grammar = Grammar({"story": ["{a}{b}"], "a": ["x", "xy"], "b": ["yz", "z"]})
     with pytest.raises(ValueError, match="ambiguous"):
         grammar.log_probability("xyz")
@@ -124,15 +124,15 @@ def test_an_ambiguous_grammar_is_found_out():
 @pytest.mark.parametrize(
     ("rules", "sentence"),
     [
-        ({"story": ["{a}"], "a": ["{story}"]}, "lead back to themselves"),
-        ({"story": ["{nobody}"]}, "nothing is remembered as 'nobody'"),
+        ({"story": ["{a}"], "a": ["{story}"]}, "the rules have a cycle"),
+        ({"story": ["{nobody}"]}, "'nobody' is neither a symbol nor a stored draw"),
         ({"story": ["{hero=nobody}"]}, "no symbol 'nobody'"),
         ({"story": ["{one=a} {one}"], "a": ["{b}"], "b": ["x", "y"]}, "slots would draw again"),
         ({"story": ["{one=a} {one.kind}"], "a": ["x"]}, "'x' has no feature 'kind'"),
         ({"story": []}, "needs alternatives"),
-        ({"story": [Alternative("x", 0)]}, "weight above 0"),
+        ({"story": [Alternative("x", 0)]}, "weights above 0"),
     ],
 )
-def test_a_grammar_that_cannot_work_is_refused(rules, sentence):
+def test_invalid_rules_are_refused(rules, sentence):
     with pytest.raises(ValueError, match=sentence):
         Grammar(rules)

@@ -1,9 +1,8 @@
-"""Preparing: whole or not at all, once, the same each time, and in constant memory."""
+"""Preparing data: atomic, once, deterministic, in constant memory."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -15,8 +14,8 @@ import numpy as np
 import pytest
 
 from horovod_lm.data import get_dataloaders, prepare_data
+from horovod_lm.data.prepare import FILES, TokenWriter, publish, read_metadata
 from horovod_lm.data.stories import generate_stories, story_count, story_entropy
-from horovod_lm.data.token_files import FILES, TokenWriter, put_in_place, read_metadata
 from horovod_lm.data.tokenizers import load_tokenizer
 from horovod_lm.utils.config import Config, save_config
 from horovod_lm.utils.errors import DataError
@@ -47,7 +46,7 @@ def count_calls(config: Config, **arguments) -> list[str]:
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "byte"])
-def test_every_document_is_there_once_and_none_of_validation_is_in_training(make_config, tokenizer):
+def test_every_document_is_in_one_part_once(make_config, tokenizer):
     config = make_config(tokenizer=tokenizer, num_stories=300, val_fraction=0.1)
     metadata = prepare_data(config)
     train, val = documents_in(config, "train"), documents_in(config, "val")
@@ -57,7 +56,7 @@ def test_every_document_is_there_once_and_none_of_validation_is_in_training(make
     assert len(val) == pytest.approx(30, abs=4 * 300**0.5 * 0.3)
 
 
-def test_metadata_says_what_the_files_hold(make_config):
+def test_metadata_describes_the_files(make_config):
     config = make_config(tokenizer="bpe")
     metadata = prepare_data(config)
     assert metadata == read_metadata(folder_of(config))
@@ -68,6 +67,10 @@ def test_metadata_says_what_the_files_hold(make_config):
     text = list(generate_stories(100, config.seed))
     assert metadata["train"]["bytes"] + metadata["val"]["bytes"] == sum(map(len, text))
     assert metadata["block_length"] == 16 and metadata["settings"]["seed"] == 7
+    assert (
+        metadata["tokenizer"]["name"] == "bpe"
+        and (folder_of(config) / FILES[-1]).read_text(encoding="utf-8").count("\n") > 20
+    )  # readable JSON
     stories = metadata["stories"]
     assert stories["entropy_nats_per_story"] == story_entropy()
     assert stories["different_stories"] == story_count()
@@ -94,11 +97,11 @@ def test_nothing_is_done_when_nothing_has_changed(make_config):
     assert count_calls(config, force=True)
 
 
-def test_prepared_data_need_no_lock_and_no_right_to_write(make_config):
+def test_prepared_data_need_no_lock_and_no_write_permission(make_config):
     config = make_config()
     metadata = prepare_data(config)
     (folder_of(config) / ".lock").unlink()
-    (folder_of(config) / ".lock").mkdir()  # whoever wants to lock fails
+    (folder_of(config) / ".lock").mkdir()  # locking fails
     assert prepare_data(config) == metadata
     with pytest.raises(DataError, match="cannot be written"):
         prepare_data(config, force=True)
@@ -125,7 +128,7 @@ def test_a_change_of_anything_else_does_not(make_config):
     assert not count_calls(make_config(batch=8, num_workers=2, vocab_size=999))
 
 
-def test_a_changed_text_file_prepares_again(make_config, tmp_path):
+def test_a_changed_text_file_prepares_again_and_a_failure_keeps_the_old_data(make_config, tmp_path):
     text = tmp_path / "book.txt"
     text.write_text("a line of text\n" * 100)
     config = make_config(source="files", path="book.txt")
@@ -133,10 +136,17 @@ def test_a_changed_text_file_prepares_again(make_config, tmp_path):
     text.write_text("a line of text\n" * 100 + "one more line\n")
     assert count_calls(config)
     assert "one more line" in "".join(documents_in(config, "val"))
+    old = contents(config)
+    with text.open("ab") as stream:
+        stream.write(b"\xff bad")
+    with pytest.raises(DataError, match="book.txt is not UTF-8"):
+        prepare_data(config)
+    assert contents(config) == old
+    assert not (folder_of(config) / ".partial").exists()
 
 
 @pytest.mark.parametrize("damage", [*FILES, "cut"])
-def test_data_that_are_not_whole_are_prepared_again(make_config, damage):
+def test_incomplete_data_are_prepared_again(make_config, damage):
     config = make_config()
     prepare_data(config)
     whole = contents(config)
@@ -151,47 +161,52 @@ def test_data_that_are_not_whole_are_prepared_again(make_config, damage):
     assert contents(config) == whole
 
 
-def test_a_killed_preparation_leaves_the_old_data_and_no_half_ones(make_config, tmp_path):
+def test_a_killed_preparation_keeps_the_old_data(make_config, tmp_path):
     config = make_config()
     prepare_data(config)
     old = contents(config)
     save_config(make_config(num_stories=10_000_000), tmp_path / "configs" / "long.yaml")
-    command = [
-        sys.executable,
-        "-m",
-        "horovod_lm.data",
-        "--config",
-        str(tmp_path / "configs" / "long.yaml"),
-    ]
-    command += ["--set", "data.num_stories=150000"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    file = str(tmp_path / "configs" / "long.yaml")
+    command = [sys.executable, "-m", "horovod_lm.data", "--config", file]
+    process = subprocess.Popen(
+        [*command, "--set", "data.num_stories=40000"], stdout=subprocess.DEVNULL
+    )
     partial = folder_of(config) / ".partial" / "train.bin"
     deadline = time.monotonic() + 120
     while (
         not (partial.exists() and partial.stat().st_size > 100_000) and time.monotonic() < deadline
     ):
-        assert process.poll() is None, "it was to be killed before its end"
+        assert process.poll() is None, "it ended before it was killed"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert partial.exists()
     assert contents(config) == old
     get_dataloaders(config, 0, 1)
-    assert not count_calls(config)  # the old data are still known to be whole
-    prepare_data(config, force=True)  # and the killed process holds no lock
+    assert not count_calls(config)  # the old data are complete
+    prepare_data(config, force=True)  # the killed process holds no lock
     assert contents(config) == old
     assert sorted(path.name for path in folder_of(config).iterdir()) == sorted([*FILES, ".lock"])
 
 
-def test_files_of_two_preparations_never_count_as_data(make_config, tmp_path):
+def test_files_of_two_preparations_are_not_complete_data(make_config, tmp_path):
     config = make_config()
     prepare_data(config)
     partial = tmp_path / "partial"
     partial.mkdir()
     (partial / "train.bin").write_bytes(bytes((folder_of(config) / "train.bin").stat().st_size))
-    with pytest.raises(FileNotFoundError):  # it ends after the first of the four files
-        put_in_place(partial, folder_of(config))
+    with pytest.raises(FileNotFoundError):  # after the first of the four files
+        publish(partial, folder_of(config))
     assert read_metadata(folder_of(config)) is None
+
+
+def test_the_published_files_and_their_folder_are_synced(make_config, monkeypatch):
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.add(os.fstat(fd).st_ino), fsync(fd)))
+    config = make_config()
+    prepare_data(config)
+    folder = folder_of(config)
+    assert {path.stat().st_ino for path in (folder, *map(folder.joinpath, FILES))} <= synced
 
 
 def test_two_processes_at_once_prepare_once(make_config, tmp_path):
@@ -205,11 +220,11 @@ def test_two_processes_at_once_prepare_once(make_config, tmp_path):
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert sorted("prepared in" in output for output in outputs) == [False, True]
-    assert sorted("the data are there already" in output for output in outputs) == [False, True]
+    assert sorted("the data exist" in output for output in outputs) == [False, True]
     assert read_metadata(folder_of(config)) is not None
 
 
-def test_other_files_in_the_data_folder_are_left_alone(make_config, tmp_path):
+def test_other_files_in_the_data_folder_are_kept(make_config, tmp_path):
     (tmp_path / "book.txt").write_text("a line of text\n" * 100)
     config = make_config(source="files", path="book.txt", data_dir=".")
     prepare_data(config)
@@ -230,14 +245,7 @@ def test_a_single_text_file_trains_and_validates(make_config, tmp_path):
     assert len(train_loader.dataset) > 10 * len(val_loader.dataset) > 0
 
 
-def test_the_python_corpus_is_split_by_document(make_config):
-    metadata = prepare_data(make_config(source="python", max_bytes=300_000))
-    assert metadata["split"] == "by document"
-    assert metadata["train"]["bytes"] + metadata["val"]["bytes"] <= 300_000
-    assert metadata["train"]["documents"] > metadata["val"]["documents"] >= 1
-
-
-def test_a_bpe_learns_from_training_text_only(make_config, tmp_path):
+def test_a_bpe_is_trained_on_training_text_only(make_config, tmp_path):
     for index in range(20):
         (tmp_path / f"{index}.txt").write_text(f"{'x' * index}word{chr(97 + index) * 9} " * 50)
     config = make_config(
@@ -290,48 +298,26 @@ def test_too_little_text_is_a_sentence(make_config, tmp_path):
     assert not (folder_of(config) / ".partial").exists()
 
 
-def test_no_text_at_all_is_a_sentence(make_config, tmp_path):
+def test_no_text_is_a_sentence(make_config, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     for tokenizer in ("byte", "bpe"):
-        with pytest.raises(DataError, match="empty.txt holds no text"):
+        with pytest.raises(DataError, match="empty.txt contains no text"):
             prepare_data(make_config(source="files", path="empty.txt", tokenizer=tokenizer))
 
 
 def test_a_tokenizer_larger_than_the_model_is_a_sentence(make_config):
     with pytest.raises(
-        DataError, match="byte has 257 tokens.*room for 200: set model.vocab_size=257 or more"
+        DataError, match="byte has 257 tokens, but .* is 200: set model.vocab_size=257 or more"
     ):
         prepare_data(make_config(vocab_size=200))
 
 
-def test_a_bpe_smaller_than_the_model_is_fine(make_config):
+def test_a_bpe_may_be_smaller_than_the_model(make_config):
     metadata = prepare_data(make_config(tokenizer="bpe", vocab_size=50_000))
     assert 257 < metadata["tokenizer"]["vocab_size"] < 2000
-
-
-def test_a_failed_preparation_leaves_the_old_data(make_config, tmp_path):
-    text = tmp_path / "book.txt"
-    text.write_text("a line of text\n" * 100)
-    config = make_config(source="files", path="book.txt")
-    prepare_data(config)
-    old = contents(config)
-    with text.open("ab") as stream:
-        stream.write(b"\xff bad")
-    with pytest.raises(DataError, match="book.txt is not UTF-8"):
-        prepare_data(config)
-    assert contents(config) == old
-    assert not (folder_of(config) / ".partial").exists()
 
 
 def test_a_data_folder_that_cannot_be_made_is_a_sentence(make_config, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match="cannot be written to .*file/data"):
         prepare_data(make_config(data_dir="file/data"))
-
-
-def test_metadata_is_plain_json_that_a_person_can_read(make_config):
-    config = make_config()
-    prepare_data(config)
-    text = (folder_of(config) / "metadata.json").read_text(encoding="utf-8")
-    assert text.count("\n") > 20
-    assert json.loads(text)["tokenizer"] == {"name": "byte", "vocab_size": 257, "eot_id": 256}

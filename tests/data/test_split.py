@@ -1,4 +1,4 @@
-"""The split: the same for everyone, and no text on both sides."""
+"""The split: deterministic, and no text in both parts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from horovod_lm.data.corpora import Document, text_document
 from horovod_lm.data.split import (
     TRAIN,
     VAL,
+    CorpusStats,
     DocumentSplit,
-    Survey,
     TailSplit,
     choose_split,
     document_number,
@@ -28,15 +28,13 @@ def documents(texts):
 
 
 def assign(texts, seed, val_fraction):
-    split = choose_split(Survey.of(documents(texts), seed), seed, val_fraction)
+    split = choose_split(CorpusStats.of(documents(texts), seed), seed, val_fraction)
     return split, list(split.assign(documents(texts)))
 
 
 @settings(deadline=None)
 @given(texts=TEXTS, seed=st.integers(0, 2**32), val_fraction=FRACTIONS)
-def test_every_text_is_on_exactly_one_side_and_each_side_has_one_where_it_can(
-    texts, seed, val_fraction
-):
+def test_every_text_is_in_one_part_and_each_part_has_one_if_possible(texts, seed, val_fraction):
     split, pieces = assign(texts, seed, val_fraction)
     assert "".join(piece.text for piece in pieces) == "".join(texts)
     assert all(piece.size == len(piece.text.encode()) for piece in pieces)
@@ -46,11 +44,11 @@ def test_every_text_is_on_exactly_one_side_and_each_side_has_one_where_it_can(
         sides = {
             part: {piece.text for piece in pieces if piece.part == part} for part in (TRAIN, VAL)
         }
-        assert not sides[TRAIN] & sides[VAL]  # two copies of a text are on the same side, too
+        assert not sides[TRAIN] & sides[VAL]  # two copies of a text are in the same part
         assert sides[TRAIN] and sides[VAL]
 
 
-def test_a_document_keeps_its_side_when_others_come_or_go():
+def test_a_document_keeps_its_part_when_others_are_added_or_removed():
     texts = [f"document {index}" for index in range(300)]
     _, everything = assign(texts, seed=3, val_fraction=0.2)
     _, every_other = assign(texts[::2], seed=3, val_fraction=0.2)
@@ -58,7 +56,7 @@ def test_a_document_keeps_its_side_when_others_come_or_go():
     assert all(sides[piece.text] == piece.part for piece in every_other)
 
 
-def test_the_share_of_validation_is_the_one_asked_for():
+def test_the_validation_fraction_is_the_requested_one():
     numbers = [document_number(f"document {index}", seed=0) for index in range(20_000)]
     for fraction in (0.05, 0.5):
         share = sum(number < fraction for number in numbers) / len(numbers)
@@ -89,14 +87,14 @@ def test_one_document_is_cut_at_the_end_of_a_line():
 def test_one_document_in_many_pieces_is_cut_once():
     pieces = [f"piece {index:03}\n" for index in range(100)]
     only = Document("only", sum(map(len, pieces)), lambda: iter(pieces))
-    split = choose_split(Survey.of([only], 0), 0, 0.25)
+    split = choose_split(CorpusStats.of([only], 0), 0, 0.25)
     sides = [piece.part for piece in split.assign([only])]
     assert sides == sorted(sides)  # "train" before "val", and never back
     train = sum(piece.size for piece in split.assign([only]) if piece.part == TRAIN)
     assert train / only.size == pytest.approx(0.75, abs=0.15)
 
 
-def test_one_line_without_spaces_is_cut_between_two_characters():
+def test_a_line_without_spaces_is_cut_between_characters():
     text = "ä" * 1000
     _, pieces = assign([text], seed=0, val_fraction=0.1)
     assert [piece.text for piece in pieces] == ["ä" * 900, "ä" * 100]
@@ -107,7 +105,7 @@ def test_the_pieces_of_a_long_document_stay_together():
         return Document(name, 30, lambda: iter([f"{name} starts", " goes on", " ends"]))
 
     corpus = [many(f"document {index}") for index in range(50)]
-    split = choose_split(Survey.of(corpus, 1), 1, 0.3)
+    split = choose_split(CorpusStats.of(corpus, 1), 1, 0.3)
     pieces = list(split.assign(corpus))
     assert len({piece.part for piece in pieces}) == 2
     for first in range(0, len(pieces), 3):
