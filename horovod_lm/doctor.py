@@ -60,8 +60,14 @@ class Finding:
 
 def check_python() -> Iterator[Finding]:
     """Python, and where the package is read from."""
+    from horovod_lm.installation.environment import former_folder, make_command
+
     version = ".".join(map(str, sys.version_info[:3]))
     yield Finding("Python", OK, f"{version}, {sys.executable}")
+    folder = Path(sys.prefix)
+    if moved_from := former_folder(folder):
+        says = f"moved: its programs start the Python of {moved_from}"
+        yield Finding("environment", FAIL, says, make_command("setup", folder))
     try:
         version = importlib.metadata.version("horovod_lm")
     except importlib.metadata.PackageNotFoundError:

@@ -163,6 +163,13 @@ class Setup:
         else:
             missing = self.missing_version(environment)
             include = environment.include
+        moved_from = former_folder(self.folder)
+        if moved_from and not self.is_made_here():
+            missing.append(
+                f"the programs in {self.folder} start the Python of {moved_from}, where it was made"
+                " by another tool; make it again at its new place, or choose another folder: "
+                "make setup VENV=..."
+            )
         missing += preflight.missing_headers(include) + preflight.missing_for_compiling()
         missing += preflight.missing_rights(self.folder, "make setup VENV=...")
         missing += preflight.missing_rights(cache_folder(), "make setup HOROVOD_LM_CACHE=...")
@@ -181,18 +188,12 @@ class Setup:
             raise UserError(
                 f"{self.folder} is a conda environment without Python; first: {install}"
             )
-        is_new = not os.path.lexists(self.folder)
-        if (
-            is_new
-            or self.stamps().get("made_here")
-            or self.folder.is_dir()
-            and is_empty(self.folder)
-        ):
-            return
-        raise UserError(
-            f"{self.folder} has no bin/python and was not made by this set-up, so it stays as it "
-            "is; choose another folder: make setup VENV=..."
-        )
+        holds_something = not self.folder.is_dir() or not is_empty(self.folder)
+        if os.path.lexists(self.folder) and holds_something and not self.is_made_here():
+            raise UserError(
+                f"{self.folder} has no bin/python and was not made by this set-up, so it stays as "
+                "it is; choose another folder: make setup VENV=..."
+            )
 
     def missing_version(self, environment: Environment) -> list[str]:
         """Return a sentence if the environment's Python is too old."""
@@ -269,16 +270,7 @@ class Setup:
         return environment
 
     def mend_moved(self, environment: Environment, moved_from: Path) -> None:
-        """Make the scripts of an environment that was moved or copied start its own Python.
-
-        Raises:
-            UserError: another tool made the environment.
-        """
-        if not self.stamps().get("made_here"):
-            raise UserError(
-                f"{self.folder} was moved: its programs start the Python of {moved_from}; make it "
-                "again at its new place, or choose another folder: make setup VENV=..."
-            )
+        """Make the scripts of an environment that was moved or copied start its own Python."""
         print(f"  moved from {moved_from}: its programs now start the Python that is here")
         rewrite_scripts(self.folder, moved_from)
         # venv writes bin/activate* and pyvenv.cfg anew and leaves the packages.
@@ -365,6 +357,10 @@ class Setup:
         except KeyboardInterrupt:
             end_group(process)
             raise
+
+    def is_made_here(self) -> bool:
+        """Whether the set-up made the environment, and not another tool."""
+        return bool(self.stamps().get("made_here"))
 
     def is_done(self, step: str) -> bool:
         """Whether `step` was finished with the inputs it has now, and its result is still there."""

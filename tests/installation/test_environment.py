@@ -195,6 +195,10 @@ def test_the_programs_of_a_moved_environment_start_its_own_python(made, tmp_path
     folder = tmp_path / name
     shutil.copytree(made.folder, folder, symlinks=True)
     assert former_folder(made.folder) is None and former_folder(folder) == made.folder
+    code = "from horovod_lm import doctor; print(list(doctor.check_python()))"
+    command, env = [folder / "bin" / "python", "-c", code], os.environ | {"PYTHONPATH": str(ROOT)}
+    said = subprocess.run(command, env=env, capture_output=True, text=True).stdout
+    assert f"moved: its programs start the Python of {made.folder}" in said
     setup = Setup(folder)
     with setup.hold():
         setup.mend_moved(find_environment(folder), made.folder)
@@ -208,8 +212,10 @@ def test_a_moved_environment_of_another_tool_is_left_alone(made, tmp_path):
     folder = tmp_path / "env"
     shutil.copytree(made.folder, folder, symlinks=True)
     Setup(folder).stamps_path.unlink()
-    with pytest.raises(UserError, match=f"its programs start the Python of {made.folder}"):
-        Setup(folder).mend_moved(find_environment(folder), made.folder)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UserError, match=f"start the Python of {made.folder}, where it was made by"):
+        Setup(folder).run()
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_a_second_set_up_in_the_same_folder_is_refused(made):
