@@ -1,12 +1,11 @@
-"""Horovod's timeline, read: which tensor was in which phase, from when to when.
+"""Read Horovod's timeline: which tensor was in which phase, and when.
 
     spans = read_timeline("timeline.json")        # recorded with horovodrun --timeline-filename
     for phase, seconds in seconds_by_phase(reduction(spans, 3)).items(): ...
 
 Horovod writes the events of rank 0 in the format of Chrome's trace viewer (chrome://tracing or
-https://ui.perfetto.dev open it), as they happen: a job that was killed leaves a file that is no
-valid JSON, and is just the one that somebody wants to read. An orderly end, too, can lose the last
-events: it does not wait for the thread that writes them. What each phase is:
+https://ui.perfetto.dev). A killed job leaves truncated JSON, and even a normal end may lose the
+last events, because Horovod does not wait for the writer thread. The phases are described in
 https://horovod.readthedocs.io/en/stable/timeline_include.html
 """
 
@@ -22,8 +21,8 @@ from typing import Any
 
 from horovod_lm.utils.errors import DataError
 
-REDUCTION = "ALLREDUCE"  # the phase around all others of a reduction but the negotiation
-NEGOTIATION = "NEGOTIATE_"  # how phases begin in which a tensor waits until every rank has it
+REDUCTION = "ALLREDUCE"  # the phase that contains all others of a reduction except negotiation
+NEGOTIATION = "NEGOTIATE_"  # prefix of the phases in which a tensor waits for all ranks
 MICROSECOND = 1e-6
 
 
@@ -32,10 +31,10 @@ class Span:
     """One tensor in one phase.
 
     Attributes:
-        tensor: its name, behind that of the call: `allreduce.blocks.0.attention.out_proj.weight`.
+        tensor: its name with a prefix: `allreduce.blocks.0.attention.out_proj.weight`.
         phase: NEGOTIATE_ALLREDUCE, ALLREDUCE, MEMCPY_IN_FUSION_BUFFER, GLOO_ALLREDUCE, ...
-        start: seconds since the timeline was opened.
-        end: likewise.
+        start: seconds since the start of the timeline.
+        end: seconds since the start of the timeline.
     """
 
     tensor: str
@@ -45,18 +44,18 @@ class Span:
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
+        """Duration."""
         return self.end - self.start
 
 
 def read_timeline(path: str | Path) -> list[Span]:
-    """Return every span of a timeline, in the order in which they begin.
+    """Return every span of a timeline, ordered by start.
 
-    A file that was cut short gives what had ended before the cut. The marks of single ranks inside
-    a negotiation, which have no length, are left out.
+    Of a truncated file, the spans that ended before the truncation. The instantaneous marks of
+    single ranks inside a negotiation are left out.
 
     Raises:
-        DataError: there is no such file, or it does not begin as a timeline does.
+        DataError: the file does not exist or is not a timeline.
     """
     names: dict[int, str] = {}
     open_phases: dict[int, list[tuple[str, float]]] = defaultdict(list)
@@ -69,31 +68,30 @@ def read_timeline(path: str | Path) -> list[Span]:
         elif kind == "B":
             open_phases[tensor].append((event["name"], event["ts"]))
         elif kind == "E" and open_phases[tensor]:
-            phase, began = open_phases[tensor].pop()
-            times = began * MICROSECOND, event["ts"] * MICROSECOND
+            phase, start = open_phases[tensor].pop()
+            times = start * MICROSECOND, event["ts"] * MICROSECOND
             spans.append(Span(names.get(tensor, ""), phase, *times))
-    # Of two that begin together, the outer one first.
-    return sorted(spans, key=lambda span: (span.start, -span.end))
+    return _ordered(spans)
 
 
 def reduction(spans: Iterable[Span], number: int) -> list[Span]:
-    """Return the spans of each tensor's reduction of that number, the first one being 0.
+    """Return the spans of each tensor's reduction with this number, counted from 0.
 
-    In training, where every gradient is reduced once in a step, that is a step.
+    In training every gradient is reduced once per step, so this is a step.
     """
     by_tensor: dict[str, list[Span]] = defaultdict(list)
     for span in spans:
         by_tensor[span.tensor].append(span)
     chosen = []
     for of_tensor in by_tensor.values():
-        # From the end of the last reduction to the end of this one: the negotiation comes before.
+        # From the end of the previous reduction, because the negotiation precedes the reduction.
         ends = sorted(span.end for span in of_tensor if span.phase == REDUCTION)
         chosen += [span for span in of_tensor if bisect_left(ends, span.end) == number < len(ends)]
-    return sorted(chosen, key=lambda span: (span.start, -span.end))
+    return _ordered(chosen)
 
 
 def busy_seconds(spans: Iterable[Span]) -> float:
-    """Return the time in which at least one of the spans was under way: overlaps count once."""
+    """Return the time covered by at least one span."""
     busy, reached = 0.0, float("-inf")
     for span in sorted(spans, key=lambda span: span.start):
         busy += max(0.0, span.end - max(span.start, reached))
@@ -102,12 +100,17 @@ def busy_seconds(spans: Iterable[Span]) -> float:
 
 
 def seconds_by_phase(spans: Iterable[Span]) -> dict[str, float]:
-    """Return for each phase the time in which any tensor was in it, the longest first."""
+    """Return the time in which any tensor was in each phase, longest first."""
     by_phase: dict[str, list[Span]] = defaultdict(list)
     for span in spans:
         by_phase[span.phase].append(span)
     seconds = {phase: busy_seconds(of_phase) for phase, of_phase in by_phase.items()}
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
+
+
+def _ordered(spans: list[Span]) -> list[Span]:
+    """Sort by start; of two spans with the same start, the outer one first."""
+    return sorted(spans, key=lambda span: (span.start, -span.end))
 
 
 def _text(path: Path) -> str:
@@ -119,20 +122,18 @@ def _text(path: Path) -> str:
             " horovodrun --timeline-filename, on the host of rank 0"
         ) from None
     if not text.lstrip().startswith("["):
-        raise DataError(
-            f"{path} is no timeline of Horovod: it begins with {text[:20]!r} instead of ["
-        )
+        raise DataError(f"{path} is not a Horovod timeline: it starts with {text[:20]!r}, not [")
     return text
 
 
 def _events(text: str) -> Iterator[dict[str, Any]]:
-    """Yield one event after another, up to the end or to the first one that is not whole."""
+    """Yield the events up to the end or to the first incomplete one."""
     decoder, place = json.JSONDecoder(), text.index("[") + 1
     while True:
         while place < len(text) and text[place] in ", \n\r\t":
             place += 1
         try:
             event, place = decoder.raw_decode(text, place)
-        except json.JSONDecodeError:  # the closing bracket, or the cut
+        except json.JSONDecodeError:  # the closing bracket, or the truncation
             return
         yield event

@@ -1,4 +1,4 @@
-"""The cost model of ring allreduce: against a simulated ring, against itself, at its limits."""
+"""The cost model of ring allreduce: fits, properties and limits."""
 
 from __future__ import annotations
 
@@ -28,26 +28,17 @@ BANDWIDTHS = st.floats(1e6, 1e11)
 WORKERS = st.integers(2, 2048)
 
 
-def simulated_ring(size: float, workers: int, network: Network) -> float:
-    """Send every chunk round the ring, message by message, and count the seconds."""
-    seconds, chunk = 0.0, size / workers
-    for _ in ("add up", "hand round"):
-        for _ in range(workers - 1):  # all workers send at once, each one chunk
-            seconds += network.latency + chunk / network.bandwidth
-    return seconds
-
-
 @given(st.floats(1, 1e9), st.integers(2, 64), LATENCIES, BANDWIDTHS)
-def test_the_formula_is_the_ring_sent_message_by_message(size, workers, latency, bandwidth):
-    network = Network(latency, bandwidth)
-    expected = simulated_ring(size, workers, network)
-    assert network.allreduce_seconds(size, workers) == pytest.approx(expected, rel=1e-9)
+def test_the_formula_is_the_sum_over_the_messages_of_the_ring(size, workers, latency, bandwidth):
+    messages = [latency + size / workers / bandwidth] * (2 * (workers - 1))
+    found = Network(latency, bandwidth).allreduce_seconds(size, workers)
+    assert found == pytest.approx(sum(messages), rel=1e-9)
 
 
 @given(LATENCIES, BANDWIDTHS, WORKERS)
 def test_a_fit_finds_the_network_that_made_the_measurements(latency, bandwidth, workers):
     network = Network(latency, bandwidth)
-    # From where latency is nearly all of it to where bandwidth is.
+    # From sizes dominated by latency to sizes dominated by bandwidth.
     turning = latency * bandwidth * workers
     sizes = [turning * factor for factor in (1e-3, 1e-1, 1, 10, 1e3)]
     rows = [Measurement(size, workers, network.allreduce_seconds(size, workers)) for size in sizes]
@@ -57,7 +48,7 @@ def test_a_fit_finds_the_network_that_made_the_measurements(latency, bandwidth, 
     assert max(map(abs, relative_errors(found, rows))) < 1e-4
 
 
-def test_a_fit_bears_noise_and_never_gives_a_negative_latency():
+def test_a_fit_with_noise_has_no_negative_latency():
     rows = [Measurement(size, 2, size / 1e9 * noise) for size, noise in
             ((1e6, 0.95), (4e6, 1.04), (16e6, 1.0), (64e6, 1.02))]  # fmt: skip
     found = fit_network(rows)
@@ -73,12 +64,12 @@ def test_a_fit_bears_noise_and_never_gives_a_negative_latency():
         ([(1e6, 2, 0.2), (8e6, 2, 0.0001)], "do not grow"),
     ],
 )
-def test_what_cannot_be_fitted_is_said(rows, sentence):
+def test_measurements_that_cannot_be_fitted_are_refused(rows, sentence):
     with pytest.raises(ValueError, match=sentence):
         fit_network(Measurement(*row) for row in rows)
 
 
-def test_one_worker_waits_for_nobody():
+def test_one_worker_does_not_communicate():
     alone = step(Job(1e9, 0.1), Network(1.0, 1.0), workers=1)
     assert (alone.seconds, alone.exposed, alone.efficiency) == (0.1, 0.0, 1.0)
 
@@ -128,7 +119,9 @@ def test_workers_of_a_host_share_its_link_and_halving_the_bytes_halves_the_time(
 
 
 @given(LATENCIES, BANDWIDTHS, st.integers(1, 16), st.floats(0.05, 0.99))
-def test_it_breaks_at_the_first_number_of_workers_that_is_too_slow(latency, bandwidth, many, least):
+def test_the_breaking_point_is_the_first_number_of_workers_that_is_too_slow(
+    latency, bandwidth, many, least
+):
     job, network = Job(1e8, 0.2), Network(latency, bandwidth)
     found = breaking_point(job, network, many, efficiency=least, most=4096)
     if found is None:
@@ -161,10 +154,10 @@ def test_gradients_hide_only_behind_the_last_of_several_passes():
     assert step(four, network, 2).exposed > step(once, network, 2).exposed == 0
 
 
-def test_wrong_numbers_are_refused():
-    with pytest.raises(ValueError, match="above zero"):
+def test_invalid_values_are_refused():
+    with pytest.raises(ValueError, match="bandwidth above 0"):
         Network(0, 0)
-    with pytest.raises(ValueError, match="0 to 1"):
+    with pytest.raises(ValueError, match="between 0 and 1"):
         Job(1, 1, overlap=2)
 
 

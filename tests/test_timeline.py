@@ -1,4 +1,4 @@
-"""Horovod's timeline is read whole, cut short, and as a real job writes it."""
+"""Horovod's timeline: complete, truncated, and of a real job."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def in_microseconds(spans: list[Span]) -> list[tuple[str, str, int, int]]:
     return [(one.tensor, one.phase, round(1e6 * one.start), round(1e6 * one.end)) for one in spans]
 
 
-def test_every_phase_has_its_tensor_its_start_and_its_end(tmp_path):
+def test_every_phase_has_its_tensor_start_and_end(tmp_path):
     assert in_microseconds(read_timeline(write(tmp_path, WHOLE))) == [
         ("allreduce.weight", "NEGOTIATE_ALLREDUCE", 10, 40),
         ("allreduce.bias", "NEGOTIATE_ALLREDUCE", 30, 40),
@@ -75,17 +75,17 @@ def test_every_phase_has_its_tensor_its_start_and_its_end(tmp_path):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, len(WHOLE)))
-def test_a_file_cut_anywhere_gives_what_had_ended_before_the_cut(tmp_path, length):
+def test_a_truncated_file_gives_the_spans_that_had_ended(tmp_path, length):
     whole = set(read_timeline(write(tmp_path, WHOLE)))
     cut = set(read_timeline(write(tmp_path, WHOLE[:length])))
     assert cut <= whole
     assert len(cut) >= WHOLE[:length].count('"E"') - 2  # less one without a start, one cut in two
 
 
-def test_what_is_no_timeline_is_said(tmp_path):
+def test_a_file_that_is_not_a_timeline_is_a_sentence(tmp_path):
     with pytest.raises(DataError, match="--timeline-filename"):
         read_timeline(tmp_path / "missing.json")
-    with pytest.raises(DataError, match="no timeline of Horovod"):
+    with pytest.raises(DataError, match="not a Horovod timeline"):
         read_timeline(write(tmp_path, "step,loss\n1,2\n"))
 
 
@@ -97,7 +97,7 @@ SPANS = st.lists(
 
 
 @given(SPANS)
-def test_busy_is_the_number_of_seconds_with_something_under_way(spans):
+def test_busy_seconds_count_overlaps_once(spans):
     seconds = {second for span in spans for second in range(int(span.start), int(span.end))}
     assert busy_seconds(spans) == len(seconds)
 
