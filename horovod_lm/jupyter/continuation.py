@@ -8,15 +8,13 @@ continuation.samples[0][3].candidates    # what else the fourth token could have
 from __future__ import annotations
 
 import html
-import json
 import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -101,19 +99,6 @@ class Continuation:
             + self.tokenizer.decode(token.token_id for token in sample if token.token_id != end)
             for sample in self.samples
         ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the texts, the settings and the probabilities as plain values."""
-        return {
-            "prompt": self.prompt,
-            "settings": self.settings.model_dump(),
-            "state": self.state,
-            "texts": self.texts,
-            "tokens": [
-                [{"id": one.token_id, "before": one.before, "after": one.after} for one in sample]
-                for sample in self.samples
-            ],
-        }
 
     def _repr_html_(self) -> str:
         return coloured_text(self)
@@ -240,16 +225,6 @@ def sampled_tokens(
             SampledToken(one.token_id, one.before, one.after, rank, kept, tuple(candidates))
         )
     return found
-
-
-def save_continuations(path: str | Path, continuations: list[Continuation]) -> Path:
-    """Append continuations to a file, one line of JSON for each, and return its path."""
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(one.to_dict(), ensure_ascii=True) + "\n" for one in continuations]
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(lines))
-    return path
 
 
 # ---- as HTML that needs no kernel ---------------------------------------------------------------

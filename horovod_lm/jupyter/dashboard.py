@@ -27,24 +27,20 @@ LAST_LINES = 12  # of a failed rank's traceback
 
 
 class Job(Protocol):
-    """What a dashboard needs of a job; `TrainingJob` has it."""
+    """The part of `TrainingJob` that a dashboard uses."""
 
     run: RunFolder
 
     @property
-    def is_running(self) -> bool:
-        """Whether a process of the job may be alive."""
+    def is_running(self) -> bool: ...
 
     @property
-    def status(self) -> str:
-        """The state of the job in words."""
+    def status(self) -> str: ...
 
     @property
-    def error(self) -> Any:
-        """The `RankError` that it failed with, or None."""
+    def error(self) -> Any: ...
 
-    def ask_to_stop(self) -> None:
-        """Ask every rank to end after its current step."""
+    def ask_to_stop(self) -> None: ...
 
 
 class Dashboard(widgets.VBox):

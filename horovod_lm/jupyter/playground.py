@@ -25,7 +25,6 @@ from horovod_lm.jupyter.continuation import (
     distribution_table,
     generate_in_slices,
     new_seed,
-    save_continuations,
     side_by_side,
 )
 from horovod_lm.jupyter.visible import visible, visible_token
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 MAX_HISTORY = 50
 UPDATE_INTERVAL = 0.1  # seconds; the browser needs time to draw, too
 UPDATE_SHARE = 20  # updates of a long text take at most 1 part in so many of the time
-DEFAULT_FILE = "continuations.jsonl"
 HINT = "Click a token, or move to it with the arrow keys, to see its distribution."
 LEGEND = {"1": 1.0, "0.1": 0.1, "0.01": 0.01, "0.001 or less": 0.001}
 
@@ -128,7 +126,6 @@ class Playground(widgets.VBox):
         self.generate = make("Generate", "play", "continue the prompt", self.start)
         self.stop_button = make("Stop", "stop", "end the text here", self.stop)
         self.stop_button.disabled = True
-        self.save_button = make("Save", "save", "append the selected texts to the file", self.save)
         self.view = TokenView(on_select=self.message.guarded(self.select))
         self._tracker = ViewTracker(on_closed=self.stop)
         self.detail, self.comparison = widgets.HTML(HINT), widgets.HTML()
@@ -140,7 +137,7 @@ class Playground(widgets.VBox):
                 row(self.tokens, self.samples, self.seed, self.new_seed),
                 row(self.generate, self.stop_button),
                 self.message, self.view, self.detail, self.past, self.comparison,
-                row(self.file, self.save_button), self._tracker,
+                self._tracker,
             ]
         )  # fmt: skip
 
@@ -165,18 +162,6 @@ class Playground(widgets.VBox):
             token = self._shown.samples[sample][index]
             self.view.selected = [sample, index]
             self.detail.value = distribution_table(self._tokenizer, token)
-
-    def save(self) -> None:
-        """Append the texts that are selected in the history, or else the last one, to the file.
-
-        Raises:
-            ConfigError: there is no text yet.
-        """
-        chosen = [self.history[index] for index in self.past.value] or self.history[-1:]
-        if not chosen:
-            raise ConfigError("there is nothing to save: generate a text first")
-        path = save_continuations(self.file.value.strip() or DEFAULT_FILE, chosen)
-        self.message.say(f"saved {len(chosen)} to {path}")
 
     def __repr__(self) -> str:
         """Describe the widget for pages without a kernel."""
@@ -293,7 +278,6 @@ class Playground(widgets.VBox):
             value=settings.seed is None, description="a new seed each time", indent=False,
             layout={"width": "auto"},
         )  # fmt: skip
-        self.file = labelled(widgets.Text, "File", value=DEFAULT_FILE, width="22em")
         self.past = labelled(
             widgets.SelectMultiple, "History (several: side by side)", width="auto"
         )

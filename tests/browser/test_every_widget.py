@@ -24,7 +24,7 @@ model, tokenizer, config = load_model_for_generation("STORYTELLER", device="cpu"
 WIDGETS = {
     "dashboard": "from horovod_lm.jupyter.dashboard import Dashboard\nDashboard('RUN')",
     "playground": "from horovod_lm.jupyter.playground import Playground\n"
-    "play = Playground(model, tokenizer, config)\nplay",
+    "Playground(model, tokenizer, config)",
     "attention explorer": "from horovod_lm.jupyter.attention_explorer import AttentionExplorer\n"
     "AttentionExplorer(model, tokenizer, 'Once upon a time, Tom lost his red kite.')",
     "scaling lab": "from horovod_lm.jupyter.scaling_lab import ScalingLab\nScalingLab()",
@@ -113,7 +113,7 @@ def page(lab, chromium, storyteller, past_run):
     page.button("Generate").click()
     page.wait_for("done: ")
     page.page.locator(".lm-sample .lm-token").first.click()
-    page.wait_for("as drawn")
+    page.wait_for("after the filters")
     yield page
     assert page.complaints == []
     page.close()

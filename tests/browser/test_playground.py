@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 import psutil
@@ -57,38 +56,35 @@ def fill(page, label: str, text: str) -> None:
 
 def test_a_text_is_written_looked_into_and_compared(page):
     page = page()
-    fill(page, "Prompt", "<b>Once</b> \N{SLIGHTLY SMILING FACE} שלום")
-    page.button("Generate").click()
-    page.wait_for("done: ")
-    prompt = page.page.locator(".lm-prompt").inner_text()
-    assert prompt == "<b>Once</b> \N{SLIGHTLY SMILING FACE} שלום"
-    fill(page, "Prompt", "Once upon a time")
     fill(page, "Tokens", "40")
     page.button("Generate").click()
-    page.page.wait_for_function(OPTIONS_OF_THE_HISTORY, arg=2)
+    page.wait_for("done: ")
     count = tokens(page).count()
     assert 5 < count <= 40
     tokens(page).nth(3).click()
-    page.wait_for("as drawn")
+    page.wait_for("after the filters")
     page.page.wait_for_selector(".lm-chosen[data-index='3'][aria-selected=true]")
     for key, place in (("ArrowRight", 4), ("ArrowLeft", 3), ("End", count - 1), ("Home", 0)):
         page.page.keyboard.press(key)
         page.page.wait_for_selector(f".lm-chosen[data-index='{place}']")
-    page.button("Next token").click()
-    page.page.wait_for_selector(".lm-chosen[data-index='1']")
     fill(page, "Seed", "2")
     page.button("Generate").focus()
     page.page.keyboard.press("Space")
-    page.page.wait_for_function(OPTIONS_OF_THE_HISTORY, arg=3)
-    page.page.locator("select[multiple]").select_option(index=[1, 2])
-    page.wait_for("text 3")
+    page.page.wait_for_function(OPTIONS_OF_THE_HISTORY, arg=2)
+    page.page.locator("select[multiple]").select_option(index=[0, 1])
+    page.wait_for("text 2")
     tokens(page).nth(5).click()
-    page.wait_for("as drawn")
+    page.wait_for("after the filters")
     page.screenshot("playground")
-    page.button("Save").click()
-    page.wait_for("saved 2 to continuations.jsonl")
-    lines = (page.lab.folder / "continuations.jsonl").read_text().splitlines()
-    assert [json.loads(line)["settings"]["seed"] for line in lines] == [1, 2]
+    assert page.complaints == []
+
+
+def test_a_prompt_is_shown_as_itself(page):
+    page, prompt = page(), "<b>Once</b> \N{SLIGHTLY SMILING FACE} שלום"
+    fill(page, "Prompt", prompt)
+    page.button("Generate").click()
+    page.wait_for("done: ")
+    assert page.page.locator(".lm-prompt").inner_text() == prompt
     assert page.complaints == []
 
 

@@ -20,10 +20,10 @@ lab = ScalingLab(tiny, rows)
 def opened(open_notebook):
     table = ROOT / "tests" / "benchmarks" / "allreduce_over_links.csv"
 
-    def open_lab(last_line: str = "lab"):
-        page = open_notebook(OPEN.replace("PATH", str(table)) + last_line)
+    def open_lab():
+        page = open_notebook(OPEN.replace("PATH", str(table)) + "lab")
         page.run_all()
-        page.wait_for("It breaks at ")
+        page.wait_for("efficiency is")
         page.page.wait_for_function(
             "() => document.querySelector('.jp-OutputArea-output img')?.naturalWidth > 1000"
         )
@@ -59,10 +59,3 @@ def test_a_slider_is_moved_with_the_keyboard_and_everything_follows(opened):
     assert page.outputs()[0] != said
     page.screenshot("scaling_lab")
     assert page.complaints == []
-
-
-def test_an_error_in_a_callback_is_visible(opened):
-    page = opened("lab.plot = lambda: 1 / 0\nlab")
-    slider(page, "workers").press("ArrowLeft")
-    page.wait_for("ZeroDivisionError: division by zero")
-    assert "With 32 workers" in page.outputs()[0]  # what went well is shown all the same

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import re
 from dataclasses import replace
 
@@ -21,7 +19,6 @@ from horovod_lm.jupyter.continuation import (
     distribution_table,
     generate_in_slices,
     sampled_tokens,
-    save_continuations,
     side_by_side,
     trace_text,
 )
@@ -168,18 +165,3 @@ def test_texts_stand_side_by_side_with_their_settings(model):
     assert "temperature 1.3, top-k 40, top-p 0.95, seed 3, 30 tokens" in html
     assert "top-k all" in html and "2 samples" in html and html.count("<section") == 2
     assert one._repr_html_() in html
-
-
-def test_saved_texts_are_lines_of_json_from_which_they_can_be_repeated(model, tmp_path):
-    texts = [trace_text(model, TOKENIZER, prompt, SETTINGS) for prompt in ("Once", "a\ud7ff🙂\n")]
-    path = tmp_path / "new" / "texts.jsonl"
-    for text in texts:
-        save_continuations(path, [text])
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["texts"] for row in rows] == [text.texts for text in texts]
-    for row, text in zip(rows, texts, strict=True):
-        again = trace_text(model, TOKENIZER, row["prompt"], GenerationConfig(**row["settings"]))
-        assert again.texts == row["texts"] and row["state"] == "done"
-        tokens = itertools.chain(*text.samples)
-        for saved, token in zip(itertools.chain(*row["tokens"]), tokens, strict=True):
-            assert saved == {"id": token.token_id, "before": token.before, "after": token.after}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import time
 
 import pytest
@@ -122,7 +121,7 @@ def test_stop_keeps_what_is_there(playground):
 
     async def stop() -> None:
         assert playground.generate.disabled and not playground.stop_button.disabled
-        while not playground.view.samples:
+        while not playground.view.samples or len(shown(playground)[0]) < 50:
             await asyncio.sleep(0)
         playground.stop_button.click()
 
@@ -140,10 +139,9 @@ def test_stop_keeps_what_is_there(playground):
 
 
 def rows_of_logits() -> int:
-    """Count the tensors that hold one value, or several rows of them, for each of 257 tokens."""
-    weights = {257 * SIZES["d_model"]}  # the embedding is a matrix of as many rows
-    found = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
-    return sum(257 in one.shape and one.numel() not in weights for one in found)
+    """Count the tensors that hold a value for each of the 257 tokens."""
+    found = [one for one in gc.get_objects() if type(one) is torch.Tensor]
+    return sum(one.shape[-1:] == (257,) for one in found)
 
 
 def test_a_second_click_while_it_writes_begins_nothing(playground):
@@ -198,19 +196,6 @@ def test_settings_are_compared_and_an_older_text_is_looked_at_again(playground):
     assert f"{second.samples[0][2].before:.4f}" in playground.detail.value
 
 
-def test_saving_the_chosen_texts_or_the_last(playground, tmp_path):
-    playground.save_button.click()
-    assert "nothing to save" in playground.message.value
-    write(playground), write(playground)
-    playground.file.value = "kept/texts.jsonl"
-    playground.save_button.click()
-    playground.past.value = (0, 1)
-    playground.save_button.click()
-    assert playground.message.value == "saved 2 to kept/texts.jsonl"
-    lines = (tmp_path / "kept" / "texts.jsonl").read_text().splitlines()
-    assert [json.loads(line)["texts"] for line in lines] == [playground.history[0].texts] * 3
-
-
 @pytest.mark.parametrize("prompt", ["", "<b>&amp;</b>", "\x1b[2J\x00", "🙂 שלום \u202e", "x" * 500])
 def test_any_prompt_is_continued_and_shown_as_itself(playground, model, prompt):
     playground.prompt.value = prompt
@@ -233,7 +218,6 @@ def test_errors_are_shown_and_the_buttons_work_again(playground, monkeypatch):
     )
     assert not playground.generate.disabled
     hear(playground, kind="select", sample=0, index=99)
-    playground.file.value = "/proc/nowhere/file"
     monkeypatch.undo()
     write(playground)
     assert playground.message.value.startswith("done")

@@ -43,33 +43,20 @@ function paint(canvas, size, weightOf) {
 function render({ model, el }) {
   el.classList.add("lm-attention");
   el.dataset.lmSuppressShortcuts = "true"; // otherwise JupyterLab handles the arrow keys
-  const heads = element("div", "lm-heads");
-  heads.setAttribute("role", "group");
-  heads.setAttribute("aria-label", "all heads: choose one; arrow keys move between them");
-  const says = element("div", "lm-says");
-  says.setAttribute("role", "status");
-  const canvas = element("canvas", "lm-canvas");
-  canvas.tabIndex = 0;
-  canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", "heat map: arrow keys move from cell to cell");
-  const links = element("div", "lm-links");
-  links.tabIndex = 0;
-  links.setAttribute("role", "group");
-  links.setAttribute("aria-label", "from token to token: arrow keys choose the token that looks");
-  const panes = element("div", "lm-panes");
-  const map = element("div", "lm-map");
-  const [columnNames, rowNames] = [element("div", "lm-columns"), element("div", "lm-rows")];
-  map.append(columnNames, rowNames, canvas);
-  for (const [title, part] of [
-    ["heat map (row: token that looks; column: token looked at)", map],
-    ["from token to token", links],
-    ["all heads (layer.head: entropy in bits)", heads],
-  ]) {
-    const pane = element("div", "lm-pane");
-    pane.append(element("h4", "", title), part);
-    panes.append(pane);
-  }
-  el.append(says, panes);
+  el.innerHTML = `
+    <div class="lm-says" role="status"></div>
+    <div class="lm-panes">
+      <div><h4>heat map (row: token that looks; column: token looked at)</h4><div class="lm-map">
+        <div class="lm-columns"></div><div class="lm-rows"></div>
+        <canvas class="lm-canvas" tabindex="0" role="img"
+          aria-label="heat map: arrow keys move from cell to cell"></canvas></div></div>
+      <div><h4>from token to token</h4><div class="lm-links" tabindex="0" role="group"
+        aria-label="from token to token: arrow keys choose the token that looks"></div></div>
+      <div><h4>all heads (layer.head: entropy in bits)</h4><div class="lm-heads" role="group"
+        aria-label="all heads: choose one; arrow keys move between them"></div></div>
+    </div>`;
+  const [says, columnNames, rowNames, canvas, links, heads] =
+    ["says", "columns", "rows", "canvas", "links", "heads"].map((name) => el.querySelector(`.lm-${name}`));
 
   let weights = new Float32Array(0); // of the chosen head, T x T
   let [row, column] = [0, 0];

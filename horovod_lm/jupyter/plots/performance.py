@@ -110,7 +110,9 @@ def _label_allreduces(axes: Axes, title: str, x_label: str) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     _format_log_seconds(axes)
     if axes.lines:
-        axes.legend(frameon=False, fontsize=8, title="points: measured; lines: model")
+        axes.legend(
+            edgecolor="none", fontsize=8, title_fontsize=8, title="points: measured; lines: model"
+        )
 
 
 def plot_scaling(
