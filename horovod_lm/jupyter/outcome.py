@@ -20,8 +20,10 @@ _MISMATCH = re.compile(r"^(Mismatched |No \w+ operation enabled)")
 _LOG_PREFIX = re.compile(r"^\[\d{4}-[^\]]*: [A-Z] [^\]]*\] (?:\[\d+\]: )?")
 _MISSING = re.compile(r"^(\d+)!?: \[(.+)\]")
 _STALL_ENDS = re.compile(r"is stalled for longer than (\d+) seconds\. Will shutdown")
-# Horovod's log, which the error at the end of the cell puts better.
-_REPEATED_IN_ERROR = ("Horovod background loop uncaught exception", "One or more rank (marked by")
+# Lines of Horovod's log that the error at the end of the cell puts better.
+_REPEATED_IN_ERROR = re.compile(
+    r"(Horovod: )?(Horovod background loop uncaught exception|One or more rank \(marked by)"
+)
 # What horovodrun says about an end that the ranks' own words explain better.
 _NOISE = re.compile(r"^(Terminating remaining workers|Process \d+ exit|horovodrun: process )")
 
@@ -56,8 +58,7 @@ class RanksStopped(KeyboardInterrupt):
 def readable(line: str) -> str:
     """Return a rank's line as it is shown: Horovod's log as "Horovod: ...", or "" to omit it."""
     text = _LOG_PREFIX.sub("Horovod: ", line)
-    is_log = text != line
-    return "" if is_log and any(words in text for words in _REPEATED_IN_ERROR) else text
+    return "" if _REPEATED_IN_ERROR.match(text) else text
 
 
 class StallReports:
@@ -133,6 +134,9 @@ class JobResult:
         for kind, into in (("error", self.errors), ("where", self._places)):
             reports = rank_cell.read_reports(folder, kind)
             into.update({rank: json.loads(report) for rank, report in reports.items()})
+        exits = rank_cell.read_reports(folder, "exit").items()
+        own_codes = {rank: int(code) for rank, code in exits if int(code)}
+        self._codes = {**own_codes, **self._codes, **own_codes}
 
     def error(self) -> RankError | RanksStopped | None:
         """Return the error that the job ended with, or None if it succeeded."""

@@ -140,7 +140,7 @@ def read_reports(folder: Path, kind: str) -> dict[int, bytes]:
 
     Args:
         folder: the cell's.
-        kind: "value" (pickled), or "error" or "where" (JSON).
+        kind: "value" (pickled), or "error", "where" or "exit" (JSON).
     """
     found = {int(path.suffix[1:]): path.read_bytes() for path in folder.glob(f"{kind}.*")}
     return dict(sorted(found.items()))
@@ -187,7 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(folder)
     except SystemExit as end:
-        return _exit_code(end)
+        code = _exit_code(end)
+        _write(folder, "exit", str(code).encode())  # the other ranks may fail before this one ends
+        return code
     except BaseException as error:
         try:
             _write(folder, "error", json.dumps(describe(error)).encode())

@@ -160,6 +160,7 @@ import sys, time
 from horovod_lm.jupyter.launch import launch
 job = launch("CONFIG", 2, overrides=LONG, run_name="orphan")
 while "step" not in job.status:
+    assert job.is_running, job.status
     time.sleep(0.1)
 print(*job.processes.values(), flush=True)
 time.sleep(SECONDS)
