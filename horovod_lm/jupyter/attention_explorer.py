@@ -121,7 +121,7 @@ class AttentionView(anywidget.AnyWidget):
     _css = frontend("attention.css")
     tokens = traitlets.List(traitlets.Unicode()).tag(sync=True)
     grid = traitlets.List([0, 0, 0], help="layers, heads, thumbnail size").tag(sync=True)
-    entropy_bits = traitlets.List(help="a list for each layer").tag(sync=True)
+    entropy_bits: traitlets.List[Any] = traitlets.List(help="a list for each layer").tag(sync=True)
     layer = traitlets.Int(0).tag(sync=True)
     head = traitlets.Int(0).tag(sync=True)
     weights = traitlets.Bytes(b"", help="the head's (T, T), float32").tag(sync=True)

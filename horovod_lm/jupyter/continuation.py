@@ -11,7 +11,7 @@ import html
 import math
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -131,7 +131,7 @@ def generate_in_slices(
     settings: GenerationConfig,
     device: torch.device | str | None = None,
     seconds: float = SECONDS_OF_A_SLICE,
-) -> Iterator[Continuation]:
+) -> Generator[Continuation, None, None]:
     """Continue a prompt a few tokens at a time, so that an event loop can work in between.
 
     The tokens are those of `generate_text` with the same settings and seed.

@@ -56,10 +56,11 @@ class Dashboard(widgets.VBox):
     _task: asyncio.Task[None] | None = None
 
     def __init__(self, run: Job | str | Path) -> None:
-        self._job = None if isinstance(run, (str, Path)) else run
-        self.view = (
-            open_run(run) if self._job is None else RunView(run.run.run_dir, run.run.log_dir)
-        )
+        self._job: Job | None = None
+        if isinstance(run, (str, Path)):
+            self.view = open_run(run)
+        else:
+            self._job, self.view = run, RunView(run.run.run_dir, run.run.log_dir)
         self._drawn_at, self._drawing_took, self._drawn_step = 0.0, 0.0, -1
         self.bar = widgets.IntProgress(max=1, description="progress", layout={"width": "60%"})
         self.headline, self.ranks, self.message = widgets.HTML(), widgets.HTML(), Message()

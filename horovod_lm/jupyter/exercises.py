@@ -129,7 +129,9 @@ def _difference(given: Any, expected: Any) -> str:
     if isinstance(expected, Mapping):
         if not isinstance(given, Mapping) or given.keys() != expected.keys():
             return f"must have the keys {list(expected)}, and is {_describe(given)}"
-        pairs = ((key, given[key], expected[key]) for key in expected)
+        pairs: Iterable[tuple[Any, Any, Any]] = (
+            (key, given[key], expected[key]) for key in expected
+        )
     elif isinstance(expected, Sequence) and not isinstance(expected, str):
         if not isinstance(given, Sequence) or len(given) != len(expected):
             return f"must have {len(expected)} items, and is {_describe(given)}"

@@ -54,9 +54,11 @@ class TokenView(anywidget.AnyWidget):
     _css = frontend("tokens.css")
     number = traitlets.Int(0, help="changes with each new continuation").tag(sync=True)
     prompt = traitlets.Unicode("").tag(sync=True)
-    samples = traitlets.List(help="lists of [text, probability, colour]").tag(sync=True)
+    samples: traitlets.List[Any] = traitlets.List(help="lists of [text, probability, colour]").tag(
+        sync=True
+    )
     texts = traitlets.List(traitlets.Unicode()).tag(sync=True)
-    selected = traitlets.List(help="[sample, index], or empty").tag(sync=True)
+    selected: traitlets.List[Any] = traitlets.List(help="[sample, index], or empty").tag(sync=True)
     legend = traitlets.List([[name, colour_of(one)] for name, one in LEGEND.items()]).tag(sync=True)
 
     def __init__(self, on_select: Callable[[int, int], None]) -> None:
@@ -150,6 +152,8 @@ class Playground(widgets.VBox):
         self.detail.value = HINT
         self.message.say("writing")
         self._task = self.message.start(self._write, prompt, settings)
+        # A callback: a task that is cancelled before its first step never runs.
+        self._task.add_done_callback(lambda _: self._set_writing(False))
 
     def stop(self) -> None:
         """Stop generating; the text so far stays."""
@@ -222,7 +226,6 @@ class Playground(widgets.VBox):
             if continuation is not None:
                 continuation.state = "stopped"
         finally:
-            self._set_writing(False)
             if continuation is not None:
                 self._finish(continuation, notes)
 

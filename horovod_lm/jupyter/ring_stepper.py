@@ -158,7 +158,7 @@ class RingStepper(widgets.VBox):
         self.play.description, self.play.icon = description, description.lower()
 
     def _pause(self) -> None:
-        if self.is_playing:
+        if self._task is not None:
             self._task.cancel()
 
 

@@ -144,6 +144,15 @@ def rows_of_logits() -> int:
     return sum(one.shape[-1:] == (257,) for one in found)
 
 
+def test_a_text_can_be_stopped_before_it_begins(playground):
+    async def stop() -> None:
+        playground.stop_button.click()
+
+    write(playground, stop)
+    assert not playground.generate.disabled and playground.stop_button.disabled
+    assert playground.history == []
+
+
 def test_a_second_click_while_it_writes_begins_nothing(playground):
     async def click() -> None:
         task = playground._task

@@ -70,20 +70,9 @@ def test_measured_links_give_back_the_rate_that_they_were_set_to():
     assert fit_network(everything).bandwidth * 8 / 1e6 > 150
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        (None, "cannot be read: No such file"),
-        ("a,b\n1,2\n", "is no table of measured allreduces"),
-        ("workers,megabits_per_second,bytes,seconds\n2,20,9e9,1\n", "choose one of 20"),
-    ],
-)
-def test_a_file_that_cannot_serve_is_one_sentence(tmp_path, content, sentence):
-    path = tmp_path / "links.csv"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(UserError, match=sentence):
-        read_measurements(path, 100)
+def test_a_table_without_the_bandwidth_names_those_that_it_has():
+    with pytest.raises(UserError, match="no allreduce at 99 Mbit/s: choose one of 20, 100, 400"):
+        read_measurements(MEASURED, 99)
 
 
 def test_a_slider_changes_the_table_the_words_and_the_picture():
