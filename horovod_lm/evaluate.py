@@ -1,13 +1,12 @@
-"""How good a model is: loss, perplexity and accuracy over a loader, and nats per text.
+"""Evaluation: loss, perplexity and accuracy over a loader, and the log-probability of texts.
 
-Everything here is one process's own sum. Sums over ranks add up to the sum over all data, averages
-do not: so ranks add their sums first (`Evaluation` is three numbers) and divide once.
+The results are sums of one process, not means: ranks add their sums and divide once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,8 +27,8 @@ class Evaluation:
 
     Attributes:
         nats: summed cross-entropy.
-        tokens: how many tokens were predicted.
-        correct: for how many the likeliest token was the right one.
+        tokens: number of predicted tokens.
+        correct: number of tokens that were the most likely one.
     """
 
     nats: float = 0.0
@@ -43,22 +42,22 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Mean nats per token; not a number when there was none."""
+        """Mean nats per token; NaN without tokens."""
         return self.nats / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:
-        """exp(mean loss): as unsure as a fair choice among so many tokens."""
+        """exp(loss): the size of a uniform choice with the same entropy."""
         return perplexity(self.loss)
 
     @property
     def accuracy(self) -> float:
-        """Share of tokens that were guessed right, 0 to 1; not a number when there was none."""
+        """Fraction of tokens predicted correctly, 0 to 1; NaN without tokens."""
         return self.correct / self.tokens if self.tokens else math.nan
 
 
 def perplexity(mean_loss: float) -> float:
-    """Turn a mean loss in nats per token into a perplexity; infinite where exp overflows."""
+    """Return exp of a mean loss in nats per token; infinite if exp overflows."""
     try:
         return math.exp(mean_loss)
     except OverflowError:
@@ -72,17 +71,18 @@ def evaluate(
     autocast: AbstractContextManager | None = None,
     max_batches: int | None = None,
 ) -> Evaluation:
-    """Sum loss and right guesses over a loader, on this process alone.
+    """Sum losses and correct predictions over a loader, in this process only.
 
     Args:
-        model: evaluated without dropout, without gradients; its mode is put back afterwards.
-        loader: batches with `input_ids` and `labels` (B, T), perhaps `attention_mask`; B may be 0.
-        device: where the model is; None: asks the model.
+        model: evaluated without dropout and gradients; its mode is restored afterwards.
+        loader: batches with `input_ids` and `labels` (B, T); `attention_mask` is optional, and B
+            may be 0.
+        device: the model's device; None: that of its parameters.
         autocast: for example `torch.autocast("cpu", torch.bfloat16)`; None: full precision.
-        max_batches: stop after so many; None: all.
+        max_batches: maximum number of batches; None: all.
 
     Returns:
-        The sums over every token that was predicted.
+        The sums over all predicted tokens.
     """
     device = device or next(model.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, correct
@@ -94,12 +94,16 @@ def evaluate(
             attention_mask = batch.get("attention_mask")
             hidden = model.hidden_states(batch["input_ids"], attention_mask)  # (B, T, C)
             targets = shift_labels(batch["labels"], attention_mask).flatten()  # (B, T) -> (N,)
-            losses, guesses = token_losses(
+            losses, predictions = token_losses(
                 hidden.flatten(0, 1), model.token_embedding.weight, targets
             )  # (B, T, C) -> (N, C)
-            # Summed on the device: reading a number from a GPU would wait for it every time.
+            # Summed on the device: reading a number from a GPU waits for its work.
             sums += torch.stack(
-                [losses.double().sum(), (targets != IGNORE_INDEX).sum(), (guesses == targets).sum()]
+                [
+                    losses.double().sum(),
+                    (targets != IGNORE_INDEX).sum(),
+                    (predictions == targets).sum(),
+                ]
             )
     nats, tokens, correct = sums.tolist()
     return Evaluation(nats, int(tokens), int(correct))
@@ -112,21 +116,21 @@ def score_texts(
     device: torch.device | str | None = None,
     batch_size: int = 16,
 ) -> list[float]:
-    """Say how surprised the model is by each whole text, in nats: -log p(text, and then it ends).
+    """Return -log p of each text and its end, in nats.
 
-    A text is read as it stands in the training data, between end-of-text tokens; the last one is
-    predicted too. A text longer than the model's context is read in windows that overlap by half,
-    and each token is scored once, with at least half a context before it.
+    As in the training data, end-of-text precedes a text and is predicted after it. A text longer
+    than the model's context is processed in windows that overlap by half; each token is scored
+    once, with at least half a context before it.
 
     Args:
-        model: evaluated without dropout; its mode is put back afterwards.
+        model: evaluated without dropout; its mode is restored afterwards.
         tokenizer: the model's tokenizer.
-        texts: any texts, empty ones too.
-        device: where the model is; None: asks the model.
-        batch_size: windows read at once.
+        texts: any texts, also empty ones.
+        device: the model's device; None: that of its parameters.
+        batch_size: windows per forward pass.
 
     Returns:
-        One total per text, in order. Divide by the number of characters or tokens to compare texts.
+        One sum per text, in order.
     """
     device = device or next(model.parameters()).device
     windows = [
@@ -136,12 +140,12 @@ def score_texts(
             [tokenizer.eot_id, *tokenizer.encode(text), tokenizer.eot_id], model.max_seq_len
         )
     ]
-    windows.sort(key=lambda window: len(window[1]))  # like lengths together: little padding
+    windows.sort(key=lambda window: len(window[1]))  # similar lengths together: less padding
     totals = [0.0] * len(texts)
     with _evaluation_mode(model):
         for start in range(0, len(windows), batch_size):
             batch = windows[start : start + batch_size]
-            # Padding stands on the right, where no token looks: it needs no mask.
+            # Padding on the right needs no mask: attention is causal.
             inputs = _pad([inputs for _, inputs, _ in batch], tokenizer.eot_id).to(device)  # (B, T)
             targets = _pad([targets for _, _, targets in batch], IGNORE_INDEX).to(device)  # (B, T)
             hidden = model.hidden_states(inputs).flatten(0, 1)  # (B, T, C) -> (N, C)
@@ -152,8 +156,8 @@ def score_texts(
     return totals
 
 
-def _windows(ids: list[int], max_seq_len: int) -> Iterable[tuple[list[int], list[int]]]:
-    """Cut ids into (inputs, targets) so that each id but the first is a target exactly once."""
+def _windows(ids: list[int], max_seq_len: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Cut ids into (inputs, targets): each id except the first is a target exactly once."""
     inputs, targets = ids[:-1], ids[1:]
     end = 0
     while end < len(inputs):
@@ -164,14 +168,14 @@ def _windows(ids: list[int], max_seq_len: int) -> Iterable[tuple[list[int], list
 
 
 def _pad(rows: list[list[int]], value: int) -> Tensor:
-    """Stack rows of different lengths into (B, T), filled up on the right."""
+    """Stack rows of different lengths to (B, T), padded on the right."""
     return nn.utils.rnn.pad_sequence(
         [torch.tensor(row) for row in rows], batch_first=True, padding_value=value
     )
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module):
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:

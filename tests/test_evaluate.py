@@ -1,4 +1,4 @@
-"""Evaluation: sums that add up over batches and ranks, perplexity = exp(mean), nats per text."""
+"""Evaluation: additive sums, perplexity = exp(mean loss), log-probabilities of texts."""
 
 from __future__ import annotations
 
@@ -52,16 +52,12 @@ def test_sums_are_those_of_all_tokens_at_once(model):
     assert tokens == 3 * 11 - 8 + 6 + 2 * 11
 
 
-def test_evaluations_of_parts_add_up_to_the_evaluation_of_the_whole(model):
+def test_sums_of_parts_are_the_sum_of_the_whole_and_means_are_over_tokens(model):
     parts = batches(3, 1, 2)
     total = sum((evaluate(model, [part]) for part in parts), Evaluation())
     whole = evaluate(model, parts)
     assert total.tokens == whole.tokens and total.nats == pytest.approx(whole.nats, rel=1e-12)
-
-
-def test_the_mean_is_over_tokens_not_over_batches():
-    long, short = Evaluation(nats=90.0, tokens=90, correct=45), Evaluation(30.0, 10, 0)
-    both = long + short
+    both = Evaluation(nats=90.0, tokens=90, correct=45) + Evaluation(30.0, 10, 0)
     assert both.loss == 1.2 and both.accuracy == 0.45  # the mean of the two means would be 2
 
 
@@ -73,7 +69,7 @@ def test_perplexity_is_exp_of_the_mean_not_the_mean_of_exps():
     assert math.isnan(Evaluation().loss) and math.isnan(Evaluation().perplexity)
 
 
-def test_dropout_is_off_no_gradient_is_kept_and_the_mode_is_put_back(model):
+def test_dropout_is_off_without_gradients_and_the_mode_is_restored(model):
     loader = batches(2)
     model.train()
     assert evaluate(model, loader) == evaluate(model, loader)
