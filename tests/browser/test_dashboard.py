@@ -23,7 +23,7 @@ CHANGED = f"old => document.querySelector('{PICTURE}').src !== old"
 
 def test_a_run_is_watched_and_stopped_by_its_button(lab, open_notebook, project):  # noqa: F811
     # For a picture: large steps, so that the curves are not far behind the step of the headline.
-    steps, batch = ("400", "256") if asked_for_pictures() else ("20000", "8")
+    steps, batch = ("300", "512") if asked_for_pictures() else ("20000", "8")
     page = open_notebook(LAUNCH.replace("STEPS", steps).replace("BATCH", batch))
     page.run_all()
     page.wait_for("left", 60)
@@ -34,7 +34,7 @@ def test_a_run_is_watched_and_stopped_by_its_button(lab, open_notebook, project)
     page.page.wait_for_function(CHANGED, arg=drawn)
     if asked_for_pictures():
         page.wait_for("step 1", 300)
-        page.page.wait_for_timeout(60_000)  # a curve, and not only its beginning
+        page.page.wait_for_timeout(90_000)  # a curve, and not only its beginning
         page.page.wait_for_function(CHANGED, arg=page.page.locator(PICTURE).get_attribute("src"))
     page.screenshot("dashboard")
     page.button("Stop").click()
