@@ -71,7 +71,7 @@ class JobProcess:
 
     Attributes:
         result: what is known so far.
-        seconds: how long it ran; None while it runs.
+        seconds: how long it ran; 0 while it runs.
         ended: resolved with the result when no process of the job is left.
 
     Raises:
@@ -85,7 +85,7 @@ class JobProcess:
         self._spec, self._on_event = spec, on_event
         self.result = JobResult(spec.size, spec.what, spec.timeout, spec.elastic)
         self.ended: Future[JobResult] = Future()
-        self.seconds: float | None = None
+        self.seconds = 0.0
         self._started = time.monotonic()
         self._logs: dict[int, TextIO] = {}
         env = {**inherited(), **spec.env}

@@ -127,7 +127,7 @@ def _show(value: Any) -> None:
         display(value)
     else:
         print(repr(value))
-    builtins._ = value
+    vars(builtins)["_"] = value
 
 
 def _shell() -> Any:

@@ -43,7 +43,7 @@ class Engines:
         self._threads = threads
         self._ids: list[int] = []  # ipyparallel's numbers, by rank
         self._pids_of_ids: dict[int, ipyparallel.AsyncResult] = {}
-        self._client: ipyparallel.Client | None = None
+        self._client: Any = None
         self._output: dict[str, list[str]] = defaultdict(list)
         self._folder = Path(tempfile.mkdtemp(prefix="horovod-cluster-"))
         self.processes = Processes(self._hear)

@@ -30,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
 
 from horovod_lm.jupyter import rank_cell
@@ -87,6 +88,8 @@ def build_px_parser() -> argparse.ArgumentParser:
 @magics_class
 class HorovodMagics(Magics):
     """The magics of one notebook."""
+
+    shell: InteractiveShell
 
     @no_var_expand
     @line_cell_magic

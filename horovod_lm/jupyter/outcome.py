@@ -114,7 +114,8 @@ class JobResult:
 
     def add(self, event: dict[str, Any]) -> None:
         """Take in one event of the supervisor."""
-        kind, rank = event["event"], event.get("rank")
+        kind: str = event["event"]
+        rank: Any = event.get("rank")
         if kind == "output" and rank is None:
             self._said += event["text"]
         elif kind == "output":

@@ -54,9 +54,11 @@ def parse(source: str) -> tuple[types.CodeType, types.CodeType | None]:
     """
     # The first line of a cell is the magic, so its body begins on the second.
     tree = ast.parse("\n" + source, CELL)
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    body = compile(tree, CELL, "exec")
-    return body, compile(ast.Expression(last.value), CELL, "eval") if last else None
+    last = tree.body[-1] if tree.body else None
+    if not isinstance(last, ast.Expr):
+        return compile(tree, CELL, "exec"), None
+    del tree.body[-1]
+    return compile(tree, CELL, "exec"), compile(ast.Expression(last.value), CELL, "eval")
 
 
 def execute(source: str, namespace: dict[str, Any], magic: str) -> Any:
@@ -156,7 +158,7 @@ def _write(folder: Path, kind: str, content: bytes) -> None:
 
 def _report_line_at(moment: float, folder: Path) -> None:
     """Report the line that the main thread is at, at a moment in seconds since 1970."""
-    main_thread = threading.main_thread().ident
+    main_thread = threading.get_ident()
 
     def report() -> None:
         frames = traceback.extract_stack(sys._current_frames()[main_thread])

@@ -135,27 +135,29 @@ class Supervisor:
 
     def _start(self, request: dict[str, Any]) -> None:
         name, env = request["start"], request["env"]
-        events, write_end = os.pipe()
+        (output, output_end), (events, events_end) = os.pipe(), os.pipe()
         try:
             process = subprocess.Popen(
                 request["command"], cwd=request["cwd"], stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**(os.environ if env is None else env), EVENTS_VARIABLE: str(write_end)},
-                pass_fds=[write_end],
+                stdout=output_end, stderr=output_end, pass_fds=[events_end],
+                env={**(os.environ if env is None else env), EVENTS_VARIABLE: str(events_end)},
+                start_new_session=True,
             )  # fmt: skip
         except OSError as error:
+            os.close(output)
             os.close(events)
             self._emit("output", name=name, rank=None, text=f"{error}\n")
             self._emit("ended", name=name, code=127, reason="", left=[])
             return
         finally:
-            os.close(write_end)
+            os.close(output_end)
+            os.close(events_end)
         limit_at = time.monotonic() + request["limit"] if request["limit"] else math.inf
         command = self._commands[name] = Command(
             name, process, request["grace_period"], request["ranks"], limit_at
         )
         self._emit("started", name=name, pid=process.pid)
-        self._forward(command, process.stdout.fileno(), self._output_of(command))
+        self._forward(command, output, self._output_of(command))
         self._forward(command, events, self._events_of())
 
     # ---- output -----------------------------------------------------------------------------
@@ -167,8 +169,7 @@ class Supervisor:
             if not chunk:
                 self._selector.unregister(pipe)
                 command.open_pipes -= 1
-                if pipe != command.process.stdout.fileno():
-                    os.close(pipe)
+                os.close(pipe)
 
         command.open_pipes += 1
         self._selector.register(pipe, selectors.EVENT_READ, read)
@@ -247,19 +248,19 @@ class Supervisor:
         """Kill a process that has been stopped for too long: the others would wait for it."""
         import psutil
 
-        watched: dict[int | None, psutil.Process | subprocess.Popen[bytes]] = {**command.ranks}
-        if not command.ranks_expected:
-            watched = {None: command.process}
-        for rank, process in watched.items():
+        watched: list[tuple[int | None, int]] = [(None, command.process.pid)]
+        if command.ranks_expected:
+            watched = [(rank, process.pid) for rank, process in command.ranks.items()]
+        for rank, pid in watched:
             try:
-                frozen = psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
+                frozen = psutil.Process(pid).status() == psutil.STATUS_STOPPED
             except psutil.NoSuchProcess:
                 frozen = False
             if not frozen:
-                command.frozen_since.pop(process.pid, None)
-            elif now - command.frozen_since.setdefault(process.pid, now) >= SECONDS_FROZEN:
+                command.frozen_since.pop(pid, None)
+            elif now - command.frozen_since.setdefault(pid, now) >= SECONDS_FROZEN:
                 self._emit("frozen", name=command.name, rank=rank, seconds=SECONDS_FROZEN)
-                _quietly(process.kill)
+                _quietly(psutil.Process(pid).kill)
 
     # ---- the end ------------------------------------------------------------------------------
 
