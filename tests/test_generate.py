@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 
 import pytest
 import torch
@@ -198,15 +197,6 @@ def test_streamed_text_is_the_text_for_any_prompt(model, prompt, seed, temperatu
 
 
 @pytest.mark.parametrize(
-    "prompt", ["🙂🙃", "שלום", "\x00\x1b[2J\x07", "\r\n\t", "\ufeff", "a" * 500]
-)
-def test_strange_prompts_are_fine(model, prompt):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert generate_text(model, ByteTokenizer(), prompt, 3)[0].startswith(prompt)
-
-
-@pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
         ({"temperature": -1}, ConfigError, "temperature must be at least 0"),
@@ -247,15 +237,6 @@ def test_a_stream_of_a_trained_bpe_is_decoded():
     assert "".join(pieces) == text and len(pieces) > 5
 
 
-def test_a_stream_closed_early_restores_the_mode_of_the_model(model):
-    model.train()
-    stream = stream_text(model, ByteTokenizer(), "Once", GenerationConfig(seed=1))
-    next(stream)
-    stream.close()
-    assert model.training
-    model.eval()
-
-
 # The command line ----------------------------------------------------------------------------
 
 
@@ -284,24 +265,6 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(run_folder):
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert "top_p" in result.stderr
-
-
-def test_help_teaches():
-    result = subprocess.run(
-        [sys.executable, "-m", "horovod_lm.generate", "--help"], capture_output=True, text=True
-    )
-    assert result.returncode == 0
-    for word in ("most likely", "--temperature", "Once upon a time", "a run's folder"):
-        assert word in " ".join(result.stdout.split())
-
-
-def test_a_conversation_through_a_pipe(run_folder):
-    lines = ":temperature 0\n:max_new_tokens 12\n:nonsense 3\nOnce upon\n\nquit\nnever read\n"
-    result = run_cli(run_folder, "--interactive", input=lines)
-    assert result.returncode == 0, result.stderr
-    assert "temperature = 0" in result.stdout and "no setting 'nonsense'" in result.stdout
-    assert "Once upon a time, ü" in result.stdout
-    assert "never read" not in result.stdout and result.stdout.count("> ") == 6
 
 
 def test_a_conversation_in_a_terminal_survives_ctrl_c_in_a_text_and_ends_on_ctrl_d(endless_folder):

@@ -93,7 +93,12 @@ def test_horovod_has_one_door():
 
 @pytest.mark.parametrize(
     "name",
-    ["horovod_lm", "horovod_lm.utils.config", "horovod_lm.utils.machine", "horovod_lm.data"],
+    [
+        "horovod_lm",
+        "horovod_lm.utils.config",
+        "horovod_lm.utils.machine",
+        "horovod_lm.data.prepare",
+    ],
 )
 def test_a_light_import_stays_light(name):
     code = f"import sys, {name}; assert not {{'torch', 'horovod'}} & set(sys.modules)"

@@ -68,26 +68,3 @@ def test_a_user_error_is_one_sentence_and_exit_code_2(run, arguments, sentence):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: ") and sentence in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_help_teaches():
-    done = subprocess.run(
-        [sys.executable, "-m", "horovod_lm.data", "--help"], capture_output=True, text=True
-    )
-    assert done.returncode == 0
-    for word in (
-        "stories",
-        "python",
-        "files",
-        "hub",
-        "data.path",
-        "--force",
-        "--show",
-        "examples:",
-    ):
-        assert word in done.stdout
-
-
-def test_preparing_needs_no_torch():
-    script = "import sys, horovod_lm.data.prepare; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -94,6 +94,7 @@ def test_nothing_is_done_when_nothing_has_changed(make_config):
     before = {name: (folder_of(config) / name).stat().st_mtime_ns for name in FILES}
     assert not count_calls(config)
     assert before == {name: (folder_of(config) / name).stat().st_mtime_ns for name in FILES}
+    assert not count_calls(make_config(batch=8, num_workers=2, vocab_size=999))
     assert count_calls(config, force=True)
 
 
@@ -121,11 +122,6 @@ def test_prepared_data_need_no_lock_and_no_write_permission(make_config):
 def test_a_change_of_what_the_data_depend_on_prepares_again(make_config, key, value):
     prepare_data(make_config())
     assert count_calls(make_config(**{key: value}))
-
-
-def test_a_change_of_anything_else_does_not(make_config):
-    prepare_data(make_config())
-    assert not count_calls(make_config(batch=8, num_workers=2, vocab_size=999))
 
 
 def test_a_changed_text_file_prepares_again_and_a_failure_keeps_the_old_data(make_config, tmp_path):
@@ -287,37 +283,19 @@ def test_memory_does_not_grow_with_the_corpus(make_config, tmp_path):
     assert peaks[1] - peaks[0] < 11, peaks  # MB: half of the text that was added
 
 
-def test_too_little_text_is_a_sentence(make_config, tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"path": "empty.txt", "tokenizer": "bpe"}, "empty.txt contains no text"),
+        ({"path": "tiny.txt"}, r"tiny.txt gives \d+ training tokens, fewer than one block of 100"),
+        ({"vocab_size": 200}, "byte has 257 tokens, but .* is 200: set model.vocab_size=257"),
+        ({"data_dir": "tiny.txt/data"}, "cannot be written to .*tiny.txt/data"),
+    ],
+)
+def test_data_that_cannot_be_prepared_are_a_sentence(make_config, tmp_path, settings, sentence):
     (tmp_path / "tiny.txt").write_text("tiny text")
-    config = make_config(source="files", path="tiny.txt", max_seq_len=100)
-    with pytest.raises(
-        DataError, match=r"tiny.txt gives \d+ training tokens, fewer than one block of 100"
-    ):
-        prepare_data(config)
-    assert not (folder_of(config) / "metadata.json").exists()
-    assert not (folder_of(config) / ".partial").exists()
-
-
-def test_no_text_is_a_sentence(make_config, tmp_path):
     (tmp_path / "empty.txt").write_text("")
-    for tokenizer in ("byte", "bpe"):
-        with pytest.raises(DataError, match="empty.txt contains no text"):
-            prepare_data(make_config(source="files", path="empty.txt", tokenizer=tokenizer))
-
-
-def test_a_tokenizer_larger_than_the_model_is_a_sentence(make_config):
-    with pytest.raises(
-        DataError, match="byte has 257 tokens, but .* is 200: set model.vocab_size=257 or more"
-    ):
-        prepare_data(make_config(vocab_size=200))
-
-
-def test_a_bpe_may_be_smaller_than_the_model(make_config):
-    metadata = prepare_data(make_config(tokenizer="bpe", vocab_size=50_000))
-    assert 257 < metadata["tokenizer"]["vocab_size"] < 2000
-
-
-def test_a_data_folder_that_cannot_be_made_is_a_sentence(make_config, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match="cannot be written to .*file/data"):
-        prepare_data(make_config(data_dir="file/data"))
+    config = make_config(max_seq_len=100, source="files", **{"path": "tiny.txt", **settings})
+    with pytest.raises(DataError, match=sentence):
+        prepare_data(config)
+    assert not list(tmp_path.glob("prepared/metadata.json")) + list(tmp_path.glob("*/.partial"))

@@ -121,11 +121,6 @@ def test_a_story_is_a_function_of_seed_and_index():
     assert list(generate_stories(5, seed=9)) == [generate_story(9, index) for index in range(5)]
 
 
-def test_most_stories_start_with_once_upon_a_time():
-    share = sum(story.startswith("Once upon a time, ") for story in STORIES) / len(STORIES)
-    assert share == pytest.approx(0.6, abs=4 * math.sqrt(0.6 * 0.4 / len(STORIES)))
-
-
 def test_a_smaller_grammar_of_the_same_shape_has_the_entropy_that_brute_force_finds():
     """The stories' own sentences, with few alternatives for each draw: 768 texts."""
     keep = set("opening name toys places animal bird_habit wood_habit question late colour".split())
