@@ -66,7 +66,7 @@ def install_horovod(toolchain: Toolchain, force: bool = False, jobs: int | None 
         here = installed_version()
         if key_of(here) == toolchain.key and not force:
             try_out(toolchain)
-            print(f"Horovod {here} is installed and works, {toolchain.summary}: nothing to do.")
+            print(f"Nothing to do: Horovod {here} is installed and works, {toolchain.summary}.")
             return
         if here is not None and not force:
             print(f"replacing what is installed: {why_not_right(here)}.", flush=True)

@@ -71,7 +71,8 @@ def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
 def test_the_installed_build_is_recognised_and_left_alone():
     done = command()
     assert done.returncode == 0, done.stderr
-    assert "is installed and works: nothing to do." in done.stdout
+    assert done.stdout.startswith("Nothing to do: Horovod 0.28.1+lm.")
+    assert "is installed and works, with Gloo" in done.stdout
 
 
 @pytest.mark.horovod
