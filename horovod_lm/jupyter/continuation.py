@@ -14,7 +14,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +35,7 @@ FULL_COLOUR = 0.001  # probability from which on a token has the full colour
 MAX_OPACITY = 0.6
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A token that could have been sampled: its probability before and after the filters."""
 
     token_id: int
@@ -44,8 +43,7 @@ class Candidate:
     after: float
 
 
-@dataclass(frozen=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """A generated token and the distribution that it was sampled from.
 
     Attributes:

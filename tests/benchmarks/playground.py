@@ -7,7 +7,7 @@ Milliseconds run in the page, from the click on Generate until the browser has p
 token. Streaming and `generate_text` take turns in the same kernel, and the medians of their tokens
 per second are compared; streaming's time is from the start to the last token, all showing included.
 The browser needs a core of its own for that; on a busy machine the ratio of the kernel's CPU times,
-which include the working out of every distribution, says what streaming itself costs.
+which include every token's distribution, says what streaming itself costs.
 """
 
 from __future__ import annotations

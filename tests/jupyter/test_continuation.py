@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -130,7 +129,7 @@ NASTY = "<script>alert(1)</script>\x1b[2J\u202eab'\"&"
 def test_text_and_tokens_are_escaped_in_html(model):
     continuation = trace_text(model, TOKENIZER, NASTY, SETTINGS)
     [first] = sampled_tokens(torch.zeros(1, 257), torch.tensor([0]), UNFILTERED)
-    continuation.samples = [[replace(first, token_id=one) for one in TOKENIZER.encode(NASTY)]]
+    continuation.samples = [[first._replace(token_id=one) for one in TOKENIZER.encode(NASTY)]]
     tables = "".join(distribution_table(TOKENIZER, one) for one in continuation.samples[0])
     html = side_by_side([continuation], ["<b>name</b>"]) + tables
     assert "<script>" not in html and "\x1b" not in html and "\u202e" not in html
