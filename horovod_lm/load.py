@@ -50,7 +50,7 @@ def load_model_for_generation(
     return model.to(choose_device(device)).eval(), tokenizer, config
 
 
-def to_column_major(model: nn.Module) -> nn.Module:
+def to_column_major(model: TransformerLM) -> TransformerLM:
     """Store each weight with at least as many outputs as inputs by column; values do not change.
 
     With a cache, generation multiplies every weight (outputs, inputs) by one vector per sequence.
@@ -65,13 +65,11 @@ def to_column_major(model: nn.Module) -> nn.Module:
     Returns:
         The same model.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            is_tall = module.out_features >= module.in_features
-        else:
-            is_tall = module is getattr(model, "token_embedding", None)
-        if is_tall:
-            module.weight.data = module.weight.data.t().contiguous().t()
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    for weight in (model.token_embedding.weight, *weights):
+        n_outputs, n_inputs = weight.shape
+        if n_outputs >= n_inputs:
+            weight.data = weight.data.t().contiguous().t()
     return model
 
 
@@ -107,17 +105,15 @@ def choose_device(device: torch.device | str | None = None) -> torch.device:
 def _config_for(checkpoint: dict[str, Any], path: Path, config_path: str | Path | None) -> Config:
     """Merge the checkpoint's configuration with the user's; the weights determine the sizes."""
     own = checkpoint.get("config")
-    if own is None and config_path is None:
+    trained = config_from_dict(own, name=f"the configuration in {path}") if own else None
+    config = trained if config_path is None else load_config(config_path)
+    if config is None:
         raise CheckpointError(f"{path} contains no configuration: give the one of its training")
-    config = config_from_dict(own, name=f"the configuration in {path}") if own else None
-    if config_path is not None:
-        given = load_config(config_path)
-        config = given if config is None else given.model_copy(update={"model": config.model})
     embedding = checkpoint["model"].get("token_embedding.weight")
     if embedding is None:
         raise CheckpointError(f"{path} contains the weights of another kind of model")
     # The trained tokenizer may have fewer tokens than the configuration allows.
-    model = config.model.model_copy(update={"vocab_size": len(embedding)})
+    model = (trained or config).model.model_copy(update={"vocab_size": len(embedding)})
     return config.model_copy(update={"model": model})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -112,7 +112,7 @@ def continue_prompt(
     settings: GenerationConfig,
     device: torch.device | str | None = None,
     on_logits: Callable[[torch.Tensor], None] | None = None,
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor, None, None]:
     """Start generating continuations of a prompt; the arguments are those of `generate_text`.
 
     Args:

@@ -62,7 +62,7 @@ def read_timeline(path: str | Path) -> list[Span]:
     spans = []
     for event in _events(_text(Path(path))):
         # Horovod: each tensor is a process of the trace, and its phases nest like calls.
-        tensor, kind = event.get("pid"), event.get("ph")
+        tensor, kind = event.get("pid", -1), event.get("ph")
         if kind == "M" and event["name"] == "process_name":
             names[tensor] = event["args"].get("name", "")
         elif kind == "B":

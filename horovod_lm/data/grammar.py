@@ -92,8 +92,8 @@ class Grammar:
             total = math.fsum(one.weight for one in alternatives)
             self._probabilities[symbol] = [one.weight / total for one in alternatives]
             self._cumulative[symbol] = list(itertools.accumulate(self._probabilities[symbol]))
-        alternatives = itertools.chain.from_iterable(self.rules.values())
-        texts = {text for one in alternatives for text in (one.text, *one.features.values())}
+        every = itertools.chain.from_iterable(self.rules.values())
+        texts = {text for one in every for text in (one.text, *one.features.values())}
         self._parts = {text: self._split(text) for text in ("", *texts)}
         self._check_recalls()
         self._check_no_cycle()

@@ -52,7 +52,10 @@ class CorpusStats:
 class Split(Protocol):
     """A rule that assigns text to training and validation."""
 
-    description: str
+    @property
+    def description(self) -> str:
+        """A short description, for `metadata.json`."""
+        ...
 
     def assign(self, documents: Iterable[Document]) -> Iterator[SplitText]:
         """Yield the text of the documents, in order, with its part."""

@@ -22,7 +22,7 @@ Every story is one derivation of an unambiguous grammar (see `horovod_lm.data.gr
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from horovod_lm.data.grammar import Alternative, Grammar
@@ -47,7 +47,7 @@ FRIENDS = {
     "{farm_habit}": "pony goat lamb pig".split(),
 }
 
-RULES: dict[str, list[str | Alternative]] = {
+RULES: dict[str, Sequence[str | Alternative]] = {
     "story": [
         "{opening}, {hero=name} {lost} {hero.her} {colour} {toy=toys} {place=places}. "
         '"{question}" {asked} {hero}. '

@@ -122,7 +122,8 @@ class BPETokenizer(Tokenizer):
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def _bytes_of_plain(self, token_id: int) -> bytes:
-        return bytes(map(_byte_of_letter().get, self._tokenizer.id_to_token(token_id)))
+        byte_of = _byte_of_letter()
+        return bytes(byte_of[letter] for letter in self._tokenizer.id_to_token(token_id))
 
     def to_json(self) -> str:
         return json.dumps(

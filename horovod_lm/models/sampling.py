@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ def generate_tokens(
     generator: torch.Generator,
     use_cache: bool = True,
     on_logits: Callable[[Tensor], None] | None = None,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """Generate token by token for every row, and yield the tokens of each step at once.
 
     A prompt longer than the model's context is truncated on the left, with a warning. A row that
@@ -140,9 +140,9 @@ def generate_tokens(
         DataError: prompts that are empty, not padded on the left, or outside the vocabulary.
     """
     context = _Context(model, input_ids, attention_mask, settings.max_new_tokens, use_cache)
-    filler = model.pad_token_id
-    if filler is None or not 0 <= filler < model.vocab_size:
-        filler = eos_token_id
+    filler = eos_token_id or 0
+    if model.pad_token_id is not None and 0 <= model.pad_token_id < model.vocab_size:
+        filler = model.pad_token_id
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     was_training = model.training
     model.eval()

@@ -127,9 +127,12 @@ class TransformerLM(nn.Module):
                 nn.init.zeros_(module.bias)
         # Each layer adds two terms to the residual stream: smaller terms keep the sum's scale.
         residual_std = std / math.sqrt(2 * len(self.blocks))
-        for block in self.blocks:
+        for block in self._layers():
             nn.init.normal_(block.attention.out_proj.weight, std=residual_std)
             nn.init.normal_(block.feed_forward.down_proj.weight, std=residual_std)
+
+    def _layers(self) -> list[TransformerBlock]:
+        return [block for block in self.blocks if isinstance(block, TransformerBlock)]
 
     def num_parameters(self) -> int:
         """Count the trained numbers; the tied embedding counts once."""
@@ -209,7 +212,7 @@ class TransformerLM(nn.Module):
         layers = []
         with torch.no_grad():
             x, mask = self._embed(input_ids, attention_mask)
-            for block in self.blocks:
+            for block in self._layers():
                 layers.append(block.attention.weights(block.attention_norm(x), mask))
                 x = block(x, mask)
         return torch.stack(layers)
