@@ -58,7 +58,7 @@ PARTS = [
     Part("cached_generation", 60, MODEL),
     Part("resume", 90, TRAIN),
     Part("collectives", 90, HOROVOD, horovod=True),
-    Part("two_ranks", 120, TRAIN | HOROVOD, horovod=True),
+    Part("two_ranks", 180, TRAIN | HOROVOD, horovod=True),
     Part("speed", 90, MODEL, optional=True),
 ]
 

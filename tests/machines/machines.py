@@ -3,9 +3,10 @@
     make machines                                     # the default rows
     make machines ROWS="trixie bookworm:g++-11:python=/opt/python-3.10"
 
-A row is SUITE[:COMPILER][:python=FOLDER]. SUITE is any suite of Debian or Ubuntu whose mirror
-answers. COMPILER is a package of that suite such as g++-11 or clang-19, used as CXX. FOLDER holds
-bin/python3 (a standalone build, or a version of pyenv) and is mounted read-only at the same path.
+A row is SUITE[:COMPILER][:PYTHON]. SUITE is any suite of Debian or Ubuntu whose mirror answers.
+COMPILER is a package of that suite such as g++-11 or clang-19, used as CXX. PYTHON is a package
+such as python3.13, or python=FOLDER: the folder holds bin/python3 (a standalone build, or a version
+of pyenv) and is mounted read-only at the same path.
 
 For each row an ordinary user clones the current commit into a path with a space and runs
 `make setup`, `make example` and a part of the tests there. A table of versions, times and results
@@ -28,7 +29,7 @@ from datetime import date
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
-DEFAULT_ROWS = ["bookworm", "trixie", "forky"]
+DEFAULT_ROWS = ["bookworm", "trixie", "forky:g++-15:python3.13"]
 PACKAGES = "ca-certificates g++ git make procps python3 python3-dev python3-venv"
 TESTS = (
     "tests/installation tests/horovod tests/jupyter/test_magics.py tests/models/test_gpt2.py"
@@ -47,20 +48,23 @@ class RowError(Exception):
 
 
 class Row:
-    """One line of the table, from its text SUITE[:COMPILER][:python=FOLDER]."""
+    """One line of the table, from its text SUITE[:COMPILER][:PYTHON]."""
 
     def __init__(self, text: str, options: argparse.Namespace) -> None:
         self.text, self.options = text, options
-        found = re.fullmatch(r"([a-z]+)(?::((?!python=)[^:]+))?(?::python=([^:]+))?", text)
+        compiler, python = r"((?:g\+\+|clang)-\d+)", r"(python3\.\d+|python=[^:]+)"
+        found = re.fullmatch(rf"([a-z]+)(?::{compiler})?(?::{python})?", text)
         if not found:
-            sys.exit(f"error: {text!r} is not SUITE[:COMPILER][:python=FOLDER]")
-        self.suite, self.compiler, python = found.groups()
-        self.python = Path(python).absolute() if python else None
-        if self.python and not (self.python / "bin/python3").exists():
-            sys.exit(f"error: {text!r}: there is no bin/python3 in {self.python}")
+            sys.exit(f"error: {text!r} is not SUITE[:COMPILER][:PYTHON]")
+        self.suite, self.compiler, self.python = found.groups()
+        self.folder: Path | None = None  # of a Python of this machine
+        if self.python and self.python.startswith("python="):
+            self.folder = Path(self.python.removeprefix("python=")).absolute()
+            if not (self.folder / "bin/python3").exists():
+                sys.exit(f"error: {text!r}: there is no bin/python3 in {self.folder}")
+            self.python = f"python-{self.folder.name}"
         # Its folders are called so too: no path of this machine is in it.
-        version = f"python-{self.python.name}" if self.python else None
-        self.name = "_".join(filter(None, [self.suite, self.compiler, version]))
+        self.name = "_".join(filter(None, [self.suite, self.compiler, self.python]))
         self.logs = options.cache / "logs" / self.name
         self.work = options.cache / "rows" / self.name
         self.root = options.cache / "roots" / f"{self.suite}.part"  # of the next commands
@@ -127,7 +131,7 @@ class Row:
         mount("-t", "overlay", "-o", layers, "overlay", self.root)
         self.mount_system()
         self.variables, paths = pip_settings()
-        for path in sorted({*paths, *([self.python] if self.python else [])}):
+        for path in sorted({*paths, *([self.folder] if self.folder else [])}):
             self.show(path)
         kept = self.options.cache / "horovod" / self.name
         kept.mkdir(parents=True, exist_ok=True)
@@ -138,6 +142,8 @@ class Row:
             self.install(shlex.quote(self.compiler))
             self.variables["CC"] = self.compiler.replace("g++", "gcc")
             self.variables["CXX"] = self.compiler.replace("clang", "clang++")
+        if self.python and not self.folder:
+            self.install(f"{self.python} {self.python}-dev {self.python}-venv")
 
     def mount_system(self) -> None:
         """What every process expects, and how this machine reaches the network."""
@@ -169,7 +175,7 @@ class Row:
         create = ["git", "-C", str(PROJECT), "bundle", "create", str(bundle), "HEAD"]
         self.execute("clone", 2, create)
         self.as_user("clone", 2, f"git clone -q /tmp/project.bundle {COURSE}")
-        python = f"{self.python}/bin/python3" if self.python else "python3"
+        python = f"{self.folder}/bin/python3" if self.folder else self.python or "python3"
         self.found["compiler"] = self.ask("${CXX:-c++} --version | head -n 1")
         self.found["Python"] = self.ask(f"{python} --version").split()[1]
         self.step("set-up", f"make setup PYTHON={python}")

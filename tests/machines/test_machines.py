@@ -19,9 +19,11 @@ def test_a_row_is_a_suite_with_a_compiler_and_a_python(tmp_path):
     (tmp_path / "3.12.1/bin/python3").touch()
     row = Row("trixie", OPTIONS)
     assert (row.name, row.compiler, row.python) == ("trixie", None, None)
-    row = Row(f"bookworm:g++-11:python={tmp_path}/3.12.1", OPTIONS)
-    assert (row.suite, row.compiler, row.python) == ("bookworm", "g++-11", tmp_path / "3.12.1")
-    assert row.name == "bookworm_g++-11_python-3.12.1"  # in the table: no path of this machine
+    row = Row("forky:g++-15:python3.13", OPTIONS)
+    assert (row.suite, row.compiler, row.python) == ("forky", "g++-15", "python3.13")
+    row = Row(f"bookworm:python={tmp_path}/3.12.1", OPTIONS)
+    assert (row.compiler, row.folder) == (None, tmp_path / "3.12.1")
+    assert row.name == "bookworm_python-3.12.1"  # in the table: no path of this machine
 
 
 @pytest.mark.parametrize("text", ["", "Trixie", "trixie:g++-11:g++-12", "trixie:python=/nowhere"])
