@@ -9,7 +9,7 @@ JOBS ?= 1
 # such as $(abspath) would split a path at its blanks.
 override VENV := $(if $(filter /%,$(firstword $(VENV))),$(VENV),$(CURDIR)/$(VENV))
 RUN := PATH="$(VENV)/bin:$$PATH" "$(VENV)/bin/python"
-BOOTSTRAP = $(if $(shell command -v "$(PYTHON)"),"$(PYTHON)" horovod_lm/installation/bootstrap.py,\
+BOOTSTRAP = $(if $(shell command -v "$(PYTHON)"),"$(PYTHON)" horovod_lm/setup/bootstrap.py,\
 	$(error no $(PYTHON) was found; install Python (on Debian or Ubuntu: apt-get install python3 \
 	python3-venv python3-dev), or name the one to use: make PYTHON=/path/to/python3))
 SETUP = $(BOOTSTRAP) --venv "$(VENV)" --horovod-options="$(HOROVOD_OPTIONS)"
@@ -29,7 +29,7 @@ setup:  ## make the environment: torch, this package, Horovod built for it
 	@$(SETUP) $(if $(filter setup,$(MAKECMDGOALS)),$(NEXT))
 
 example: setup  ## train a GPT on two Horovod ranks on real text, and let it talk
-	@$(RUN) -m horovod_lm.jupyter.notebooks execute horovod_transformer.example.ipynb \
+	@$(RUN) -m horovod_lm.teaching.notebooks execute horovod_transformer.example.ipynb \
 		--out runs/example/horovod_transformer.example.ipynb
 	@$(SETUP) $(NEXT)
 
@@ -37,7 +37,7 @@ lab: setup  ## open JupyterLab on the course
 	@$(RUN) -m jupyterlab
 
 notebooks: setup  ## execute every notebook and store its outputs
-	@$(RUN) -m horovod_lm.jupyter.notebooks execute --in-place \
+	@$(RUN) -m horovod_lm.teaching.notebooks execute --in-place \
 		$(sort $(wildcard *.ipynb)) $(sort $(wildcard notebooks/*.ipynb))
 
 test: setup  ## run every test
@@ -46,7 +46,7 @@ test: setup  ## run every test
 
 doctor:  ## say what works on this machine, and how to mend what does not; needs no set-up
 	@$(if $(shell "$(VENV)/bin/python" -c "" >/dev/null 2>&1 && echo runs),\
-		"$(VENV)/bin/python" -m horovod_lm.doctor,$(BOOTSTRAP) doctor --venv "$(VENV)")
+		"$(VENV)/bin/python" -m horovod_lm.setup.doctor,$(BOOTSTRAP) doctor --venv "$(VENV)")
 
 machines:  ## run the course on other systems (needs root and debootstrap): ROWS="trixie bookworm:g++-11"
 	@$(PYTHON) tests/machines/machines.py $(ROWS)

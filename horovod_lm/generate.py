@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from horovod_lm.conversation import chat
-from horovod_lm.load import load_model_for_generation
+from horovod_lm.generation.chat import chat
+from horovod_lm.generation.load import load_model_for_generation
+from horovod_lm.generation.text import generate_text, stream_text
 from horovod_lm.models.transformer_lm import TransformerLM
-from horovod_lm.text import generate_text, stream_text
 from horovod_lm.utils.cli import run_cli
 from horovod_lm.utils.config import Config, GenerationConfig
 
@@ -35,7 +35,7 @@ def interactive_generation(
 
     In a terminal, `exit`, `quit`, `q`, Ctrl-D or Ctrl-C at the prompt end the chat; Ctrl-C during
     generation stops only that text. `:temperature 0.5` changes a setting, `:help` lists them.
-    In a notebook, the call shows a `horovod_lm.jupyter.playground.Playground` and returns.
+    In a notebook, the call shows a `horovod_lm.jupyter.widgets.playground.Playground` and returns.
 
     Args:
         model: the model; it is moved to `device`.
@@ -44,7 +44,7 @@ def interactive_generation(
         device: as for `generate_text`.
     """
     if _in_notebook():
-        from horovod_lm.jupyter.playground import show_playground
+        from horovod_lm.jupyter.widgets.playground import show_playground
 
         return show_playground(model, tokenizer, config, device)
     chat(lambda prompt, how: stream_text(model, tokenizer, prompt, how, device), config)

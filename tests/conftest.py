@@ -137,7 +137,9 @@ def _starter(cwd: Path):
         if ranks:
             horovodrun = Path(sys.executable).with_name("horovodrun")
             if not horovodrun.exists():
-                pytest.skip("Horovod is not installed: run python -m horovod_lm.install_horovod")
+                pytest.skip(
+                    "Horovod is not installed: run python -m horovod_lm.setup.install_horovod"
+                )
             launcher = [str(horovodrun), "-np", str(ranks)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
         started.append(Command([*launcher, sys.executable, *arguments], cwd, environment))

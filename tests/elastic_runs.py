@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from horovod_lm.data import get_dataloaders
+from horovod_lm.launch.elastic_hosts import elastic_command, loopback_name, write_hosts
+from horovod_lm.training.metrics import read_metrics
 from horovod_lm.utils.config import load_config
-from horovod_lm.utils.discovery import elastic_command, loopback_name, write_hosts
-from horovod_lm.utils.metrics import read_metrics
 from tests.conftest import ROOT, Command, Finished
 
 GLOO_TIMEOUT = 8  # seconds

@@ -12,10 +12,10 @@ import sys
 import time
 from dataclasses import replace
 
-from horovod_lm import elastic
 from horovod_lm.data.loaders import TokenBlockDataset
-from horovod_lm.train import Trainer
-from horovod_lm.train_command import main
+from horovod_lm.train import main
+from horovod_lm.training import elastic
+from horovod_lm.training.trainer import Trainer
 from horovod_lm.utils import distributed
 
 SECONDS_PER_STEP = 0.2

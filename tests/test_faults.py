@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
-from horovod_lm.utils.metrics import read_metrics
+from horovod_lm.training.metrics import read_metrics
+from tests.conftest import ROOT
 
-TESTS = Path(__file__).resolve().parent
+TESTS = ROOT / "tests"
 
 GUARDS = {
     "1: bfloat16, so no scaler, and scaler.scale called all the same": (

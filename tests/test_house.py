@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
+
 PACKAGE = ROOT / "horovod_lm"
 FILES = sorted(PACKAGE.rglob("*.py"))
-# Lower floors never import from higher ones.
-FLOORS = (
-    ("utils",),
-    ("models",),
-    ("data",),
-    ("checkpoint", "load", "optimization", "evaluate", "report", "train", "train_command",
-     "elastic", "conversation", "text", "generate"),
-    ("jupyter",),
+# A folder imports only from folders before it in this list.
+LAYERS = (
+    "utils", "models", "data", "training", "generation", "analysis", "launch", "setup",
+    "train", "generate", "jupyter", "teaching",
 )  # fmt: skip
-# elastic.py replaces Horovod's own elastic state and must derive from it; it needs Horovod anyway.
-DOORS_TO_HOROVOD = {
-    "utils/distributed.py", "elastic.py", "jupyter/engine_side.py",
-    "jupyter/framed_horovodrun.py", "jupyter/rendezvous.py",
+# elastic.py derives from Horovod's elastic state; the others run where Horovod is.
+USERS_OF_HOROVOD = {
+    "utils/distributed.py", "training/elastic.py", "jupyter/live/engine_side.py",
+    "jupyter/live/rendezvous.py", "jupyter/run_cell/framed_horovodrun.py",
 }  # fmt: skip
-# The contract's one name for a terminal and a notebook: only in a notebook does it look upstairs.
-STAIRS_UP = {("generate.py", "horovod_lm.jupyter.playground")}
+# The contract's public methods: one method generates, one function serves terminal and notebook.
+IMPORTS_UPWARDS = {
+    ("models/transformer_lm.py", "horovod_lm.generation.sampling"),
+    ("generate.py", "horovod_lm.jupyter.widgets.playground"),
+}
+MOST_MODULES = 12  # in a folder
 LONGEST_FUNCTION = 60  # lines, docstring included: one screen
 # Command lines are tables of options, and lists of settings are lists.
 MAY_BE_LONGER = {"_parser", "parse", "main", "build_parser"}
@@ -37,9 +39,13 @@ def name_of(file: Path) -> str:
     return file.relative_to(PACKAGE).as_posix()
 
 
-def floor_of(file: Path) -> int | None:
+def module_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def layer_of(file: Path) -> int | None:
     first = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return next((number for number, rooms in enumerate(FLOORS) if first in rooms), None)
+    return LAYERS.index(first) if first in LAYERS else None
 
 
 def imports(file: Path) -> set[str]:
@@ -63,21 +69,37 @@ def imports(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_imports_go_down_the_floors(file):
-    own = floor_of(file)
+def test_imports_go_down_the_layers(file):
+    own = layer_of(file)
     if own is None:
         return
     for module in imports(file):
-        if any(name_of(file) == name and module.startswith(up) for name, up in STAIRS_UP):
+        if any(name_of(file) == name and module.startswith(up) for name, up in IMPORTS_UPWARDS):
             continue
         if module.startswith("horovod_lm."):
-            other = floor_of(PACKAGE / (module.split(".")[1] + ".py"))
+            other = layer_of(PACKAGE / (module.split(".")[1] + ".py"))
             assert other is None or other <= own, f"{name_of(file)} imports {module}"
+
+
+def test_no_module_imports_itself_through_others():
+    names = {module_of(file): file for file in FILES}
+    upwards = {up for _, up in IMPORTS_UPWARDS}
+    graph = {
+        name: {module for module in imports(file) - upwards if module in names and module != name}
+        for name, file in names.items()
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+
+
+def test_a_folder_holds_few_modules():
+    for folder in {file.parent for file in FILES}:
+        modules = [file for file in folder.glob("*.py") if file.name != "__init__.py"]
+        assert len(modules) <= MOST_MODULES, f"{name_of(folder)} holds {len(modules)} modules"
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_only_the_top_floor_knows_jupyter_and_figures(file):
-    if not name_of(file).startswith("jupyter/"):
+    if not name_of(file).startswith(("jupyter/", "teaching/")):
         tops = {module.split(".")[0] for module in imports(file)}
         assert not tops & {"IPython", "ipywidgets", "matplotlib", "nbclient", "nbformat"}
 
@@ -88,7 +110,7 @@ def test_horovod_has_one_door():
         for file in FILES
         if any(module.split(".")[0] == "horovod" for module in imports(file))
     }
-    assert "utils/distributed.py" in users and users <= DOORS_TO_HOROVOD
+    assert "utils/distributed.py" in users and users <= USERS_OF_HOROVOD
 
 
 @pytest.mark.parametrize(
@@ -127,8 +149,8 @@ def test_functions_fit_a_screen_and_public_ones_are_explained(file):
 
 
 def test_every_distributed_line_of_training_is_tagged():
-    """Each statement of train.py that goes through the door to Horovod stands at a tag."""
-    lines = (PACKAGE / "train.py").read_text(encoding="utf-8").splitlines()
+    """Each statement of the trainer that goes through the door to Horovod stands at a tag."""
+    lines = (PACKAGE / "training" / "trainer.py").read_text(encoding="utf-8").splitlines()
     uses = [
         number
         for number, line in enumerate(lines)
@@ -139,4 +161,4 @@ def test_every_distributed_line_of_training_is_tagged():
         if "is_main_process" in lines[number] or "is_lost_rank_error" in lines[number]:
             continue
         near = "\n".join(lines[max(0, number - 3) : number + 1])
-        assert "# Horovod:" in near, f"train.py:{number + 1}: {lines[number].strip()}"
+        assert "# Horovod:" in near, f"trainer.py:{number + 1}: {lines[number].strip()}"

@@ -70,7 +70,7 @@ def shell(tmp_path, tiny_project):
 @pytest.mark.slow
 def test_a_run_in_another_folder_is_resumed_and_talks_as_printed(shell):
     if not (COMMANDS / "horovodrun").exists():
-        pytest.skip("Horovod is not installed: run python -m horovod_lm.install_horovod")
+        pytest.skip("Horovod is not installed: run python -m horovod_lm.setup.install_horovod")
     run = shell.folder.parent / "my project" / "runs" / "it's mine"
     first = shell.start(
         f"'{COMMANDS}/horovodrun' -np 2 '{sys.executable}' -m horovod_lm.train"
@@ -88,7 +88,7 @@ def test_a_run_in_another_folder_is_resumed_and_talks_as_printed(shell):
 @pytest.mark.horovod
 @pytest.mark.slow
 def test_an_elastic_call_works_as_printed(shell):
-    discovery = f"'{sys.executable}' -m horovod_lm.utils.discovery 'my hosts' --workers 2"
+    discovery = f"'{sys.executable}' -m horovod_lm.launch.elastic_hosts 'my hosts' --workers 2"
     config = "--config '../my project/configs/tiny.yaml' --set training.max_steps=5"
     [call] = printed_by(shell.paste(f"{discovery} {config}"))
     [talk] = printed_by(shell.paste(call))

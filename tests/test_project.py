@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
+
 # What conda brings: what is needed before pip can work. Everything else is pyproject.toml's.
 TOOLCHAIN = {"python", "pip", "cxx-compiler", "make", "cmake"}
 

@@ -12,8 +12,8 @@ from textwrap import dedent
 import nbformat
 import pytest
 
-from horovod_lm.jupyter.hosts import why_not_here
-from horovod_lm.jupyter.notebooks import execute
+from horovod_lm.teaching.notebooks import execute
+from horovod_lm.teaching.simulated_hosts import why_not_here
 from tests.conftest import ROOT, Command, Finished
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.horovod, pytest.mark.slow]
 @pytest.fixture(scope="module", autouse=True)
 def needs_horovod():
     if not Path(sys.executable).with_name("horovodrun").exists():
-        pytest.skip("Horovod is not installed: run python -m horovod_lm.install_horovod")
+        pytest.skip("Horovod is not installed: run python -m horovod_lm.setup.install_horovod")
 
 
 @pytest.fixture(scope="module")

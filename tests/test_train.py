@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from horovod_lm.checkpoint import newest_readable, read_checkpoint, save_checkpoint
-from horovod_lm.optimization import build_optimizer
-from horovod_lm.train import build_model, run_distributed_training
+from horovod_lm.train import run_distributed_training
+from horovod_lm.training.checkpoint import newest_readable, read_checkpoint, save_checkpoint
+from horovod_lm.training.metrics import read_metrics
+from horovod_lm.training.optimizer import build_optimizer
+from horovod_lm.training.trainer import build_model
 from horovod_lm.utils.config import load_config
-from horovod_lm.utils.metrics import read_metrics
 
 RUN = ("--config", "configs/tiny.yaml", "--set", "training.max_steps=12")
 WITHOUT_HOROVOD = """
@@ -37,7 +38,7 @@ def test_every_way_to_start_trains_the_same_loop(tiny_project, train, start):
     train(*same, "--run-name", "np1", ranks=1)
     train(*same, "--run-name", "alone")
     (tiny_project / "without.py").write_text(
-        WITHOUT_HOROVOD + "from horovod_lm.train_command import main\nsys.exit(main())\n"
+        WITHOUT_HOROVOD + "from horovod_lm.train import main\nsys.exit(main())\n"
     )
     finished = start(["without.py", *same, "--run-name", "without"]).wait(120)
     assert finished.code == 0, finished.output
@@ -152,8 +153,8 @@ def test_a_checkpoint_that_knows_only_what_the_contract_names_can_be_resumed(
 def test_a_failing_rank_ends_the_job_and_leaves_a_checkpoint_that_loads(tiny_project, start):
     """Rank 1 raises in step 8: the job ends soon, rank 0 has saved the last common step."""
     (tiny_project / "failing.py").write_text(
-        "from horovod_lm.train import Trainer\n"
-        "from horovod_lm.train_command import main\n"
+        "from horovod_lm.training.trainer import Trainer\n"
+        "from horovod_lm.train import main\n"
         "from horovod_lm.utils.cli import run_cli\n"
         "from horovod_lm.utils.distributed import get_rank\n"
         "step = Trainer.train_step\n"

@@ -13,11 +13,11 @@ _MODULE_OF = {
     "prepare_data": "prepare",
     "load_tokenizer": "tokenizers",
     "train_bpe": "tokenizers",
-    "generate_story": "stories",
-    "generate_stories": "stories",
-    "story_count": "stories",
-    "story_entropy": "stories",
-    "story_log_probability": "stories",
+    "generate_story": "synthetic.stories",
+    "generate_stories": "synthetic.stories",
+    "story_count": "synthetic.stories",
+    "story_entropy": "synthetic.stories",
+    "story_log_probability": "synthetic.stories",
 }
 __all__ = sorted(_MODULE_OF)
 

@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from horovod_lm.data.corpora import open_corpus
 from horovod_lm.data.prepare import prepare_data
+from horovod_lm.data.sources import open_corpus
 from horovod_lm.utils.cli import add_config_arguments, run_cli
 from horovod_lm.utils.config import Config, load_config
 from horovod_lm.utils.progress import ProgressLine

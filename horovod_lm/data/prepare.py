@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from horovod_lm.data.corpora import Corpus, open_corpus
+from horovod_lm.data.sources import Corpus, open_corpus
 from horovod_lm.data.split import (
     TRAIN,
     VAL,
@@ -34,7 +34,7 @@ from horovod_lm.data.split import (
     SplitText,
     choose_split,
 )
-from horovod_lm.data.stories import story_count, story_entropy
+from horovod_lm.data.synthetic.stories import story_count, story_entropy
 from horovod_lm.data.tokenizers import Tokenizer, make_tokenizer, train_bpe
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.errors import DataError

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from horovod_lm.data.corpora import Document
+from horovod_lm.data.sources import Document
 
 TRAIN, VAL = "train", "val"
 

@@ -8,7 +8,7 @@ fails.
 
 def load_ipython_extension(shell) -> None:
     """Give a notebook its magics, and make its shell commands safe."""
-    from horovod_lm.jupyter.magics import HorovodMagics
+    from horovod_lm.jupyter.run_cell.magics import HorovodMagics
     from horovod_lm.jupyter.shell import put_programs_on_path, stop_where_a_command_fails
 
     shell.register_magics(HorovodMagics)

@@ -16,20 +16,25 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from horovod_lm.jupyter.call import COMMAND_GRACE_PERIOD, JobProcess, JobSpec, threads_per_rank
-from horovod_lm.jupyter.outcome import RankError
-from horovod_lm.jupyter.run_view import RunReader
-from horovod_lm.utils.cluster import check_names, horovodrun_command, write_hostfile
+from horovod_lm.jupyter.run_cell.job import (
+    COMMAND_GRACE_PERIOD,
+    JobProcess,
+    JobSpec,
+    threads_per_rank,
+)
+from horovod_lm.jupyter.run_cell.job_result import RankError
+from horovod_lm.jupyter.widgets.run_view import RunReader
+from horovod_lm.launch.elastic_hosts import elastic_command, loopback_name, read_hosts, write_hosts
+from horovod_lm.launch.hosts import check_names, horovodrun_command, write_hostfile
+from horovod_lm.training.run_dir import RunFolder, default_run_name
 from horovod_lm.utils.config import Config, load_config, save_config
-from horovod_lm.utils.discovery import elastic_command, loopback_name, read_hosts, write_hosts
 from horovod_lm.utils.errors import ConfigError
 from horovod_lm.utils.progress import format_seconds
-from horovod_lm.utils.run_folder import RunFolder, default_run_name
 
 if TYPE_CHECKING:
     import pandas
 
-    from horovod_lm.jupyter.dashboard import Dashboard
+    from horovod_lm.jupyter.widgets.dashboard import Dashboard
 
 SECONDS_BETWEEN_LOOKS = 0.2
 HOSTS_FILE = "hosts"  # in the folder of an elastic run: a line for each of its workers
@@ -142,7 +147,7 @@ class TrainingJob:
         """Return `metrics.csv` as a table, one row per measurement; empty before the first one."""
         import pandas
 
-        from horovod_lm.utils.metrics import COLUMNS
+        from horovod_lm.training.metrics import COLUMNS
 
         table = self.run.run_dir / "metrics.csv"
         if not table.is_file() or not table.stat().st_size:
@@ -151,7 +156,7 @@ class TrainingJob:
 
     def dashboard(self) -> Dashboard:
         """Return a widget that watches this job and can stop it."""
-        from horovod_lm.jupyter.dashboard import Dashboard
+        from horovod_lm.jupyter.widgets.dashboard import Dashboard
 
         return Dashboard(self)
 

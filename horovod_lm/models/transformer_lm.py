@@ -256,7 +256,11 @@ class TransformerLM(nn.Module):
             DataError: an invalid prompt.
         """
         # Imported here, because sampling imports this module.
-        from horovod_lm.models.sampling import generate_tokens, generation_config, make_generator
+        from horovod_lm.generation.sampling import (
+            generate_tokens,
+            generation_config,
+            make_generator,
+        )
 
         steps = generate_tokens(
             self,
@@ -316,23 +320,22 @@ class TransformerLM(nn.Module):
                 raise DataError(
                     f"{name} has shape {tuple(tensor.shape)}, expected {(n_sequences, columns)}"
                 )
-        check_token_ids("input_ids", input_ids, self.vocab_size)
+        self.check_token_ids("input_ids", input_ids)
         if labels is not None:
-            check_token_ids("labels", labels, self.vocab_size, ignored=IGNORE_INDEX)
+            self.check_token_ids("labels", labels, ignored=IGNORE_INDEX)
 
+    def check_token_ids(self, name: str, ids: Tensor, ignored: int = 0) -> None:
+        """Raise DataError if an id is outside the vocabulary.
 
-def check_token_ids(name: str, ids: Tensor, vocab_size: int, ignored: int = 0) -> None:
-    """Raise DataError if an id is outside the vocabulary.
-
-    Checks only ids on the CPU: reading the result from a GPU would wait for all its work.
-    """
-    if ids.device.type != "cpu" or not ids.numel():
-        return
-    lowest, highest = ids.aminmax()
-    if highest >= vocab_size or lowest < 0:
-        outside = ids[((ids < 0) | (ids >= vocab_size)) & (ids != ignored)]
-        if outside.numel():
-            raise DataError(
-                f"{name} contains token {outside[0].item()}, outside this model's vocabulary (0 to "
-                f"{vocab_size - 1}): was the text encoded with another tokenizer?"
-            )
+        Checks only ids on the CPU: reading the result from a GPU would wait for all its work.
+        """
+        if ids.device.type != "cpu" or not ids.numel():
+            return
+        lowest, highest = ids.aminmax()
+        if highest >= self.vocab_size or lowest < 0:
+            outside = ids[((ids < 0) | (ids >= self.vocab_size)) & (ids != ignored)]
+            if outside.numel():
+                raise DataError(
+                    f"{name} contains token {outside[0].item()}, outside this model's vocabulary "
+                    f"(0 to {self.vocab_size - 1}): was the text encoded with another tokenizer?"
+                )

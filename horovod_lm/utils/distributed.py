@@ -29,7 +29,7 @@ from horovod_lm.utils.watchdog import Watchdog
 MIB = 1024 * 1024
 SECONDS_TO_BE_MISSED = 2  # beyond the Gloo timeout: the other ranks say that they lost one, not how
 _SECONDS_BETWEEN_QUESTIONS = 0.1
-_HOW_TO_INSTALL = f"run {command('horovod_lm.install_horovod')}"
+_HOW_TO_INSTALL = f"run {command('horovod_lm.setup.install_horovod')}"
 _GLOO_TIMEOUT = 30  # seconds, where nobody sets it
 _REMOVED = "-1"  # the rank of a process whose host has left the job
 # What launchers tell their processes; the first is horovodrun's, the others are MPI's.
@@ -184,7 +184,7 @@ def choose_device(wanted: str, local_rank: int) -> DeviceChoice:
     if wanted == "cuda" and without:
         raise ConfigError(
             f"training.device is cuda, and torch sees no GPU on {', '.join(without)}: set it to"
-            f" auto or cpu, or run {command('horovod_lm.doctor')} there"
+            f" auto or cpu, or run {command('horovod_lm.setup.doctor')} there"
         )
     gpus = {rank.gpu: rank.gpu_name for rank in ranks if rank.gpu is not None}
     by_nccl = len(gpus) == len(ranks) and all(rank.has_nccl for rank in ranks)

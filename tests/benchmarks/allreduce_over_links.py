@@ -5,7 +5,7 @@
 Hosts of network namespaces, one rank each; every host's link is shaped to the rate in both
 directions. Each row is one size: the fastest of several allreduces, since whatever else the machine
 does can only add to a link's time, and what the ring's formula says, 2(N-1)/N x bytes / rate
-(horovod_lm/scaling.py). Needs Linux and root; a few minutes.
+(horovod_lm/analysis/scaling.py). Needs Linux and root; a few minutes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from horovod_lm.jupyter.hosts import Hosts
+from horovod_lm.teaching.simulated_hosts import Hosts
 from horovod_lm.utils.config import Config
 
 RATES = (20, 100, 400)  # Mbit/s

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from IPython.core.interactiveshell import InteractiveShell
 
-from horovod_lm.jupyter.cluster import HorovodCluster
+from horovod_lm.jupyter.live.cluster import HorovodCluster
 
 HOROVODRUN = Path(sys.executable).with_name("horovodrun")
 

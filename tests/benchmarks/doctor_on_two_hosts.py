@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from horovod_lm.jupyter.hosts import Hosts
-from horovod_lm.jupyter.namespaces import INTERFACE
+from horovod_lm.teaching.namespaces import INTERFACE
+from horovod_lm.teaching.simulated_hosts import Hosts
 from horovod_lm.utils.config import load_config, save_config
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"
@@ -30,7 +30,7 @@ def examine() -> dict[str, list[dict[str, str]]]:
         path = save_config(
             hosts.configure(load_config(CONFIG)), Path(project, "configs", "cluster.yaml")
         )
-        command = [sys.executable, "-m", "horovod_lm.doctor", "--hosts", str(path), "--json"]
+        command = [sys.executable, "-m", "horovod_lm.setup.doctor", "--hosts", str(path), "--json"]
         for state, names in (
             ("broken", (INTERFACE, OTHER_NAME)),
             ("cured", (OTHER_NAME, INTERFACE)),

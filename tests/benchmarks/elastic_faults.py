@@ -21,8 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from horovod_lm.data import prepare_data
+from horovod_lm.training.metrics import read_metrics
 from horovod_lm.utils.config import load_config
-from horovod_lm.utils.metrics import read_metrics
 from tests.conftest import TINY
 from tests.elastic_runs import FAULTS, GLOO_TIMEOUT, ElasticRun
 

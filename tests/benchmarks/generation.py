@@ -19,7 +19,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from horovod_lm.load import to_column_major
+from horovod_lm.generation.load import to_column_major
 from horovod_lm.models.gpt2 import from_gpt2
 from tests.benchmarks.options import parser_of
 

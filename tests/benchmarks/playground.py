@@ -31,11 +31,11 @@ SIZES = {
 }
 SHOW = """
 import asyncio, json, time, torch
-from horovod_lm.data.stories import generate_stories
+from horovod_lm.data.synthetic.stories import generate_stories
 from horovod_lm.data.tokenizers import train_bpe
 from horovod_lm.generate import generate_text
-from horovod_lm.jupyter.playground import Playground
-from horovod_lm.load import to_column_major
+from horovod_lm.jupyter.widgets.playground import Playground
+from horovod_lm.generation.load import to_column_major
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.config import config_from_dict
 

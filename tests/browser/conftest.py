@@ -320,10 +320,10 @@ def storyteller(tmp_path_factory) -> Path:
     """A checkpoint of a model that has read some stories: a folder to load it from."""
     import torch
 
-    from horovod_lm.checkpoint import save_checkpoint
-    from horovod_lm.data.stories import generate_stories
+    from horovod_lm.data.synthetic.stories import generate_stories
     from horovod_lm.data.tokenizers import train_bpe
     from horovod_lm.models.transformer_lm import TransformerLM
+    from horovod_lm.training.checkpoint import save_checkpoint
     from horovod_lm.utils.config import config_from_dict
 
     stories = list(generate_stories(400, seed=0))

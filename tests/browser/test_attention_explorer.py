@@ -7,8 +7,8 @@ import pytest
 from tests.browser.test_playground import fill
 
 SHOW = """
-from horovod_lm.jupyter.attention_explorer import AttentionExplorer
-from horovod_lm.load import load_model_for_generation
+from horovod_lm.jupyter.widgets.attention_explorer import AttentionExplorer
+from horovod_lm.generation.load import load_model_for_generation
 model, tokenizer, config = load_model_for_generation("STORYTELLER", device="cpu")
 explorer = AttentionExplorer(model, tokenizer, "Once upon a time, Tom lost his red kite.")
 explorer

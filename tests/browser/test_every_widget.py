@@ -17,18 +17,19 @@ from horovod_lm.utils.config import load_config
 from tests.browser.conftest import Page, open_page
 
 MODEL = """
-from horovod_lm.load import load_model_for_generation
+from horovod_lm.generation.load import load_model_for_generation
 model, tokenizer, config = load_model_for_generation("STORYTELLER", device="cpu")
 """
 # In the order of the page; each ends with what shows the widget.
+MODULES = "horovod_lm.jupyter.widgets"
 WIDGETS = {
-    "dashboard": "from horovod_lm.jupyter.dashboard import Dashboard\nDashboard('RUN')",
-    "playground": "from horovod_lm.jupyter.playground import Playground\n"
+    "dashboard": f"from {MODULES}.dashboard import Dashboard\nDashboard('RUN')",
+    "playground": f"from {MODULES}.playground import Playground\n"
     "Playground(model, tokenizer, config)",
-    "attention explorer": "from horovod_lm.jupyter.attention_explorer import AttentionExplorer\n"
+    "attention explorer": f"from {MODULES}.attention_explorer import AttentionExplorer\n"
     "AttentionExplorer(model, tokenizer, 'Once upon a time, Tom lost his red kite.')",
-    "scaling lab": "from horovod_lm.jupyter.scaling_lab import ScalingLab\nScalingLab()",
-    "ring stepper": "from horovod_lm.jupyter.ring_stepper import RingStepper\nRingStepper()",
+    "scaling lab": f"from {MODULES}.scaling_lab import ScalingLab\nScalingLab()",
+    "ring stepper": f"from {MODULES}.ring_stepper import RingStepper\nRingStepper()",
 }
 PLACES = {name: place for place, name in enumerate(WIDGETS, start=1)}  # of its cell
 # Of a cell: what is cut off, or wider than the place that it has and without a scroll bar.

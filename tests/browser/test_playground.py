@@ -10,7 +10,7 @@ import pytest
 from tests.jupyter.conftest import wait_until
 
 MODEL = """
-from horovod_lm.load import load_model_for_generation
+from horovod_lm.generation.load import load_model_for_generation
 model, tokenizer, config = load_model_for_generation("STORYTELLER", device="cpu")
 """
 ENDLESS = """
@@ -25,7 +25,7 @@ OPTIONS_OF_THE_HISTORY = (
     "count => document.querySelectorAll('select[multiple] option').length === count"
 )
 SHOW = """
-from horovod_lm.jupyter.playground import Playground
+from horovod_lm.jupyter.widgets.playground import Playground
 play = Playground(model, tokenizer, config)
 play
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 STEPPER = """
-from horovod_lm.jupyter.ring_stepper import RingStepper
+from horovod_lm.jupyter.widgets.ring_stepper import RingStepper
 stepper = RingStepper(workers=4)
 stepper
 """

@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import ROOT
 
 OPEN = """
-from horovod_lm.jupyter.scaling_lab import Choices, ScalingLab, read_measurements
+from horovod_lm.jupyter.widgets.scaling_lab import Choices, ScalingLab, read_measurements
 rows = read_measurements("PATH", megabits_per_second=400)
 tiny = Choices(
     parameters=3e5, batch=64, workers=64, workers_per_host=1, gigabits_per_second=0.45,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from horovod_lm.data.grammar import Alternative, Grammar
+from horovod_lm.data.synthetic.grammar import Alternative, Grammar
 
 GIRL, BOY = {"she": "she"}, {"she": "he"}
 

@@ -15,7 +15,7 @@ import pytest
 
 from horovod_lm.data import get_dataloaders, prepare_data
 from horovod_lm.data.prepare import FILES, TokenWriter, publish, read_metadata
-from horovod_lm.data.stories import generate_stories, story_count, story_entropy
+from horovod_lm.data.synthetic.stories import generate_stories, story_count, story_entropy
 from horovod_lm.data.tokenizers import load_tokenizer
 from horovod_lm.utils.config import Config, save_config
 from horovod_lm.utils.errors import DataError

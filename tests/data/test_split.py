@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from horovod_lm.data.corpora import Document, text_document
+from horovod_lm.data.sources import Document, text_document
 from horovod_lm.data.split import (
     TRAIN,
     VAL,

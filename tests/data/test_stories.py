@@ -10,8 +10,8 @@ from collections import Counter
 
 import pytest
 
-from horovod_lm.data.grammar import Alternative, Draw, Grammar, Recall
-from horovod_lm.data.stories import (
+from horovod_lm.data.synthetic.grammar import Alternative, Draw, Grammar, Recall
+from horovod_lm.data.synthetic.stories import (
     BOYS,
     GIRLS,
     RULES,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from horovod_lm.data.stories import generate_stories
+from horovod_lm.data.synthetic.stories import generate_stories
 from horovod_lm.data.tokenizers import (
     END_OF_TEXT,
     UNKNOWN,

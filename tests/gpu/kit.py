@@ -129,7 +129,7 @@ class Kit:
         from torch.version import cuda
 
         nccl = "--nccl" if cuda else "--no-nccl"
-        command = [sys.executable, "-m", "horovod_lm.install_horovod", nccl]
+        command = [sys.executable, "-m", "horovod_lm.setup.install_horovod", nccl]
         if self.wait(self.start([*command, "--check"], "check"), 60) == 0:
             print("Horovod: built by an earlier run", flush=True)
             return None

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.horovod,
     pytest.mark.skipif(
         importlib.util.find_spec("horovod") is None,
-        reason="Horovod is not installed: python -m horovod_lm.install_horovod",
+        reason="Horovod is not installed: python -m horovod_lm.setup.install_horovod",
     ),
 ]
 

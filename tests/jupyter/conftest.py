@@ -13,7 +13,7 @@ import pytest
 
 needs_horovod = pytest.mark.skipif(
     importlib.util.find_spec("horovod") is None,
-    reason="Horovod is not installed: python -m horovod_lm.install_horovod",
+    reason="Horovod is not installed: python -m horovod_lm.setup.install_horovod",
 )
 
 

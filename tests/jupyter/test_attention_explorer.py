@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horovod_lm.data.tokenizers import ByteTokenizer
-from horovod_lm.jupyter.attention_explorer import (
+from horovod_lm.jupyter.widgets.attention_explorer import (
     AttentionExplorer,
     read_attention,
     row_entropy_bits,

@@ -9,10 +9,10 @@ import psutil
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
-from horovod_lm.jupyter.cluster import HorovodCluster
-from horovod_lm.jupyter.engine_side import whole_json
-from horovod_lm.jupyter.outcome import RankError
-from horovod_lm.timeline import read_timeline
+from horovod_lm.analysis.timeline import read_timeline
+from horovod_lm.jupyter.live.cluster import HorovodCluster
+from horovod_lm.jupyter.live.engine_side import whole_json
+from horovod_lm.jupyter.run_cell.job_result import RankError
 from horovod_lm.utils.errors import ConfigError, DistributedError
 from tests.jupyter.conftest import children, held, needs_horovod, wait_until
 
@@ -162,7 +162,7 @@ def test_a_file_is_not_read_before_it_is_whole(tmp_path):
 
 
 def test_a_killed_kernel_takes_its_ranks_along(kernel):
-    kernel.run("from horovod_lm.jupyter.cluster import HorovodCluster")
+    kernel.run("from horovod_lm.jupyter.live.cluster import HorovodCluster")
     kernel.run("cluster = HorovodCluster(n=2).start()")
     process_tree = psutil.Process(kernel.pid).children(recursive=True)
     engines = [process for process in process_tree if "engine_side" in " ".join(process.cmdline())]

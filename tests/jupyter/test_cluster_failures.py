@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from horovod_lm.jupyter.cluster import HorovodCluster
-from horovod_lm.jupyter.outcome import RankError, RanksStopped
+from horovod_lm.jupyter.live.cluster import HorovodCluster
+from horovod_lm.jupyter.run_cell.job_result import RankError, RanksStopped
 from horovod_lm.utils.errors import DistributedError
 from tests.jupyter.conftest import children, needs_horovod, wait_until
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from horovod_lm.data.tokenizers import ByteTokenizer
 from horovod_lm.generate import generate_text
-from horovod_lm.jupyter.continuation import (
+from horovod_lm.generation.sampling import filtered_probabilities
+from horovod_lm.jupyter.widgets.continuation import (
     N_CANDIDATES,
     Continuation,
     colour_of,
@@ -21,7 +22,6 @@ from horovod_lm.jupyter.continuation import (
     side_by_side,
     trace_text,
 )
-from horovod_lm.models.sampling import filtered_probabilities
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.config import GenerationConfig
 from horovod_lm.utils.errors import DataError

@@ -17,14 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from horovod_lm.jupyter import widget_parts
-from horovod_lm.jupyter.dashboard import Dashboard
 from horovod_lm.jupyter.launch import launch
-from horovod_lm.jupyter.run_view import RunReader, RunView, entropy_per_token, open_run
+from horovod_lm.jupyter.widgets import widget_parts
+from horovod_lm.jupyter.widgets.dashboard import Dashboard
+from horovod_lm.jupyter.widgets.run_view import RunReader, RunView, entropy_per_token, open_run
 from horovod_lm.train import run_distributed_training
+from horovod_lm.training.metrics import MetricsRecorder, read_metrics
 from horovod_lm.utils.config import load_config
 from horovod_lm.utils.errors import ConfigError
-from horovod_lm.utils.metrics import MetricsRecorder, read_metrics
 from tests.jupyter.conftest import children, needs_horovod, wait_until
 
 CONFIG = "configs/tiny.yaml"

@@ -10,7 +10,7 @@ import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from horovod_lm.jupyter.exercises import ExerciseError, check, solutions, with_solutions
-from horovod_lm.jupyter.notebooks import execute, store
+from horovod_lm.teaching.notebooks import execute, store
 
 STUB = "def double(x):\n    ..."
 CHECK = (

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
-from horovod_lm.jupyter.outcome import RankError
+from horovod_lm.jupyter.run_cell.job_result import RankError
 from horovod_lm.utils.errors import ConfigError
 from tests.conftest import ROOT
 from tests.jupyter.conftest import children, needs_horovod

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from horovod_lm.jupyter.framed_horovodrun import frame_output
-from horovod_lm.jupyter.outcome import JobResult, RanksStopped, how_it_ended, rank_list
+from horovod_lm.jupyter.run_cell.framed_horovodrun import frame_output
+from horovod_lm.jupyter.run_cell.job_result import JobResult, RanksStopped, how_it_ended, rank_list
 from tests.jupyter.conftest import needs_horovod
 
 

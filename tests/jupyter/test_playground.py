@@ -11,7 +11,7 @@ import torch
 
 from horovod_lm.data.tokenizers import ByteTokenizer
 from horovod_lm.generate import generate_text
-from horovod_lm.jupyter.playground import Playground
+from horovod_lm.jupyter.widgets.playground import Playground
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.config import config_from_dict
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 
+from horovod_lm.analysis.ring import ring_allreduce
+from horovod_lm.analysis.scaling import GBIT, Job, Measurement, Network, breaking_point, step
+from horovod_lm.analysis.timeline import Span
 from horovod_lm.jupyter import plots
 from horovod_lm.jupyter.plots.charts import BAR_STYLES, LINE_STYLES
 from horovod_lm.jupyter.plots.tables import RANK_SHADES, name_of_sum
-from horovod_lm.ring import ring_allreduce
-from horovod_lm.scaling import GBIT, Job, Measurement, Network, breaking_point, step
-from horovod_lm.timeline import Span
-from horovod_lm.utils.metrics import COLUMNS, PARTS_OF_A_STEP, MetricsRecorder, read_metrics
+from horovod_lm.training.metrics import COLUMNS, PARTS_OF_A_STEP, MetricsRecorder, read_metrics
 
 
 def training_rows(steps: int = 12, slower: float = 1.0) -> list[dict]:

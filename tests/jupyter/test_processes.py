@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from horovod_lm.jupyter.call import JobProcess, JobSpec
-from horovod_lm.jupyter.processes import Processes
+from horovod_lm.jupyter.run_cell.job import JobProcess, JobSpec
+from horovod_lm.jupyter.run_cell.processes import Processes
 from tests.conftest import ROOT
 from tests.jupyter.conftest import needs_horovod
 

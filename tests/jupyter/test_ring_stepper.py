@@ -8,10 +8,10 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
-from horovod_lm.jupyter import ring_stepper
+from horovod_lm.analysis.ring import RingState, ring_allreduce
 from horovod_lm.jupyter.plots.tables import name_of_sum
-from horovod_lm.jupyter.ring_stepper import RingStepper, describe_traffic, ring_svg
-from horovod_lm.ring import RingState, ring_allreduce
+from horovod_lm.jupyter.widgets import ring_stepper
+from horovod_lm.jupyter.widgets.ring_stepper import RingStepper, describe_traffic, ring_svg
 from horovod_lm.utils.errors import ConfigError
 
 SVG = "{http://www.w3.org/2000/svg}"

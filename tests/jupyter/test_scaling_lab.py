@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from horovod_lm.jupyter.scaling_lab import (
+from horovod_lm.analysis.scaling import Measurement, Network, fit_network, step
+from horovod_lm.jupyter.widgets.scaling_lab import (
     SLIDERS,
     Choices,
     ScalingLab,
@@ -17,7 +18,6 @@ from horovod_lm.jupyter.scaling_lab import (
     predict,
     read_measurements,
 )
-from horovod_lm.scaling import Measurement, Network, fit_network, step
 from horovod_lm.utils.errors import UserError
 from tests.conftest import ROOT
 

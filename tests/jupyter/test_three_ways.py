@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from horovod_lm.jupyter.notebooks import read_notebook
+from horovod_lm.teaching.notebooks import read_notebook
 from tests.conftest import ROOT
 from tests.jupyter.conftest import needs_horovod
 
@@ -28,7 +28,8 @@ CELLS = [
     "%load_ext horovod_lm.jupyter",
     f"%%horovodrun -np 2 --out totals\n{REDUCE}",
     "totals",
-    "from horovod_lm.jupyter.cluster import HorovodCluster\n\ncluster = HorovodCluster(2).start()",
+    "from horovod_lm.jupyter.live.cluster import HorovodCluster\n\n"
+    "cluster = HorovodCluster(2).start()",
     f"%%px\n{REDUCE}",
     "%%px\nprint('rank', hvd.rank())\nmine = hvd.rank() * 10",
     "%%px\nif hvd.rank() == 1:\n    raise ValueError('boom')\nhvd.allreduce(torch.ones(1))",

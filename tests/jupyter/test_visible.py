@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horovod_lm.data.tokenizers import ByteTokenizer, train_bpe
-from horovod_lm.jupyter.visible import visible, visible_token
+from horovod_lm.jupyter.widgets.visible import visible, visible_token
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from horovod_lm.data.tokenizers import ByteTokenizer
-from horovod_lm.jupyter import ring_stepper
-from horovod_lm.jupyter.attention_explorer import AttentionExplorer
-from horovod_lm.jupyter.dashboard import Dashboard
-from horovod_lm.jupyter.playground import Playground
-from horovod_lm.jupyter.ring_stepper import RingStepper
-from horovod_lm.jupyter.scaling_lab import ScalingLab
-from horovod_lm.jupyter.widget_parts import Message, html_table
+from horovod_lm.jupyter.widgets import ring_stepper
+from horovod_lm.jupyter.widgets.attention_explorer import AttentionExplorer
+from horovod_lm.jupyter.widgets.dashboard import Dashboard
+from horovod_lm.jupyter.widgets.playground import Playground
+from horovod_lm.jupyter.widgets.ring_stepper import RingStepper
+from horovod_lm.jupyter.widgets.scaling_lab import ScalingLab
+from horovod_lm.jupyter.widgets.widget_parts import Message, html_table
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.train import run_distributed_training
 from horovod_lm.utils.config import config_from_dict, load_config

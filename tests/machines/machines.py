@@ -32,9 +32,9 @@ PROJECT = Path(__file__).resolve().parents[2]
 DEFAULT_ROWS = ["bookworm", "trixie", "forky:g++-15:python3.13"]
 PACKAGES = "ca-certificates g++ git make procps python3 python3-dev python3-venv"
 TESTS = (
-    "tests/installation tests/horovod tests/jupyter/test_magics.py tests/models/test_gpt2.py"
-    " tests/test_doctor.py tests/notebooks/test_notebooks.py"
-    " tests/test_train_resume.py::test_killed_in_an_epoch_and_resumed_is_bit_equal"
+    "tests/setup tests/horovod tests/jupyter/test_magics.py tests/models/test_gpt2.py"
+    " tests/setup/test_doctor.py tests/notebooks/test_notebooks.py"
+    " tests/training/test_resume.py::test_killed_in_an_epoch_and_resumed_is_bit_equal"
 )
 HOME = str(Path("/home") / "student")
 COURSE = shlex.quote(f"{HOME}/my course")  # the space is on purpose

@@ -5,18 +5,17 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from pathlib import Path
 
 import pytest
 from nbformat import NotebookNode
 
 from horovod_lm.generate import generate_text
-from horovod_lm.jupyter.notebook_checks import headings
-from horovod_lm.jupyter.notebooks import read_notebook
 from horovod_lm.models.transformer_lm import TransformerLM
+from horovod_lm.teaching.notebook_checks import headings
+from horovod_lm.teaching.notebooks import read_notebook
 from horovod_lm.utils.config import Config
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CONTRACT_TEST = ROOT / "tests" / "test_contract.py"
 
 # The headings of the contract's document, with their levels, in its order.

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from horovod_lm.jupyter.hosts import why_not_here
-from horovod_lm.jupyter.namespaces import SEARCHED
-from horovod_lm.jupyter.notebooks import read_notebook
+from horovod_lm.teaching.namespaces import SEARCHED
+from horovod_lm.teaching.notebooks import read_notebook
+from horovod_lm.teaching.simulated_hosts import why_not_here
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "notebooks" / "09_beyond_one_machine.ipynb"
 WITHOUT_SSHD = 'mount --bind /dev/null "$0" && exec "$@"'  # for this one process and its children
 FILES = {

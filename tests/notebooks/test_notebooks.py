@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from nbformat import NotebookNode
 
-from horovod_lm.jupyter.notebook_checks import find_problems, headings
-from horovod_lm.jupyter.notebooks import read_notebook
+from horovod_lm.teaching.notebook_checks import find_problems, headings
+from horovod_lm.teaching.notebooks import read_notebook
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "horovod_transformer.example.ipynb"
 PAGES = [*sorted(ROOT.glob("*.ipynb")), *sorted((ROOT / "notebooks").glob("*.ipynb"))]
 NOT_COMPARED = {"nbval-ignore-output", "nbval-skip"}  # for times, process ids, a machine's name
@@ -75,7 +75,9 @@ def test_a_command_that_fails_stops_the_page(page):
     assert not with_commands or True in extension[: with_commands[0]]
     lines = [line for lines in commands for line in lines]
     assert [line for line in lines if re.search(r"\b(python|horovodrun)\b.*[^|]\|[^|]", line)] == []
-    other = [line for text in cells for line in re.findall(r".*(?:subprocess\.|os\.system).*", text)]
+    other = [
+        line for text in cells for line in re.findall(r".*(?:subprocess\.|os\.system).*", text)
+    ]
     assert [line for line in other if "check=True" not in line] == []
 
 
@@ -112,11 +114,11 @@ def test_the_files_that_the_example_names_exist():
 def test_the_example_runs_from_its_first_cell_to_its_last(tmp_path):
     """All of its parts and commands, with a smaller model and fewer steps; `make example` is it."""
     if not Path(sys.executable).with_name("horovodrun").exists():
-        pytest.skip("Horovod is not installed: run python -m horovod_lm.install_horovod")
+        pytest.skip("Horovod is not installed: run python -m horovod_lm.setup.install_horovod")
     shutil.copy(EXAMPLE, tmp_path)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     finished = subprocess.run(
-        [sys.executable, "-m", "horovod_lm.jupyter.notebooks", "execute", EXAMPLE.name,
+        [sys.executable, "-m", "horovod_lm.teaching.notebooks", "execute", EXAMPLE.name,
          "--out", "executed.ipynb"],
         cwd=tmp_path, env={**os.environ, "HOROVOD_LM_FAST": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=480,

@@ -13,10 +13,10 @@ import nbformat
 import pytest
 
 from horovod_lm.jupyter.exercises import RIGHT, STUB_TAG, exercises_alone, with_solutions
-from horovod_lm.jupyter.notebooks import execute, read_notebook
-from horovod_lm.utils.metrics import read_metrics
+from horovod_lm.teaching.notebooks import execute, read_notebook
+from horovod_lm.training.metrics import read_metrics
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 COURSE = sorted((ROOT / "notebooks").glob("*.ipynb"))
 COMPARED = [ROOT / "horovod_transformer.API.ipynb", *COURSE]
 EXAMPLE = ROOT / "horovod_transformer.example.ipynb"
@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.horovod, pytest.mark.slow]
 @pytest.fixture(autouse=True)
 def needs_horovod():
     if not Path(sys.executable).with_name("horovodrun").exists():
-        pytest.skip("Horovod is not installed: run python -m horovod_lm.install_horovod")
+        pytest.skip("Horovod is not installed: run python -m horovod_lm.setup.install_horovod")
 
 
 @pytest.mark.timeout(900)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 from horovod_lm.jupyter.exercises import solutions
-from horovod_lm.jupyter.notebooks import read_notebook
+from horovod_lm.teaching.notebooks import read_notebook
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "teaching.md").read_text(encoding="utf-8")
 ROWS = {
     name: (int(minutes), int(exercises))

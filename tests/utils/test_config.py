@@ -21,8 +21,8 @@ from horovod_lm.utils.config import (
     save_config,
 )
 from horovod_lm.utils.errors import ConfigError
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 SECTIONS = ("model", "training", "data", "generation", "paths", "distributed")
 

@@ -9,7 +9,6 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +18,7 @@ from horovod_lm.utils import distributed
 from horovod_lm.utils.cli import command
 from horovod_lm.utils.config import DistributedConfig
 from horovod_lm.utils.errors import ConfigError, DistributedError
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import ROOT
 
 # What stands for Horovod in a folder that comes first on Python's path. An install that cannot be
 # loaded raises OSError: it was built for another torch.
@@ -92,7 +90,7 @@ def test_every_helper_works_before_init(run_python):
     [
         (MISSING, ["note: Horovod is not installed: training alone, in one process"]),
         (BROKEN, ["note: Horovod is installed but does not load (mpi_lib_v2.so: undefined symbol:"
-                  " _ZN3c10): run python -m horovod_lm.install_horovod",
+                  " _ZN3c10): run python -m horovod_lm.setup.install_horovod",
                   "note: Horovod is not installed: training alone, in one process"]),
     ],
 )  # fmt: skip
@@ -117,7 +115,7 @@ run_cli(lambda _: setup_horovod(require_distributed={required}) and 0)
     (sentence,) = (line for line in done.stderr.splitlines() if not line.startswith("note: "))
     assert sentence == (
         f"error: Horovod is not installed for torch {torch.__version__}:"
-        " run python -m horovod_lm.install_horovod"
+        " run python -m horovod_lm.setup.install_horovod"
     )
 
 
@@ -296,7 +294,7 @@ def test_a_gpu_that_is_asked_for_and_missing_is_one_sentence_on_every_rank(choos
     ranks = [PretendedRank(0, ("a",)), PretendedRank(0, (), host="there")]
     assert set(choose(ranks, "cuda")) == {
         "training.device is cuda, and torch sees no GPU on there: set it to auto or cpu, or run"
-        f" {command('horovod_lm.doctor')} there"
+        f" {command('horovod_lm.setup.doctor')} there"
     }
     assert [choice.device.type for choice in choose(ranks[:1], "cuda")] == ["cuda"]
 

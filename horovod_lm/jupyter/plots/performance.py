@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogFormatter, MaxNLocator, PercentFormatter
 
+from horovod_lm.analysis.scaling import Job, Measurement, Network, breaking_point, curve
+from horovod_lm.analysis.timeline import NEGOTIATION, REDUCTION, Span
 from horovod_lm.jupyter.plots.charts import (
     BLACK,
     BLUE,
@@ -18,8 +20,6 @@ from horovod_lm.jupyter.plots.charts import (
     label_axes,
     with_styles,
 )
-from horovod_lm.scaling import Job, Measurement, Network, breaking_point, curve
-from horovod_lm.timeline import NEGOTIATION, REDUCTION, Span
 
 MILLISECONDS = 1000  # in a second
 MAX_WORKERS = 4096
@@ -38,7 +38,7 @@ def plot_timeline(spans: Sequence[Span], title: str = "One step in Horovod's tim
     """Draw the phases of each tensor's reduction: a row for each tensor, in order of reduction.
 
     Args:
-        spans: of one step, as `horovod_lm.timeline.reduction` returns them.
+        spans: of one step, as `horovod_lm.analysis.timeline.reduction` returns them.
         title: the figure's title.
     """
     starts = {span.tensor: span.start for span in reversed(spans) if span.phase == REDUCTION}

@@ -9,8 +9,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from horovod_lm.analysis.ring import RingState
 from horovod_lm.jupyter.plots.charts import Plot
-from horovod_lm.ring import RingState
 
 PAGE_WIDTH, SMALLEST_MAP, LARGEST_MAP = 8.0, 1.3, 2.0  # inches
 MAX_WORDS_WITH_NUMBERS = 10  # a map of more words has no space for a number in each cell

@@ -22,7 +22,7 @@ from horovod_lm.jupyter.plots.charts import (
     label_rows,
     with_run_styles,
 )
-from horovod_lm.utils.metrics import PARTS_OF_A_STEP
+from horovod_lm.training.metrics import PARTS_OF_A_STEP
 
 Points = tuple[list[int], list[float]]  # steps and values
 

@@ -1,0 +1,1 @@
+"""The ring allreduce, the cost model of scaling, and Horovod's timeline."""

@@ -1,0 +1,300 @@
+"""Text sources: `data.source` selects stories, the Python library, files or a hub dataset.
+
+A corpus is a series of documents, and a document a series of pieces of text. Both are read as
+streams, so a corpus may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import hashlib
+import itertools
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from horovod_lm.data.synthetic.stories import RULES, generate_stories
+from horovod_lm.data.tokenizers import check_reachable
+from horovod_lm.utils.config import Config
+from horovod_lm.utils.errors import DataError
+
+EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+PIECE_BYTES = 1 << 16  # files are read in pieces: BPE training buffers 256 of them
+ARTICLE_HEADING = re.compile(r" = (?!= ).+(?<! =) = \n?")  # WikiText: ` = Title = `
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text: its name, its size in UTF-8 bytes, and a function that reads it in pieces."""
+
+    name: str
+    size: int
+    pieces: Callable[[], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A series of documents that can be read repeatedly, in the same order.
+
+    Args:
+        description: a short description.
+        documents: starts reading the documents from the first one.
+        fingerprint: plain values that change when the text changes.
+        validation: starts reading the documents of the source's own validation split, if it has
+            one; `documents` are then for training only.
+    """
+
+    description: str
+    documents: Callable[[], Iterator[Document]]
+    fingerprint: dict[str, Any]
+    validation: Callable[[], Iterator[Document]] = lambda: iter(())
+
+
+def open_corpus(config: Config) -> Corpus:
+    """Return the corpus of `config.data`, limited to `data.max_bytes` bytes.
+
+    Raises:
+        DataError: the text does not exist or cannot be read.
+    """
+    sources = {"stories": _stories, "python": _python, "files": _files, "hub": _hub}
+    corpus = sources[config.data.source](config)
+    limit = config.data.max_bytes
+    if limit is None:
+        return corpus
+    return replace(
+        corpus,
+        documents=lambda: _first_bytes(corpus.documents(), limit),
+        validation=lambda: _first_bytes(
+            corpus.validation(), max(1, round(limit * config.data.val_fraction))
+        ),
+    )
+
+
+def text_document(name: str, text: str) -> Document:
+    """Return a document whose text is in memory."""
+    return Document(name, len(text.encode("utf-8")), lambda: [text])
+
+
+def _stories(config: Config) -> Corpus:
+    count, seed = config.data.num_stories, config.seed
+
+    def documents() -> Iterator[Document]:
+        for index, story in enumerate(generate_stories(count, seed)):
+            yield text_document(f"story {index}", story)
+
+    grammar = hashlib.sha256(repr(RULES).encode()).hexdigest()
+    return Corpus(f"{count:,} tiny stories", documents, {"grammar": grammar})
+
+
+def _python(config: Config) -> Corpus:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = []
+    for folder, folders, names in os.walk(root):
+        # Pruned, not filtered: site-packages may contain a hundred thousand files.
+        folders[:] = [name for name in folders if name not in EXCLUDED_FOLDERS]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    if not files:
+        raise DataError(
+            f"the standard library has no source files in {root}; use data.source=stories instead"
+        )
+    description = f"the standard library of Python {sys.version.split()[0]}"
+    return _file_corpus(description, sorted(files), root)
+
+
+def _files(config: Config) -> Corpus:
+    files = {file for pattern in config.data.paths for file in _matching_files(config, pattern)}
+    return _file_corpus(", ".join(config.data.paths), sorted(files), config.project_root)
+
+
+def _matching_files(config: Config, pattern: str) -> list[Path]:
+    """Return the files of a path, a folder or a glob; at least one."""
+    path = config.resolve(pattern)
+    if path.is_file():
+        return [path]
+    wanted = str(path / "**" / "*") if path.is_dir() else str(path)
+    names = map(Path, glob.glob(wanted, recursive=True))  # without hidden files
+    data_dir = config.resolve(config.data.data_dir)
+    files = [name for name in names if name.is_file() and name.parent != data_dir]
+    if not files:
+        problem = "the folder is empty" if path.is_dir() else "no such file, and no file matches it"
+        raise DataError(f"data.path {pattern}: {problem} ({path})")
+    return files
+
+
+def _file_corpus(description: str, files: list[Path], root: Path) -> Corpus:
+    """Return a corpus with a document for each file that is not empty."""
+
+    def documents() -> Iterator[Document]:
+        for file in files:
+            if size := file.stat().st_size:
+                yield Document(str(file), size, partial(read_text_file, file))
+
+    return Corpus(description, documents, {"files": _listing(files, root)})
+
+
+def _listing(files: Iterable[Path], root: Path) -> str:
+    """Return a hash of the files' names, sizes and modification times."""
+    stats = []
+    for file in files:
+        name = file.relative_to(root) if file.is_relative_to(root) else file
+        stats.append((str(name), file.stat().st_size, file.stat().st_mtime_ns))
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+def read_text_file(file: Path, piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
+    """Yield the text of a UTF-8 file in pieces that end at the end of a line if possible.
+
+    Args:
+        file: the file; a byte-order mark at its start is removed.
+        piece_bytes: approximate size of a piece.
+
+    Raises:
+        DataError: a byte is not UTF-8 (the message has the file and the byte's offset), or the
+            file cannot be read.
+    """
+    incomplete_line = ""
+    for text in _decode(file, piece_bytes):
+        text = incomplete_line + text
+        cut = text.rfind("\n") + 1 or len(text)
+        if text[:cut]:
+            yield text[:cut]
+        incomplete_line = text[cut:]
+    if incomplete_line:
+        yield incomplete_line
+
+
+def _decode(file: Path, piece_bytes: int) -> Iterator[str]:
+    """Yield the text of a UTF-8 file, block by block."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    offset = 0
+    try:
+        with file.open("rb") as stream:
+            while block := stream.read(piece_bytes):
+                yield decoder.decode(block)
+                offset += len(block)
+            yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        # The decoder may have buffered the first bytes of a character cut by a block's end.
+        buffered = len(error.object) - len(block)
+        raise DataError(
+            f"{file} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset "
+            f"{offset - buffered + error.start} ({error.reason}); "
+            "save it as UTF-8, or exclude it with a glob such as 'folder/**/*.txt'"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _hub(config: Config) -> Corpus:
+    name = str(config.data.hub_dataset)
+    open_once = cache(partial(_open_hub_dataset, config))
+
+    def documents(split: str) -> Iterator[Document]:
+        rows = open_once().get(split, ())
+        try:
+            for index, text in enumerate(_join_articles(_row_texts(config, rows))):
+                yield text_document(f"{name} {split} {index}", text)
+        except DataError:
+            raise
+        except Exception as error:  # any of the libraries behind a stream may raise
+            raise _hub_error(name, error) from None
+
+    folder = config.resolve(name)
+    local_files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return Corpus(
+        f"the dataset {name}",
+        partial(documents, "train"),
+        {"local_files": _listing(local_files, folder)},
+        partial(documents, "validation"),
+    )
+
+
+def _row_texts(config: Config, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    field = config.data.hub_text_field
+    for row in rows:
+        if field not in row:
+            raise DataError(
+                f"{config.data.hub_dataset} has no field {field!r}: set data.hub_text_field to one "
+                f"of {', '.join(row)}"
+            )
+        yield row[field] or ""
+
+
+def _join_articles(rows: Iterator[str]) -> Iterator[str]:
+    """Yield one text per document: rows, or the articles of a dataset whose rows are lines.
+
+    In WikiText each row is a line, and an article starts with a row ` = Title = `. A dataset whose
+    first non-empty row is such a heading is joined into articles.
+    """
+    first = next(filter(None, rows), "")
+    if not ARTICLE_HEADING.fullmatch(first):
+        yield from filter(None, [first])
+        yield from filter(None, rows)
+        return
+    lines: list[str] = []
+    for row in itertools.chain([first], rows):
+        if lines and ARTICLE_HEADING.fullmatch(row):
+            yield "".join(lines)
+            lines = []
+        lines.append(row if row.endswith("\n") else row + "\n")
+    yield "".join(lines)
+
+
+def _open_hub_dataset(config: Config) -> dict[str, Iterable[dict[str, Any]]]:
+    """Return the rows of each split of the dataset, streamed or memory-mapped."""
+    name, subset = str(config.data.hub_dataset), config.data.hub_config
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            "data.source=hub needs the library 'datasets': pip install 'horovod_lm[hub]', "
+            "or use another data.source"
+        ) from None
+    local = config.resolve(name)
+    try:
+        if any((local / file).exists() for file in ("dataset_info.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(str(local))
+            return saved if isinstance(saved, dict) else {"train": saved}
+        if not local.exists():
+            check_reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+        return datasets.load_dataset(str(local) if local.exists() else name, subset, streaming=True)
+    except Exception as error:  # any of the libraries behind it may raise
+        raise _hub_error(name, error) from None
+
+
+def _hub_error(name: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:200]
+    return DataError(
+        f"the dataset {name} cannot be read ({type(error).__name__}: {reason}); "
+        "check data.hub_dataset, data.hub_config and the network"
+    )
+
+
+def _first_bytes(documents: Iterator[Document], limit: int) -> Iterator[Document]:
+    """Yield whole documents of at most `limit` bytes together; cut a larger first one."""
+    room = limit
+    for document in documents:
+        if document.size > room:
+            if room == limit:
+                yield Document(document.name, limit, partial(_cut, document, limit))
+            return
+        room -= document.size
+        yield document
+
+
+def _cut(document: Document, size: int) -> Iterator[str]:
+    """Yield the first `size` bytes of a document, without an incomplete character at the end."""
+    for piece in document.pieces():
+        encoded = piece.encode("utf-8")
+        if len(encoded) >= size:
+            yield encoded[:size].decode("utf-8", errors="ignore")
+            return
+        size -= len(encoded)
+        yield piece

@@ -1,0 +1,1 @@
+"""A synthetic corpus whose entropy is known exactly."""

@@ -1,0 +1,1 @@
+"""Text generation: sampling, streaming, loading a model, terminal chat."""

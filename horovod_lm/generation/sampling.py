@@ -1,0 +1,256 @@
+"""Sampling: temperature, top-k, top-p, and the loop that generates token after token.
+
+Top-k is from Fan, Lewis and Dauphin 2018 (https://arxiv.org/abs/1805.04833), top-p ("nucleus") from
+Holtzman et al. 2020 (https://arxiv.org/abs/1904.09751). Both remove the tail of unlikely tokens,
+whose probabilities a language model estimates worst.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from horovod_lm.models.attention import KVCache
+from horovod_lm.utils.config import GenerationConfig, config_from_dict
+from horovod_lm.utils.errors import DataError
+
+if TYPE_CHECKING:
+    from horovod_lm.models.transformer_lm import TransformerLM
+
+GREEDY_BELOW = 1e-6  # smaller temperatures would overflow the division
+
+
+def generation_config(
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float | None = 0.9,
+    num_samples: int = 1,
+    seed: int | None = None,
+) -> GenerationConfig:
+    """Return validated settings; `top_k` and `top_p` may be None, which keeps all tokens.
+
+    Raises:
+        ConfigError: an invalid value.
+    """
+    settings = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k or 0,
+        "top_p": 1.0 if top_p is None else top_p, "num_samples": num_samples, "seed": seed,
+    }  # fmt: skip
+    return config_from_dict({"generation": settings}, name="invalid settings").generation
+
+
+def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """Set all but the `top_k` largest logits (..., V) to -inf."""
+    largest, token_ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
+    return torch.full_like(logits, -math.inf).scatter(-1, token_ids, largest)
+
+
+def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """Keep the most likely tokens of (..., V) that together reach `top_p`; set the rest to -inf.
+
+    The token that crosses the threshold is kept, so at least one token is.
+    """
+    descending, token_ids = logits.sort(dim=-1, descending=True)
+    probabilities = descending.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities  # probability of all likelier tokens
+    descending = descending.masked_fill(before >= top_p, -math.inf)
+    return torch.empty_like(logits).scatter(-1, token_ids, descending)
+
+
+def filtered_probabilities(logits: Tensor, settings: GenerationConfig) -> Tensor:
+    """Apply temperature, top-k and top-p, in this order: (..., V) logits -> probabilities."""
+    if settings.temperature < GREEDY_BELOW:
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    logits = logits / settings.temperature
+    if settings.top_k:
+        logits = keep_top_k(logits, settings.top_k)
+    if settings.top_p < 1.0:
+        logits = keep_top_p(logits, settings.top_p)
+    return logits.softmax(dim=-1)
+
+
+def sample(logits: Tensor, settings: GenerationConfig, generator: torch.Generator) -> Tensor:
+    """Sample one token per row from `filtered_probabilities`: (B, V) logits -> (B,) token ids.
+
+    Sorts at most once: in descending order, top-k and top-p are both prefixes.
+    """
+    if settings.temperature < GREEDY_BELOW:
+        return logits.argmax(dim=-1)
+    logits, token_ids, vocab_size = logits.float(), None, logits.shape[-1]
+    top_k = settings.top_k or vocab_size
+    if top_k < vocab_size or settings.top_p < 1.0:
+        logits, token_ids = logits.topk(min(top_k, vocab_size), dim=-1)  # (B, V) -> (B, k)
+    probabilities = (logits / settings.temperature).softmax(dim=-1)
+    if settings.top_p < 1.0:
+        before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities.masked_fill_(before >= settings.top_p, 0.0)
+    # The exponential trick: of independent exponential times with rates p_i, the smallest belongs
+    # to i with probability p_i / sum(p), so the probabilities need no renormalization.
+    times = torch.empty_like(probabilities).exponential_(generator=generator) / probabilities
+    first = times.argmin(dim=-1, keepdim=True)  # (B, 1)
+    return (first if token_ids is None else token_ids.gather(-1, first)).squeeze(-1)
+
+
+def make_generator(seed: int | None, device: torch.device | str) -> torch.Generator:
+    """Return a random generator with a seed (any integer), or with a new one for None."""
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed % 2**63)
+    return generator
+
+
+@torch.inference_mode()
+def generate_tokens(
+    model: TransformerLM,
+    input_ids: Tensor,
+    settings: GenerationConfig,
+    eos_token_id: int | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    generator: torch.Generator,
+    use_cache: bool = True,
+    on_logits: Callable[[Tensor], None] | None = None,
+) -> Generator[Tensor, None, None]:
+    """Generate token by token for every row, and yield the tokens of each step at once.
+
+    A prompt longer than the model's context is truncated on the left, with a warning. A row that
+    has filled the context continues from its newer half: position embeddings are absolute, so the
+    kept tokens must be processed again at their new positions, and keeping half makes that rare.
+    Each row does so on its own: its text does not depend on its padding.
+
+    Args:
+        model: the model; dropout is off during generation.
+        input_ids: (B, T) prompts, T >= 1.
+        settings: the maximum number of steps and the sampling settings.
+        eos_token_id: a row that samples this token has ended; None: no row ends early.
+        attention_mask: (B, T), zeros (padding), then ones; None: no padding.
+        generator: the random generator.
+        use_cache: False processes the whole row again for each token.
+        on_logits: called with the logits (B, V) that each step samples from.
+
+    Yields:
+        (B,) token ids; the padding token for ended rows. Stops when all rows have ended.
+
+    Raises:
+        DataError: prompts that are empty, not padded on the left, or outside the vocabulary.
+    """
+    context = _Context(model, input_ids, attention_mask, settings.max_new_tokens, use_cache)
+    filler = eos_token_id or 0
+    if model.pad_token_id is not None and 0 <= model.pad_token_id < model.vocab_size:
+        filler = model.pad_token_id
+    ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    was_training = model.training
+    model.eval()
+    try:
+        for _ in range(settings.max_new_tokens):
+            logits = context.next_logits()  # (B, V)
+            if on_logits is not None:
+                on_logits(logits)
+            tokens = sample(logits, settings, generator)  # (B, V) -> (B,)
+            if eos_token_id is not None:
+                tokens = tokens.masked_fill(ended, filler)
+                ended |= tokens == eos_token_id
+            context.append(tokens)
+            yield tokens
+            if eos_token_id is not None and ended.all():
+                return
+    finally:
+        model.train(was_training)
+
+
+class _Context:
+    """The window of every row that the model sees, and its key-value cache."""
+
+    def __init__(
+        self,
+        model: TransformerLM,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        max_new_tokens: int,
+        use_cache: bool,
+    ) -> None:
+        starts = _prompt_starts(input_ids, attention_mask, model)
+        n_sequences, self.end = input_ids.shape
+        self.model = model
+        self.ids = input_ids.new_zeros(n_sequences, self.end + max_new_tokens)  # (B, T + new)
+        self.ids[:, : self.end] = input_ids
+        self.starts = [max(start, self.end - model.max_seq_len) for start in starts]
+        if self.starts != starts:
+            warnings.warn(
+                f"the prompt has {self.end - min(starts, default=0)} tokens, more than the model's "
+                f"context of {model.max_seq_len}: only its end is used",
+                stacklevel=4,
+            )
+        capacity = min(model.max_seq_len, self.ids.shape[1])
+        self.cache = KVCache(len(model.blocks), capacity) if use_cache else None
+        self.is_token: Tensor | None = None  # (B, max_seq_len), False for padding; None: no padding
+        self.unread = 0  # columns at the end that are not in the cache; 0: process everything
+
+    def next_logits(self) -> Tensor:
+        """Process the new tokens and return the logits of the next one: (B, V)."""
+        first = min(self.starts, default=0)
+        if self.cache is None or self.unread == 0:
+            self._update_padding(first)
+            if self.cache is not None:
+                self.cache.clear()
+            self.unread = self.end - first
+        mask = None if self.is_token is None else self.is_token[:, : self.end - first]
+        new = self.ids[:, self.end - self.unread : self.end]  # (B, unread)
+        hidden = self.model.hidden_states(new, mask, self.cache)  # (B, unread, C)
+        return self.model.logits(hidden[:, -1])  # (B, C) -> (B, V)
+
+    def append(self, tokens: Tensor) -> None:
+        """Add one token (B,) to every row; full rows continue from their newer half."""
+        self.ids[:, self.end] = tokens
+        self.end += 1
+        self.unread = 1
+        longest = self.model.max_seq_len
+        if self.end - min(self.starts, default=0) > longest:
+            newer_half = self.end - max(1, longest // 2)
+            self.starts = [
+                newer_half if self.end - start > longest else start for start in self.starts
+            ]
+            self.unread = 0
+
+    def _update_padding(self, first: int) -> None:
+        if max(self.starts, default=0) == first:
+            self.is_token = None
+            return
+        columns = torch.arange(first, first + self.model.max_seq_len, device=self.ids.device)
+        starts = torch.tensor(self.starts, device=self.ids.device)[:, None]  # (B, 1)
+        self.is_token = columns >= starts  # (B, max_seq_len)
+
+
+def _prompt_starts(
+    input_ids: Tensor, attention_mask: Tensor | None, model: TransformerLM
+) -> list[int]:
+    """Return the column of each prompt's first token, after the padding on its left."""
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0 or input_ids.is_floating_point():
+        raise DataError(
+            "generate() needs token ids of shape (batch, length) with at least one token per row, "
+            f"got {input_ids.dtype} of shape {tuple(input_ids.shape)}; for an empty prompt, start "
+            "with the end-of-text token"
+        )
+    model.check_token_ids("the prompt", input_ids.cpu())
+    if attention_mask is None:
+        return [0] * len(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise DataError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, expected "
+            f"{tuple(input_ids.shape)}"
+        )
+    is_token = attention_mask.bool()
+    if not is_token[:, -1].all() or (is_token[:, :-1] & ~is_token[:, 1:]).any():
+        raise DataError(
+            "generate() needs shorter prompts padded on the left: each row of attention_mask must "
+            "be zeros, then ones, and end with a one"
+        )
+    return (~is_token).sum(dim=1).tolist()

@@ -1,0 +1,139 @@
+"""From a prompt to text: the whole text at once, or streamed token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import torch
+
+from horovod_lm.generation.load import choose_device
+from horovod_lm.generation.sampling import generate_tokens, generation_config, make_generator
+from horovod_lm.models.transformer_lm import TransformerLM
+from horovod_lm.utils.config import GenerationConfig
+from horovod_lm.utils.errors import DataError
+
+if TYPE_CHECKING:
+    from horovod_lm.data.tokenizers import Tokenizer
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an incomplete UTF-8 sequence decodes to
+
+
+def generate_text(
+    model: TransformerLM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float | None = 0.9,
+    num_samples: int = 1,
+    device: torch.device | str | None = None,
+    seed: int | None = None,
+) -> list[str]:
+    """Continue a prompt.
+
+    The prompt is the beginning of a document: an end-of-text token precedes it, as in training. An
+    empty prompt starts a new document.
+
+    Args:
+        model: the model; it is moved to `device`.
+        tokenizer: the tokenizer that it was trained with.
+        prompt: any text. If it is longer than the model's context, only its end is used.
+        max_new_tokens: maximum number of tokens to add; a text may end earlier.
+        temperature: 0 is greedy; 1 is the model's own distribution.
+        top_k: sample from the k most likely tokens; 0 or None: from all.
+        top_p: sample from the smallest set of tokens with this probability; 1 or None: from all.
+        num_samples: number of continuations, generated in one batch.
+        device: None: where the model is; else as for `load_model_for_generation`.
+        seed: the same seed gives the same texts; None: new ones each time.
+
+    Returns:
+        `num_samples` texts: the prompt and its continuation.
+
+    Raises:
+        ConfigError: an invalid setting.
+        DataError: a prompt that cannot be encoded.
+    """
+    settings = generation_config(max_new_tokens, temperature, top_k, top_p, num_samples, seed)
+    steps = continue_prompt(model, tokenizer, prompt, settings, device)
+    texts = []
+    for row in torch.stack(list(steps), dim=1).tolist():  # (num_samples, new)
+        end = row.index(tokenizer.eot_id) if tokenizer.eot_id in row else len(row)
+        texts.append(prompt + tokenizer.decode(row[:end]))
+    return texts
+
+
+def stream_text(
+    model: TransformerLM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    settings: GenerationConfig,
+    device: torch.device | str | None = None,
+) -> Iterator[str]:
+    """Continue a prompt once and yield the text as soon as its characters are complete.
+
+    Yields:
+        Pieces of the continuation; joined, they are what `generate_text` adds to the prompt.
+    """
+    settings = settings.model_copy(update={"num_samples": 1})
+    with closing(continue_prompt(model, tokenizer, prompt, settings, device)) as steps:
+        yield from decode_stream(tokenizer, (int(tokens) for tokens in steps))
+
+
+def decode_stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """Decode tokens up to end-of-text as they arrive, whole characters only.
+
+    A character beyond ASCII has two to four bytes in UTF-8, and a token may end between them. An
+    incomplete character decodes to one replacement character, which is held back.
+    """
+    pending: list[int] = []
+    n_shown = 0  # characters of the pending tokens that have been yielded
+    for token in tokens:
+        if token == tokenizer.eot_id:
+            break
+        pending.append(token)
+        text = tokenizer.decode(pending)
+        complete = text.removesuffix(REPLACEMENT)
+        if len(complete) > n_shown:
+            yield complete[n_shown:]
+            n_shown = len(complete)
+        if len(complete) == len(text):
+            pending, n_shown = [], 0
+    if pending:
+        yield tokenizer.decode(pending)[n_shown:]
+
+
+def continue_prompt(
+    model: TransformerLM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    settings: GenerationConfig,
+    device: torch.device | str | None = None,
+    on_logits: Callable[[torch.Tensor], None] | None = None,
+) -> Generator[torch.Tensor, None, None]:
+    """Start generating continuations of a prompt; the arguments are those of `generate_text`.
+
+    Args:
+        on_logits: called with the logits (num_samples, V) that each step samples from.
+
+    Returns:
+        An iterator over each step's (num_samples,) token ids, end-of-text included.
+    """
+    if device is not None:
+        model.to(choose_device(device))
+    device = next(model.parameters()).device
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the prompt contains an unpaired surrogate, {prompt[error.start]!r} at position "
+            f"{error.start}, which has no UTF-8 form: remove it"
+        ) from None
+    prompt_ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
+    input_ids = torch.tensor([prompt_ids] * settings.num_samples, device=device)  # (B, T)
+    return generate_tokens(
+        model, input_ids, settings, tokenizer.eot_id,
+        generator=make_generator(settings.seed, device), on_logits=on_logits,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""`HorovodCluster`: live ranks on ipyparallel engines."""

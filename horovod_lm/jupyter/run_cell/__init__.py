@@ -1,0 +1,1 @@
+"""`%%horovodrun`: a cell on N new processes."""

@@ -1,0 +1,272 @@
+"""The result of a job: which rank failed first, why, and how the others ended, in one sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from horovod_lm.jupyter.run_cell import rank_cell
+from horovod_lm.utils.errors import DistributedError
+
+LAST_LINES = 12  # of a failed command's output, in the error
+# Horovod: its exception for a lost rank where all ranks live, but their calls do not match.
+_MISMATCH = re.compile(r"^(Mismatched |No \w+ operation enabled)")
+# Horovod: its log begins with the time, the level and the place in its source.
+_LOG_PREFIX = re.compile(r"^\[\d{4}-[^\]]*: [A-Z] [^\]]*\] (?:\[\d+\]: )?")
+_MISSING = re.compile(r"^(\d+)!?: \[(.+)\]")
+_STALL_ENDS = re.compile(r"is stalled for longer than (\d+) seconds\. Will shutdown")
+# Lines of Horovod's log that the error at the end of the cell puts better.
+_REPEATED_IN_ERROR = re.compile(
+    r"(Horovod: )?(Horovod background loop uncaught exception|One or more rank \(marked by)"
+)
+# What horovodrun says about an end that the ranks' own words explain better.
+_NOISE = re.compile(r"^(Terminating remaining workers|Process \d+ exit|horovodrun: process )")
+
+
+class RankError(DistributedError):
+    """A rank failed. The text names it and says why.
+
+    Attributes:
+        rank: the rank that failed first, or None where no rank was to blame.
+        code: its exit code, where it had one; above 128, 128 and the number of a signal.
+        trace: its own traceback, or its last lines; may be empty.
+    """
+
+    def __init__(
+        self, text: str, rank: int | None = None, code: int | None = None, trace: str = ""
+    ) -> None:
+        super().__init__(text)
+        self.rank, self.code, self.trace = rank, code, trace
+
+    def _render_traceback_(self) -> list[str]:
+        # IPython asks for this instead of showing the frames of the magic.
+        return [*self.trace.rstrip("\n").splitlines(), f"{type(self).__name__}: {self}"]
+
+
+class RanksStopped(KeyboardInterrupt):
+    """The user interrupted a cell; every rank was ended."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
+def readable(line: str) -> str:
+    """Return a rank's line as it is shown: Horovod's log as "Horovod: ...", or "" to omit it."""
+    text = _LOG_PREFIX.sub("Horovod: ", line)
+    return "" if _REPEATED_IN_ERROR.match(text) else text
+
+
+class StallReports:
+    """Recognises the reports of Horovod's stall check in the output of one rank.
+
+    A report has a line "One or more tensors ...", a line "Missing ranks:", and a line for each
+    missing rank. Lines like the latter two that stand elsewhere are the program's own.
+    """
+
+    def __init__(self) -> None:
+        self._inside = False
+
+    def includes(self, line: str) -> bool:
+        """Return whether the next line, as `readable` returns it, belongs to a report."""
+        begins = line.startswith("Horovod: One or more tensors")
+        goes_on = line.startswith("Missing ranks:") or _MISSING.match(line) is not None
+        self._inside = begins or (self._inside and goes_on)
+        return self._inside
+
+
+@dataclass
+class JobResult:
+    """Everything that is known about the ranks of a job.
+
+    Attributes:
+        size: the number of ranks.
+        what: what they run, for sentences: "the cell", or a command's name.
+        timeout: its time limit in seconds; 0: none.
+        elastic: whether ranks may fail while the job goes on; then only its end counts.
+        processes: process ids of the ranks on this host, by rank.
+        printed: each rank's output, by rank.
+        errors: what `rank_cell.describe` returned, by rank.
+        code: horovodrun's exit code; None while it runs.
+        reason: why the job was ended: "", "stopped", "timeout", "kernel" or "failed".
+    """
+
+    size: int
+    what: str = "the cell"
+    timeout: float = 0.0
+    elastic: bool = False
+    processes: dict[int, int] = field(default_factory=dict)
+    printed: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
+    errors: dict[int, dict[str, Any]] = field(default_factory=dict)
+    code: int | None = None
+    reason: str = ""
+    _said: str = ""  # by horovodrun itself
+    _codes: dict[int, int] = field(default_factory=dict)
+    _frozen: dict[int, float] = field(default_factory=dict)
+    _places: dict[int, dict[str, Any]] = field(default_factory=dict)
+    _missing: dict[int, str] = field(default_factory=dict)
+    _reports: dict[int, StallReports] = field(default_factory=lambda: defaultdict(StallReports))
+    _stalled: int = 0
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Take in one event of the supervisor."""
+        kind: str = event["event"]
+        rank: Any = event.get("rank")
+        if kind == "output" and rank is None:
+            self._said += event["text"]
+        elif kind == "output":
+            self.printed[rank].append(event["text"])
+            self._look_for_a_stall(rank, event["text"])
+        elif kind == "rank_started":
+            self.processes[rank] = event["pid"]
+        elif kind == "rank_ended":
+            self._codes.setdefault(rank, event["code"])
+        elif kind == "frozen":
+            self._frozen[rank] = event["seconds"]
+        elif kind == "ended":
+            self.code, self.reason = event["code"], event["reason"]
+
+    def read_reports(self, folder: Path) -> None:
+        """Read what the ranks of a cell have written to its folder."""
+        for kind, into in (("error", self.errors), ("where", self._places)):
+            reports = rank_cell.read_reports(folder, kind)
+            into.update({rank: json.loads(report) for rank, report in reports.items()})
+        exits = rank_cell.read_reports(folder, "exit").items()
+        own_codes = {rank: int(code) for rank, code in exits if int(code)}
+        self._codes = {**own_codes, **self._codes, **own_codes}
+
+    def error(self) -> RankError | RanksStopped | None:
+        """Return the error that the job ended with, or None if it succeeded."""
+        if self.reason == "stopped":
+            return RanksStopped(f"stopped by you: every rank of {self.what} was ended")
+        if self.reason == "timeout":
+            return RankError(self._too_long())
+        if self.code == 0 and (self.elastic or not (self.errors or self._codes)):
+            return None
+        return (
+            self._own_error()
+            or self._frozen_rank()
+            or self._stalled_ranks()
+            or self._ended_first()
+            or self._without_a_cause()
+        )
+
+    def text(self, rank: int) -> str:
+        """Return what a rank has printed so far."""
+        return "".join(self.printed[rank])
+
+    # ---- causes, the surest first ---------------------------------------------------------------
+
+    def _own_error(self) -> RankError | None:
+        own = {
+            rank: error
+            for rank, error in self.errors.items()
+            if error["name"] != rank_cell.LOST or _MISMATCH.match(error["text"])
+        }
+        if not own:
+            return None
+        rank, error = min(own.items())
+        alike = ("name", "text", "line")
+        same = [
+            other
+            for other, one in sorted(own.items())
+            if all(one[key] == error[key] for key in alike)
+        ]
+        where = f" (line {error['line']} of the cell)" if error["line"] else ""
+        text = f"{error['name']}: {error['text']}" if error["text"] else error["name"]
+        name = "every rank" if len(same) == self.size > 1 else rank_list(same)
+        others = "" if len(same) == self.size else self._others(*same)
+        return RankError(f"{name}: {text}{where}{others}", rank, 1, "".join(error["traceback"]))
+
+    def _frozen_rank(self) -> RankError | None:
+        if not self._frozen:
+            return None
+        rank, seconds = min(self._frozen.items())
+        text = f"rank {rank} was stopped (SIGSTOP), not woken for {seconds:g} s, and killed"
+        return RankError(text + self._others(rank), rank, 128 + signal.SIGKILL)
+
+    def _stalled_ranks(self) -> RankError | None:
+        if not self._stalled or not self._missing:
+            return None
+        rank, tensor = min(self._missing.items())
+        waiting = [other for other in range(self.size) if other not in self._missing]
+        text = (
+            f"{rank_list(sorted(self._missing))} did not come to {tensor!r}, where"
+            f" {rank_list(waiting)} waited for {self._stalled} s: every rank must make the same"
+            " collective calls in the same order"
+        )
+        return RankError(text, rank)
+
+    def _ended_first(self) -> RankError | None:
+        # The others are ended by SIGTERM, so the first one that ended is the cause.
+        codes = {rank: code for rank, code in self._codes.items() if rank not in self.errors}
+        if self.errors:  # a rank that was exiting when it was ended because of the others
+            codes = {rank: code for rank, code in codes.items() if code != 128 + signal.SIGTERM}
+        if not codes:
+            return None
+        rank, code = next(iter(codes.items()))
+        trace = "".join(self.text(rank).splitlines(keepends=True)[-LAST_LINES:])
+        return RankError(f"rank {rank} {how_it_ended(code)}{self._others(rank)}", rank, code, trace)
+
+    def _without_a_cause(self) -> RankError:
+        if self.errors:
+            rank, error = min(self.errors.items())
+            gone = [other for other in range(self.size) if other not in self.errors]
+            line = f" at line {error['line']} of the cell" if error["line"] else ""
+            # They exited with code 0, but too early: Horovod calls that a shutdown.
+            left = f", because {rank_list(gone)} had already come to the end" if gone else ""
+            return RankError(f"rank {rank} lost the others{line}{left}", rank, 1)
+        lines = map(str.strip, self._said.splitlines())
+        words = [line for line in lines if line and not _NOISE.match(line)]
+        last = words[-1] if words else f"it ended with exit code {self.code}"
+        last = last.removeprefix("horovodrun: ")
+        return RankError(f"horovodrun could not run {self.what}: {last}", trace="")
+
+    def _too_long(self) -> str:
+        at = [
+            f"rank {rank} was at line {place['line']}: {place['code']}"
+            for rank, place in sorted(self._places.items())
+        ]
+        text = f"{self.what} took longer than {self.timeout:g} s, so its ranks were ended"
+        return "; ".join([text, *at])
+
+    def _others(self, *failed: int) -> str:
+        others = [rank for rank in range(self.size) if rank not in failed]
+        if not others:
+            return ""
+        return f"; {rank_list(others)} {'was' if len(others) == 1 else 'were'} ended with it"
+
+    def _look_for_a_stall(self, rank: int, text: str) -> None:
+        line = readable(text)
+        missing = _MISSING.match(line.strip())
+        if self._reports[rank].includes(line) and missing:
+            name = missing[2].split(", ")[0]
+            self._missing[int(missing[1])] = name.partition(".")[2] or name
+        ends = _STALL_ENDS.search(text)
+        if ends:
+            self._stalled = int(ends[1])
+
+
+def rank_list(numbers: list[int]) -> str:
+    """Return "rank 1", or "ranks 0, 2 and 3"."""
+    if len(numbers) == 1:
+        return f"rank {numbers[0]}"
+    *first, last = map(str, numbers)
+    return f"ranks {', '.join(first)} and {last}"
+
+
+def how_it_ended(code: int) -> str:
+    """Return how a process ended, from its exit code as a shell gives it."""
+    if code <= 128 or code - 128 not in {number.value for number in signal.Signals}:
+        return f"ended with exit code {code}"
+    name = signal.Signals(code - 128).name
+    why = {
+        "SIGKILL": "by somebody, or by the system when memory ran out",
+        "SIGSEGV": "a crash in compiled code",
+        "SIGABRT": "compiled code gave up",
+    }.get(name, "")
+    return f"was killed by {name}, exit code {code}" + (f" ({why})" if why else "")

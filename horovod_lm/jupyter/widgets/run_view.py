@@ -1,0 +1,283 @@
+"""The state of a run, from its files alone: for dashboards and for `TrainingJob.status`."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from horovod_lm.training.metrics import PARTS_OF_A_STEP
+from horovod_lm.training.run_dir import read_sessions
+from horovod_lm.utils.config import load_config
+from horovod_lm.utils.errors import ConfigError
+from horovod_lm.utils.progress import format_seconds
+
+RECENT_STEPS = 20  # that current speeds and times are the mean of
+SILENCE_SECONDS = 10  # after which the table shows that a rank writes nothing
+START_SECONDS = 60  # from a run's folder to the first event of its ranks, at most
+
+
+@dataclass
+class RunReader:
+    """Reads the JSON lines of a run while they are written, one file per rank.
+
+    Args:
+        log_dir: holds `rank0.jsonl`, `rank1.jsonl`, ...; it need not exist yet.
+
+    Attributes:
+        step: optimizer steps that rank 0 has finished.
+        total_steps: number of steps of the run; 0 until rank 0 has started.
+        loss: nats per token of the last training step.
+    """
+
+    log_dir: Path
+    step: int = 0
+    total_steps: int = 0
+    loss: float = float("nan")
+    _positions: dict[Path, int] = field(default_factory=dict)
+
+    def update(self) -> list[dict[str, Any]]:
+        """Return the new events since the last call, by rank and in order.
+
+        A line that is still being written is left for the next call.
+        """
+        events: list[dict[str, Any]] = []
+        for file in self._files():
+            with open(file, "rb") as lines:
+                lines.seek(self._positions.get(file, 0))
+                whole, _, _ = lines.read().rpartition(b"\n")
+            if whole:
+                self._positions[file] = self._positions.get(file, 0) + len(whole) + 1
+                events += [json.loads(line) for line in whole.splitlines()]
+        for event in events:
+            if event["rank"] == 0 and event["event"] == "start":
+                self.step, self.total_steps = event["step"], event["total_steps"]
+            elif event["rank"] == 0 and event["event"] == "metrics" and event["phase"] == "train":
+                self.step, self.loss = event["step"], event["loss"]
+        return events
+
+    def skip_existing(self) -> None:
+        """Skip the events of an earlier session of the run."""
+        self._positions = {file: file.stat().st_size for file in self._files()}
+
+    def _files(self) -> list[Path]:
+        def rank_of(file: Path) -> int:
+            digits = file.stem.removeprefix("rank")
+            return int(digits) if digits.isdigit() else -1
+
+        return sorted(self.log_dir.glob("rank*.jsonl"), key=rank_of)
+
+
+@dataclass
+class RankView:
+    """The events of one rank, and its process if that runs on this host."""
+
+    rank: int
+    pid: int | None = None
+    step: int = 0
+    last_event_at: float = 0.0  # seconds since 1970
+    recent: list[dict[str, float]] = field(default_factory=list)
+
+    def mean_seconds(self, part: str) -> float:
+        """Return the mean seconds of a part of the recent steps."""
+        return sum(one.get(part, 0.0) for one in self.recent) / max(1, len(self.recent))
+
+    def process(self) -> psutil.Process | None:
+        """Return the rank's process if it is alive and still a training process."""
+        try:
+            process = psutil.Process(self.pid) if self.pid else None
+            if process is None or process.status() == psutil.STATUS_ZOMBIE:
+                return None
+            # Process ids are reused: another program must not be taken for the rank.
+            return process if "horovod_lm" in " ".join(process.cmdline()) else None
+        except psutil.Error:
+            return None
+
+    def table_row(self, process: psutil.Process | None) -> dict[str, str]:
+        """Return the step, milliseconds by phase, memory, and state as text."""
+        state, memory = "ended", ""
+        if process is not None:
+            silence = time.time() - self.last_event_at
+            state = f"silent for {silence:.0f} s" if silence > SILENCE_SECONDS else "running"
+            try:
+                memory = f"{process.memory_info().rss / 2**20:.0f}"
+                if process.status() == psutil.STATUS_STOPPED:
+                    state = "stopped (SIGSTOP)"
+            except psutil.Error:
+                state = "ended"
+        parts = {
+            f"{part.removeprefix('seconds_')} (ms)": f"{1000 * self.mean_seconds(part):.1f}"
+            for part in PARTS_OF_A_STEP
+        }
+        return {
+            "rank": str(self.rank), "step": str(self.step), **parts, "memory (MiB)": memory,
+            "state": state,
+        }  # fmt: skip
+
+
+class RunView:
+    """The state of a run: running or finished, started here or elsewhere.
+
+    Args:
+        run_dir: the run's folder.
+        log_dir: the folder of its JSON lines; default: `logs` inside.
+
+    Attributes:
+        rows: metrics, as `read_metrics` returns them.
+        ranks: the ranks by number.
+        entropy: the corpus's exact entropy in nats per token; None: not known.
+    """
+
+    def __init__(self, run_dir: str | Path, log_dir: str | Path | None = None) -> None:
+        self.run_dir = Path(run_dir)
+        self.rows: list[dict[str, Any]] = []
+        self.ranks: dict[int, RankView] = {}
+        self.entropy: float | None = None
+        self._reader = RunReader(Path(log_dir or self.run_dir / "logs"))
+
+    def update(self) -> bool:
+        """Read new events; return whether there were any."""
+        events = self._reader.update()
+        for event in events:
+            self._add(event)
+        return bool(events)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are done."""
+        return self._reader.step
+
+    @property
+    def total_steps(self) -> int:
+        """Number of steps of the run; 0 before training has begun."""
+        return self._reader.total_steps
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a rank of the run is alive on this host."""
+        return bool(self._processes())
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether the run is so new that its ranks may not have written an event yet."""
+        try:
+            created_at = (self.run_dir / "run.json").stat().st_mtime
+        except OSError:
+            return False
+        last_event_at = max((rank.last_event_at for rank in self.ranks.values()), default=0.0)
+        is_new = last_event_at < created_at and time.time() - created_at < START_SECONDS
+        return is_new and self.is_local
+
+    @property
+    def host(self) -> str | None:
+        """The host on which the last session was started; None: not known."""
+        sessions = read_sessions(self.run_dir)
+        return sessions[-1]["host"] if sessions else None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the run was started on this host."""
+        return self.host == platform.node()
+
+    def ask_to_stop(self) -> None:
+        """Ask every rank on this host to end after its current step; return at once.
+
+        Raises:
+            ConfigError: there is no rank.
+            psutil.AccessDenied: a rank belongs to another user.
+        """
+        processes = self._processes()
+        if not processes:
+            raise ConfigError(f"no rank of {self.run_dir.name} runs on this host: nothing to stop")
+        for process in processes.values():
+            process.terminate()
+
+    def describe_end(self) -> str:
+        """Return how far a run came that does not run on this host, or no longer."""
+        if self.host is not None and not self.is_local:
+            return f"the ranks are on {self.host}: only what they have written is shown here"
+        if self.step >= self.total_steps > 0:
+            return f"this run has ended after its last step, {self.step}"
+        return f"this run has ended at step {self.step} of {self.total_steps}, before its last one"
+
+    def headline(self) -> str:
+        """Return step, loss, perplexity, speed and the remaining time in one line."""
+        training = (row for row in reversed(self.rows) if row["phase"] == "train")
+        recent = list(islice(training, RECENT_STEPS))
+        if not recent:
+            return "waiting for the first step"
+        loss = recent[0]["loss"]
+        speed = sum(row["tokens_per_second"] for row in recent) / len(recent)
+        words = [
+            f"step {self.step} of {self.total_steps}",
+            f"loss {loss:.4f}",
+            f"perplexity {math.exp(min(loss, 700)):,.2f}",
+            f"{speed:,.0f} tokens/s",
+        ]
+        left = self.total_steps - self.step
+        if left > 0 and self.is_running:
+            seconds = left * sum(map(self.ranks[0].mean_seconds, PARTS_OF_A_STEP))
+            words.append(f"about {format_seconds(seconds)} left")
+        return "   ".join(words)
+
+    def rank_rows(self) -> list[dict[str, str]]:
+        """Return a row for each rank: its step, milliseconds by phase, memory, and state."""
+        processes = self._processes()
+        return [view.table_row(processes.get(rank)) for rank, view in sorted(self.ranks.items())]
+
+    def _processes(self) -> dict[int, psutil.Process]:
+        """Return the processes of the ranks that are alive on this host."""
+        if not self.is_local:
+            return {}
+        found = {rank: view.process() for rank, view in self.ranks.items()}
+        return {rank: process for rank, process in found.items() if process is not None}
+
+    def _add(self, event: dict[str, Any]) -> None:
+        rank = self.ranks.setdefault(event["rank"], RankView(event["rank"]))
+        rank.last_event_at = event["time"]
+        if event["event"] == "start":
+            rank.pid, rank.step = event["pid"], event["step"]
+            if event["rank"] == 0:
+                # A resumed run repeats the steps after its checkpoint.
+                self.rows = [row for row in self.rows if row["step"] <= event["step"]]
+                self.entropy = self.entropy or entropy_per_token(self.run_dir)
+        elif event["event"] == "metrics":
+            if event["rank"] == 0:
+                self.rows.append(event)
+            if event["phase"] == "train":
+                rank.step = event["step"]
+                rank.recent = [*rank.recent[1 - RECENT_STEPS :], event]
+
+
+def open_run(path: str | Path) -> RunView:
+    """Return the state of a run from its folder.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    view = RunView(path)
+    if not (view.run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{path} is not a run: it holds no config.yaml")
+    view.update()
+    return view
+
+
+def entropy_per_token(run_dir: Path) -> float | None:
+    """Return the exact entropy of a run's corpus in nats per token; None: not known.
+
+    Only the entropy of the stories is known; a story's entropy is divided by its tokens.
+    """
+    try:
+        config = load_config(run_dir / "config.yaml")
+        metadata = config.resolve(config.data.data_dir) / "metadata.json"
+        stories = json.loads(metadata.read_text(encoding="utf-8"))["stories"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return stories["entropy_nats_per_story"] / stories["tokens_per_story"]

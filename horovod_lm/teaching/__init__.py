@@ -1,0 +1,1 @@
+"""Tools for instructors: notebook runner and checks, classroom, simulated hosts."""

@@ -1,0 +1,1 @@
+"""Training: the loop, the optimizer, checkpoints, evaluation, elastic training, run files."""

@@ -1,0 +1,142 @@
+"""Horovod's timeline: complete, truncated, and of a real job."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from horovod_lm.analysis.timeline import (
+    NEGOTIATION,
+    REDUCTION,
+    Span,
+    busy_seconds,
+    read_timeline,
+    reduction,
+    seconds_by_phase,
+)
+from horovod_lm.utils.errors import DataError
+
+# Two tensors that share one message, in the format that Horovod writes, line ends included.
+WHOLE = """[
+{"name": "process_name", "ph": "M", "pid": 0, "args": {"start_time_since_epoch_in_micros":17}},
+{"name": "process_name", "ph": "M", "pid": 1, "args": {"name": "allreduce.weight"}},
+{"name": "process_sort_index", "ph": "M", "pid": 1, "args": {"sort_index": 1}},
+{"ph": "E", "ts": 5, "pid": 1},
+{"ph": "B", "name": "NEGOTIATE_ALLREDUCE", "ts": 10, "pid": 1},\
+{"ph": "X", "name": "0", "ts": 10, "pid": 1, "dur": 0},{"ph": "E", "ts": 40, "pid": 1},\
+{"name": "process_name", "ph": "M", "pid": 2, "args": {"name": "allreduce.bias"}},
+{"ph": "B", "name": "NEGOTIATE_ALLREDUCE", "ts": 30, "pid": 2},{"ph": "E", "ts": 40, "pid": 2},\
+{"ph": "B", "name": "ALLREDUCE", "ts": 50, "pid": 1},{"ph": "B", "name": "ALLREDUCE", "ts": 50, \
+"pid": 2},{"ph": "B", "name": "GLOO_ALLREDUCE", "ts": 55, "pid": 1},\
+{"ph": "B", "name": "GLOO_ALLREDUCE", "ts": 56, "pid": 2},{"ph": "E", "ts": 90, "pid": 1},\
+{"ph": "E", "ts": 90, "pid": 2},{"ph": "E", "ts": 95, "pid": 1, "args": {"shape": "[3, 4]"}},\
+{"ph": "E", "ts": 99, "pid": 2, "args": {"dtype": "float32", "shape": "[3]"}}]
+"""
+ON_EACH_RANK = """
+import time
+import torch
+import horovod.torch as hvd
+hvd.init()
+for step in range(3):
+    handles = [hvd.allreduce_async(torch.ones(1000), name=name) for name in ("weight", "bias")]
+    for handle in handles:
+        hvd.synchronize(handle)
+time.sleep(1)  # Horovod: what its writer has not written when it is shut down, it drops
+hvd.shutdown()
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "timeline.json"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def in_microseconds(spans: list[Span]) -> list[tuple[str, str, int, int]]:
+    return [(one.tensor, one.phase, round(1e6 * one.start), round(1e6 * one.end)) for one in spans]
+
+
+def test_every_phase_has_its_tensor_start_and_end(tmp_path):
+    assert in_microseconds(read_timeline(write(tmp_path, WHOLE))) == [
+        ("allreduce.weight", "NEGOTIATE_ALLREDUCE", 10, 40),
+        ("allreduce.bias", "NEGOTIATE_ALLREDUCE", 30, 40),
+        ("allreduce.bias", "ALLREDUCE", 50, 99),
+        ("allreduce.weight", "ALLREDUCE", 50, 95),
+        ("allreduce.weight", "GLOO_ALLREDUCE", 55, 90),
+        ("allreduce.bias", "GLOO_ALLREDUCE", 56, 90),
+    ]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, len(WHOLE)))
+def test_a_truncated_file_gives_the_spans_that_had_ended(tmp_path, length):
+    whole = set(read_timeline(write(tmp_path, WHOLE)))
+    cut = set(read_timeline(write(tmp_path, WHOLE[:length])))
+    assert cut <= whole
+    assert len(cut) >= WHOLE[:length].count('"E"') - 2  # less one without a start, one cut in two
+
+
+def test_a_file_that_is_not_a_timeline_is_a_sentence(tmp_path):
+    with pytest.raises(DataError, match="--timeline-filename"):
+        read_timeline(tmp_path / "missing.json")
+    with pytest.raises(DataError, match="not a Horovod timeline"):
+        read_timeline(write(tmp_path, "step,loss\n1,2\n"))
+
+
+SPANS = st.lists(
+    st.tuples(st.integers(0, 50), st.integers(0, 20)).map(
+        lambda pair: Span("t", "p", pair[0], pair[0] + pair[1])
+    )
+)
+
+
+@given(SPANS)
+def test_busy_seconds_count_overlaps_once(spans):
+    seconds = {second for span in spans for second in range(int(span.start), int(span.end))}
+    assert busy_seconds(spans) == len(seconds)
+
+
+def test_a_reduction_is_a_negotiation_and_what_follows_it():
+    def spans_at(start: float) -> list[Span]:
+        return [
+            Span("a", f"{NEGOTIATION}ALLREDUCE", start, start + 2),
+            Span("a", REDUCTION, start + 3, start + 8),
+            Span("a", "GLOO_ALLREDUCE", start + 4, start + 7),
+        ]
+
+    cut_off = [Span("a", f"{NEGOTIATION}ALLREDUCE", 30, 31)]
+    both = spans_at(0) + spans_at(10) + cut_off
+    assert reduction(both, 0) == spans_at(0) and reduction(both, 1) == spans_at(10)
+    assert reduction(both, 2) == []
+    assert seconds_by_phase(both) == {
+        REDUCTION: 10, "GLOO_ALLREDUCE": 6, f"{NEGOTIATION}ALLREDUCE": 5
+    }  # fmt: skip
+
+
+@pytest.mark.horovod
+def test_a_real_job_is_read_tensor_by_tensor(tmp_path):
+    horovodrun = Path(sys.executable).with_name("horovodrun")
+    if not horovodrun.exists():
+        pytest.skip("Horovod is not installed: run python -m horovod_lm.setup.install_horovod")
+    subprocess.run(
+        [horovodrun, "-np", "2", "--timeline-filename", tmp_path / "timeline.json",
+         sys.executable, "-c", ON_EACH_RANK],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=120,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    spans = read_timeline(tmp_path / "timeline.json")
+    for name in ("allreduce.weight", "allreduce.bias"):
+        of_tensor = [span for span in spans if span.tensor == name]
+        assert sum(span.phase == REDUCTION for span in of_tensor) == 3
+        assert sum(span.phase.startswith(NEGOTIATION) for span in of_tensor) == 3
+        for number in range(3):
+            steps = [span for span in of_tensor if span in reduction(spans, number)]
+            outer = next(span for span in steps if span.phase == REDUCTION)
+            inner = [span for span in steps if span.phase == "GLOO_ALLREDUCE"]
+            assert inner and all(outer.start <= one.start <= one.end <= outer.end for one in inner)

@@ -1,0 +1,297 @@
+"""Corpora: the text of each source, its order, and the errors of missing text."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import sysconfig
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from horovod_lm.data.prepare import prepare_data
+from horovod_lm.data.sources import _join_articles, open_corpus, read_text_file
+from horovod_lm.data.synthetic.stories import generate_stories
+from horovod_lm.utils.errors import DataError
+
+
+def texts(config) -> list[str]:
+    return ["".join(document.pieces()) for document in open_corpus(config).documents()]
+
+
+def names(config) -> list[str]:
+    return [Path(document.name).name for document in open_corpus(config).documents()]
+
+
+# ---- stories ------------------------------------------------------------------------------------
+
+
+def test_stories_follow_from_the_seed(make_config):
+    assert texts(make_config(num_stories=20)) == list(generate_stories(20, seed=7))
+    assert texts(make_config(num_stories=20, seed=8)) != texts(make_config(num_stories=20))
+
+
+def test_a_corpus_can_be_read_twice(make_config):
+    corpus = open_corpus(make_config(num_stories=5))
+    first, second = (["".join(one.pieces()) for one in corpus.documents()] for _ in range(2))
+    assert first == second
+
+
+# ---- the Python standard library ----------------------------------------------------------------
+
+
+def test_the_python_corpus_is_the_standard_library_without_tests_and_packages(make_config):
+    documents = list(open_corpus(make_config(source="python")).documents())
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = [Path(document.name).relative_to(root) for document in documents]
+    assert {Path("argparse.py"), Path("json/decoder.py"), Path("unittest/case.py")} <= set(paths)
+    assert paths == sorted(paths)
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    assert not any(set(path.parts) & left_out for path in paths)
+    assert 5e6 < sum(document.size for document in documents) < 5e7
+
+
+def test_third_party_packages_are_not_listed(make_config, monkeypatch):
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(Path(path)) or scandir(path))
+    open_corpus(make_config(source="python"))
+    root = Path(sysconfig.get_paths()["stdlib"])
+    assert {root, root / "json"} <= set(listed)
+    inside = {part for folder in listed for part in folder.relative_to(root).parts}
+    assert inside.isdisjoint({"test", "tests", "site-packages", "dist-packages"})
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def library(tmp_path):
+    """A folder with three texts, an empty file and a hidden one."""
+    (tmp_path / "library" / "more").mkdir(parents=True)
+    (tmp_path / "library" / "b.txt").write_text("second")
+    (tmp_path / "library" / "a.md").write_text("first")
+    (tmp_path / "library" / "more" / "c.txt").write_text("third")
+    (tmp_path / "library" / "empty.txt").write_text("")
+    (tmp_path / "library" / ".hidden").write_bytes(b"\xff\xfe")
+    return tmp_path / "library"
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("library", ["first", "second", "third"]),
+        ("library/b.txt", ["second"]),
+        ("library/*.txt", ["second"]),
+        ("library/**/*.txt", ["second", "third"]),
+        (["library/more", "library/b.txt", "library/*.txt"], ["second", "third"]),
+    ],
+)
+def test_files_of_a_file_a_folder_a_glob_or_a_list_are_read_once_in_order(
+    make_config, library, path, expected
+):
+    assert texts(make_config(source="files", path=path)) == expected
+
+
+def test_prepared_data_inside_the_folder_are_excluded(make_config, library):
+    (library / "prepared").mkdir()
+    (library / "prepared" / "train.bin").write_bytes(b"\xff\xff")
+    config = make_config(source="files", path="library", data_dir="library/prepared")
+    assert texts(config) == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("nowhere.txt", "data.path nowhere.txt: no such file"),
+        ("nowhere/*.txt", r"data.path nowhere/\*.txt: no such file"),
+        (["library", "nowhere.txt"], "data.path nowhere.txt: no such file"),
+        ("nothing", "data.path nothing: the folder is empty"),
+    ],
+)
+def test_a_path_without_files_is_a_sentence(make_config, library, path, sentence):
+    (library.parent / "nothing").mkdir()
+    with pytest.raises(DataError, match=sentence) as caught:
+        open_corpus(make_config(source="files", path=path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_may_not_be_read_is_a_sentence(make_config, library):
+    (library / "b.txt").chmod(0)
+    with pytest.raises(DataError, match="b.txt cannot be read: Permission denied"):
+        texts(make_config(source="files", path="library"))
+
+
+@settings(deadline=None)
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"]), max_size=200),
+    piece_bytes=st.integers(1, 40),
+)
+def test_a_file_is_read_exactly_whatever_the_size_of_the_pieces(
+    tmp_path_factory, text, piece_bytes
+):
+    text = text.removeprefix("\N{BYTE ORDER MARK}")
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_bytes(text.encode())
+    pieces = list(read_text_file(file, piece_bytes))
+    assert "".join(pieces) == text
+    assert all(pieces)
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert "".join(read_text_file(file, max(piece_bytes, 3))) == text
+
+
+@settings(deadline=None)
+@given(
+    before=st.text(st.characters(exclude_categories=["Cs"]), max_size=60),
+    bad=st.sampled_from(
+        [b"\xff", b"\xc3(", b"\xe2\x82", b"\xed\xa0\x80", b"\x80", b"\xf0\x9f\xa6"]
+    ),
+    after=st.text(st.characters(max_codepoint=127), max_size=20),
+    piece_bytes=st.integers(3, 40),
+)
+def test_a_bad_byte_names_the_file_and_the_offset(
+    tmp_path_factory, before, bad, after, piece_bytes
+):
+    data = before.encode() + bad + after.encode()
+    file = tmp_path_factory.mktemp("text") / "bad.txt"
+    file.write_bytes(data)
+    with pytest.raises(UnicodeDecodeError) as expected:
+        data.decode()
+    with pytest.raises(DataError) as caught:
+        list(read_text_file(file, piece_bytes))
+    offset = expected.value.start
+    assert f"{file} is not UTF-8 text: byte 0x{data[offset]:02x} at offset {offset} " in str(
+        caught.value
+    )
+    assert "\n" not in str(caught.value)
+
+
+def test_pieces_end_at_the_end_of_a_line(tmp_path):
+    file = tmp_path / "lines.txt"
+    file.write_text("one line after the other\n" * 100)
+    pieces = list(read_text_file(file, 64))
+    assert len(pieces) > 20
+    assert all(piece.endswith("\n") for piece in pieces)
+
+
+# ---- max_bytes ----------------------------------------------------------------------------------
+
+
+def test_max_bytes_keeps_whole_documents(make_config):
+    everything = texts(make_config())
+    limit = len("".join(everything[:10])) + 5
+    assert texts(make_config(max_bytes=limit)) == everything[:10]
+
+
+def test_max_bytes_cuts_a_first_document_that_alone_is_too_large(make_config, tmp_path):
+    (tmp_path / "book.txt").write_text("ä" * 1000)
+    assert texts(make_config(source="files", path="book.txt", max_bytes=101)) == ["ä" * 50]
+
+
+# ---- hub ----------------------------------------------------------------------------------------
+
+
+def test_the_hub_without_its_library_is_a_sentence(make_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    config = make_config(source="hub", hub_dataset="someone/something")
+    with pytest.raises(
+        DataError, match=r"needs the library 'datasets': pip install 'horovod_lm\[hub\]'"
+    ):
+        next(open_corpus(config).documents())
+
+
+@pytest.fixture
+def local_dataset(tmp_path):
+    """Two rows of text, as JSON lines and as saved by the library."""
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "train.jsonl").write_text(
+        '{"text": "first"}\n{"text": ""}\n{"text": "second"}\n'
+    )
+    rows = datasets.load_dataset(
+        str(tmp_path / "json"), split="train", cache_dir=tmp_path / "cache"
+    )
+    rows.save_to_disk(tmp_path / "saved")
+    return tmp_path
+
+
+@pytest.mark.parametrize("folder", ["json", "saved"])
+def test_a_local_copy_of_a_dataset_is_read(make_config, local_dataset, folder):
+    config = make_config(source="hub", hub_dataset=folder)
+    assert texts(config) == ["first", "second"]
+    before = open_corpus(config).fingerprint
+    (local_dataset / folder / "another.jsonl").write_text('{"text": "third"}')
+    assert open_corpus(config).fingerprint != before
+
+
+WIKITEXT = {
+    "train": [
+        "", " = Valkyria = \n", "", " It is a game . \n", " = = Gameplay = = \n", " More text . \n",
+        "", " = 1 = 2 = \n", " The second article . \n",
+    ],
+    "validation": ["", " = Homarus = \n", "", " It is a lobster . \n"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_rows_of_wikitext_are_joined_to_articles_and_its_validation_split_is_used(
+    make_config, tmp_path, saved
+):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "wiki").mkdir()
+    for name, rows in WIKITEXT.items():
+        lines = [json.dumps({"text": row}) + "\n" for row in rows]
+        (tmp_path / "wiki" / f"{name}.jsonl").write_text("".join(lines))
+    if saved:
+        splits = datasets.load_dataset(str(tmp_path / "wiki"), cache_dir=tmp_path / "cache")
+        shutil.rmtree(tmp_path / "wiki")
+        splits.save_to_disk(tmp_path / "wiki")
+    config = make_config(source="hub", hub_dataset="wiki", max_seq_len=16)
+    corpus = open_corpus(config)
+    assert texts(config) == [
+        " = Valkyria = \n\n It is a game . \n = = Gameplay = = \n More text . \n\n",
+        " = 1 = 2 = \n The second article . \n",
+    ]
+    [article] = corpus.validation()
+    assert "".join(article.pieces()) == " = Homarus = \n\n It is a lobster . \n"
+
+    metadata = prepare_data(config)
+    assert metadata["split"] == "the dataset's own validation split"
+    assert [metadata[part]["documents"] for part in ("train", "val")] == [2, 1]
+    assert metadata["val"]["bytes"] == article.size
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([], []),
+        (["", ""], []),
+        (["one", "", " = Two = \n", "three"], ["one", " = Two = \n", "three"]),
+        (["", " = One = ", "line", " = Two = "], [" = One = \nline\n", " = Two = \n"]),
+        ([" = = One = = \n", "line"], [" = = One = = \n", "line"]),
+    ],
+)
+def test_only_rows_after_a_first_row_that_is_a_heading_are_joined(rows, expected):
+    assert list(_join_articles(iter(rows))) == expected
+
+
+def test_a_missing_field_is_a_sentence_with_the_fields_there_are(make_config, local_dataset):
+    config = make_config(source="hub", hub_dataset="json", hub_text_field="story")
+    with pytest.raises(DataError, match="no field 'story': set data.hub_text_field to one of text"):
+        texts(config)
+
+
+def test_a_dataset_that_cannot_be_loaded_is_a_sentence(make_config, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # no server
+    config = make_config(source="hub", hub_dataset="nobody/no-such-dataset")
+    with pytest.raises(
+        DataError, match="the dataset nobody/no-such-dataset cannot be read"
+    ) as caught:
+        list(islice(open_corpus(config).documents(), 1))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,210 @@
+"""TransformerLM.generate: cached equals uncached, rows are independent, ended rows are padded."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from horovod_lm.generation.sampling import generate_tokens, make_generator
+from horovod_lm.models.transformer_lm import TransformerLM
+from horovod_lm.utils.config import GenerationConfig
+from horovod_lm.utils.errors import ConfigError, DataError
+
+GREEDY = GenerationConfig(max_new_tokens=9, temperature=0.0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("new_tokens", [1, 9, 40])  # 40: the context of 16 is filled several times
+@pytest.mark.parametrize("stop", [False, True])
+def test_cached_equals_uncached(make_model, left_padded, temperature, new_tokens, stop):
+    model = make_model().double()
+    ids, mask = left_padded
+    how = {"temperature": temperature, "attention_mask": mask, "seed": 3}
+    eos = None
+    if stop:  # a token that is generated half-way
+        eos = model.generate(ids, new_tokens, eos_token_id=None, **how)[
+            0, 7 + new_tokens // 2
+        ].item()
+    cached = model.generate(ids, new_tokens, eos_token_id=eos, **how)
+    uncached = model.generate(ids, new_tokens, eos_token_id=eos, use_cache=False, **how)
+    assert torch.equal(cached, uncached)
+    assert torch.equal(cached[:, :7], ids)
+
+
+def test_a_row_of_a_padded_batch_equals_the_row_alone(make_model, left_padded):
+    model = make_model().double()
+    ids, mask = left_padded
+    together = model.generate(ids, 40, 0.0, eos_token_id=None, attention_mask=mask)
+    for row in range(3):
+        alone = model.generate(ids[row, mask[row] == 1][None], 40, 0.0, eos_token_id=None)
+        assert torch.equal(alone[0, -40:], together[row, -40:])
+
+
+def test_greedy_is_the_argmax_of_forward(make_model):
+    model = make_model().double().eval()
+    ids = torch.randint(1, 50, (2, 3))
+    text = model.generate(ids, 13, 0.0, eos_token_id=None)
+    with torch.no_grad():
+        logits, _ = model(text)
+    assert torch.equal(text[:, 3:], logits[:, 2:-1].argmax(-1))
+
+
+def test_beyond_the_context_it_continues_from_the_newer_half(make_model):
+    model = make_model().double().eval()
+    text = model.generate(torch.tensor([[1, 2, 3]]), 30, 0.0, eos_token_id=None)[0]
+    # Position 16 is the last with the whole text in its context; then the context is the newest
+    # 8 tokens and grows to 16 again.
+    with torch.no_grad():
+        for end in range(16, 33):
+            start = 0 if end == 16 else 9 if end < 26 else 18
+            if end - start > 16:
+                continue
+            logits, _ = model(text[None, start:end])
+            assert text[end] == logits[0, -1].argmax(), end
+
+
+def test_ended_rows_are_filled_and_generation_stops_when_all_have_ended(make_model):
+    model = make_model(pad_token_id=49).double()
+    ids = torch.randint(1, 49, (6, 4))
+    free = model.generate(ids, 12, 1.0, eos_token_id=None, seed=0)
+    eos = free[0, 6].item()
+    text = model.generate(ids, 12, 1.0, eos_token_id=eos, seed=0)
+    ended_at = []
+    for row, free_row in zip(text[:, 4:].tolist(), free[:, 4:].tolist(), strict=True):
+        end = row.index(eos) if eos in row else len(row)
+        ended_at.append(end)
+        assert row[:end] == free_row[:end]
+        assert set(row[end + 1 :]) <= {49}
+    assert text.shape[1] == 4 + min(12, max(ended_at) + 1)
+    assert len(set(ended_at)) > 1  # rows ended at different steps
+
+    alone = model.generate(ids[:1], 12, 0.0, eos_token_id=None)[0, 4].item()
+    assert model.generate(ids[:1], 12, 0.0, eos_token_id=alone).shape == (1, 5)
+
+
+@pytest.mark.parametrize("pad_token_id", [None, 50256])
+def test_without_a_usable_padding_token_rows_are_filled_with_end_of_text(make_model, pad_token_id):
+    model = make_model(pad_token_id=pad_token_id)
+    ids = torch.randint(1, 50, (4, 3))
+    eos = model.generate(ids, 1, 0.0, eos_token_id=None)[0, -1].item()
+    text = model.generate(ids, 8, 0.0, eos_token_id=eos)
+    assert set(text[0, 3:].tolist()) == {eos}
+
+
+def test_seeds_generators_and_the_global_generator(make_model):
+    model = make_model()
+    ids = torch.tensor([[1, 2]])
+
+    def text(**how):
+        return model.generate(ids, 14, 1.5, top_k=0, top_p=None, eos_token_id=None, **how).tolist()
+
+    before = torch.get_rng_state()
+    assert text(seed=1) == text(seed=1) == text(generator=torch.Generator().manual_seed(1))
+    assert text(seed=1) != text(seed=2)
+    assert text() != text()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_prompt_longer_than_the_context_is_cut_on_the_left_with_a_warning(make_model):
+    model = make_model().double()
+    ids = torch.randint(1, 50, (1, 25))
+    with pytest.warns(UserWarning, match="prompt has 25 tokens, more than .*context of 16"):
+        text = model.generate(ids, 5, 0.0, eos_token_id=None)
+    assert torch.equal(text[:, :25], ids)
+    assert torch.equal(
+        text[:, 25:], model.generate(ids[:, -16:], 5, 0.0, eos_token_id=None)[:, 16:]
+    )
+    mask = (torch.arange(25) >= 12).long()[None]  # 13 tokens: padding does not count
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        padded = model.generate(ids, 5, 0.0, eos_token_id=None, attention_mask=mask)
+    alone = model.generate(ids[:, 12:], 5, 0.0, eos_token_id=None)
+    assert torch.equal(padded[:, 25:], alone[:, 13:])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    new_tokens=st.integers(1, 20),
+    temperature=st.sampled_from([0.0, 0.3, 2.0]),
+    top_k=st.sampled_from([None, 0, 1, 5, 500]),
+    top_p=st.sampled_from([None, 0.1, 1.0]),
+    seed=st.integers(0, 99),
+)
+@pytest.mark.filterwarnings("ignore:the prompt has")
+def test_any_prompts_and_settings(lengths, new_tokens, temperature, top_k, top_p, seed):
+    torch.manual_seed(seed)
+    model = TransformerLM(50, 32, 4, 2, 64, 16, 0.1, 0).double()
+    width = max(lengths)
+    mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
+    ids = torch.randint(1, 50, mask.shape) * mask
+    arguments = (ids, new_tokens, temperature, top_k, top_p, 7, mask)
+    text = model.generate(*arguments, seed=seed)
+    assert text.shape[0] == len(lengths) and width <= text.shape[1] <= width + new_tokens
+    assert torch.equal(text, model.generate(*arguments, seed=seed, use_cache=False))
+    assert 0 <= text.min() and text.max() < 50
+    assert model.training
+
+
+def test_an_empty_batch(make_model):
+    assert make_model().generate(torch.zeros(0, 3, dtype=torch.long), 5).shape[0] == 0
+
+
+def test_dropout_is_off_and_the_mode_is_restored_even_when_closed_early(make_model):
+    model = make_model(dropout=0.5).train()
+    ids = torch.tensor([[1, 2]])
+    first, second = (model.generate(ids, 9, 0.0, eos_token_id=None) for _ in range(2))
+    assert torch.equal(first, second) and model.training
+    steps = generate_tokens(model, ids, GREEDY, generator=make_generator(0, "cpu"))
+    next(steps)
+    steps.close()
+    assert model.training
+    model(ids, labels=ids)[1].backward()  # inference mode has ended too
+
+
+def test_generation_processes_each_token_once(make_model, monkeypatch):
+    model = make_model()
+    read = []
+    real = model.hidden_states
+    monkeypatch.setattr(
+        model, "hidden_states", lambda ids, *a: (read.append(ids.shape[1]), real(ids, *a))[1]
+    )
+    model.generate(torch.randint(1, 50, (2, 6)), 8, eos_token_id=None)
+    assert read == [6] + [1] * 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        (
+            {"input_ids": torch.zeros(1, 0, dtype=torch.long)},
+            DataError,
+            "at least one token",
+        ),
+        ({"input_ids": torch.zeros(1, 3)}, DataError, "float32"),
+        ({"input_ids": torch.tensor([[1, 77]])}, DataError, "the prompt contains token 77"),
+        ({"attention_mask": torch.tensor([[1, 1, 0]])}, DataError, "padded on the left"),
+        ({"attention_mask": torch.tensor([[1, 0, 1]])}, DataError, "padded on the left"),
+        ({"attention_mask": torch.tensor([[0, 0, 0]])}, DataError, "end with a one"),
+        ({"attention_mask": torch.ones(2, 3)}, DataError, "attention_mask has shape"),
+        ({"temperature": -1.0}, ConfigError, "temperature must be at least 0"),
+    ],
+)
+def test_invalid_input_is_one_sentence(make_model, arguments, error, sentence):
+    with pytest.raises(error, match=sentence) as caught:
+        make_model().generate(**({"input_ids": torch.tensor([[1, 2, 3]])} | arguments))
+    assert "\n" not in str(caught.value)
+
+
+def test_on_logits_gets_the_logits_that_each_token_is_sampled_from(make_model):
+    model, seen = make_model(), []
+    ids = torch.randint(1, 50, (2, 6))
+    steps = generate_tokens(
+        model, ids, GREEDY, generator=make_generator(0, "cpu"), on_logits=seen.append
+    )
+    assert all(torch.equal(tokens, seen[-1].argmax(dim=-1)) for tokens in steps)
+    assert [logits.shape for logits in seen] == [(2, 50)] * 9

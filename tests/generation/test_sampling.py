@@ -1,0 +1,156 @@
+"""The filters by hand, and the frequencies of the sampled tokens (chi-square)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from horovod_lm.generation.sampling import (
+    filtered_probabilities,
+    generation_config,
+    keep_top_k,
+    keep_top_p,
+    make_generator,
+    sample,
+)
+from horovod_lm.utils.config import GenerationConfig
+from horovod_lm.utils.errors import ConfigError
+
+PROBABILITIES = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
+LOGITS = PROBABILITIES.log()
+
+
+def how(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None):
+    return generation_config(temperature=temperature, top_k=top_k, top_p=top_p)
+
+
+def kept(logits: torch.Tensor) -> list[int]:
+    return logits.isfinite().nonzero().flatten().tolist()
+
+
+def test_top_k_keeps_the_k_largest_and_leaves_them_as_they_are():
+    filtered = keep_top_k(LOGITS, 2)
+    assert kept(filtered) == [1, 3]
+    assert torch.equal(filtered[[1, 3]], LOGITS[[1, 3]])
+    assert kept(keep_top_k(LOGITS, 99)) == [0, 1, 2, 3, 4]
+    assert len(kept(keep_top_k(torch.zeros(5), 2))) == 2  # a tie is broken, not kept whole
+
+
+@pytest.mark.parametrize(
+    ("top_p", "expected"),
+    [(0.01, [1]), (0.39, [1]), (0.45, [1, 3]), (0.75, [1, 2, 3]), (0.9, [1, 2, 3, 4])],
+)
+def test_top_p_keeps_the_fewest_tokens_that_reach_p(top_p, expected):
+    assert kept(keep_top_p(LOGITS, top_p)) == expected
+
+
+def test_temperature_by_hand():
+    probabilities = filtered_probabilities(LOGITS, how(0.5))
+    torch.testing.assert_close(probabilities, PROBABILITIES**2 / (PROBABILITIES**2).sum())
+    greedy = filtered_probabilities(LOGITS, how(0.0))
+    assert greedy.tolist() == [0, 1, 0, 0, 0]
+
+
+def test_temperature_comes_first_then_top_k_then_top_p():
+    # Squared and normalised among the two likeliest: 0.64 and 0.36. So p = 0.6 keeps one token;
+    # of the plain probabilities 0.6 would need two.
+    probabilities = filtered_probabilities(LOGITS, how(0.5, 2, 0.6))
+    assert probabilities.tolist() == [0, 1, 0, 0, 0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    # Each once: which of two equal logits is cut off is nobody's promise.
+    logits=st.lists(
+        st.integers(-60, 60).map(lambda n: n / 2), min_size=1, max_size=20, unique=True
+    ),
+    temperature=st.floats(0, 5),
+    top_k=st.one_of(st.none(), st.integers(0, 30)),
+    top_p=st.one_of(st.none(), st.floats(0.01, 1)),
+)
+def test_any_setting_gives_a_distribution_and_samples_from_it(logits, temperature, top_k, top_p):
+    logits = torch.tensor([logits])
+    settings = how(temperature, top_k, top_p)
+    probabilities = filtered_probabilities(logits, settings)
+    assert probabilities.sum().item() == pytest.approx(1.0, abs=1e-5)
+    assert (probabilities >= 0).all() and probabilities[0, logits.argmax()] > 0
+    if top_k:
+        assert (probabilities > 0).sum() <= top_k
+    token = sample(logits, settings, make_generator(0, "cpu"))
+    assert token.shape == (1,) and probabilities[0, token] > 0
+
+
+def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> tuple[float, int]:
+    """Pearson's statistic over cells that can occur, and its degrees of freedom."""
+    possible = expected > 0
+    assert not counts[~possible].any(), "a filtered token was sampled"
+    difference = counts[possible] - expected[possible]
+    return (difference**2 / expected[possible]).sum().item(), int(possible.sum()) - 1
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, None, None), (0.7, 8, None), (1.3, None, 0.8), (0.8, 12, 0.9), (1.0, 50, 1.0)],
+)
+def test_frequencies_match_the_filtered_distribution(temperature, top_k, top_p):
+    logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(1)) * 1.5
+    settings = how(temperature, top_k, top_p)
+    n_draws = 50_000
+    drawn = sample(logits.expand(n_draws, -1), settings, make_generator(2, "cpu"))
+    expected = filtered_probabilities(logits, settings)[0].double() * n_draws
+    statistic, freedom = chi_square(drawn.bincount(minlength=30).double(), expected)
+    # Wilson-Hilferty: the cube root of chi-square / freedom is nearly normal. 4.5 deviations would
+    # be passed by chance once in 300,000 seeds, and the seed is fixed.
+    spread = 2 / (9 * freedom)
+    deviations = ((statistic / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
+    assert deviations < 4.5
+    # The test can fail: a temperature 5 % off does not pass.
+    wrong = how(temperature * 1.05, top_k, top_p)
+    wrong_expected = filtered_probabilities(logits, wrong)[0].double() * n_draws
+    if ((wrong_expected > 0) == (expected > 0)).all():
+        statistic, _ = chi_square(drawn.bincount(minlength=30).double(), wrong_expected)
+        assert ((statistic / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread) > 4.5
+
+
+def test_each_row_is_sampled_from_its_own_distribution():
+    logits = torch.full((4, 6), -math.inf)
+    logits[range(4), [5, 0, 3, 2]] = 0.0
+    assert sample(logits, how(), make_generator(0, "cpu")).tolist() == [5, 0, 3, 2]
+
+
+def test_generators_repeat_with_a_seed_and_differ_without():
+    def numbers(seed):
+        return torch.rand(4, generator=make_generator(seed, "cpu"))
+
+    assert torch.equal(numbers(7), numbers(7))
+    assert not torch.equal(numbers(7), numbers(8))
+    assert not torch.equal(numbers(None), numbers(None))
+    assert torch.equal(numbers(-1), numbers(-1)) and torch.equal(numbers(10**30), numbers(10**30))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"temperature": -0.1}, "temperature must be at least 0, not -0.1"),
+        ({"temperature": math.nan}, "temperature must be"),
+        ({"temperature": math.inf}, "temperature must be a finite number"),
+        ({"top_k": -1}, "top_k must be at least 0, not -1"),
+        ({"top_p": 0.0}, "top_p must be greater than 0, not 0.0"),
+        ({"top_p": 1.5}, "top_p must be at most 1, not 1.5"),
+        ({"top_p": math.nan}, "top_p must be"),
+        ({"num_samples": 0}, "num_samples must be greater than 0, not 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be greater than 0, not -1"),
+    ],
+)
+def test_invalid_settings_are_one_sentence(change, sentence):
+    with pytest.raises(ConfigError, match=f"invalid settings: generation.{sentence}") as error:
+        generation_config(**change)
+    assert "\n" not in str(error.value)
+
+
+def test_defaults_are_those_of_the_configuration():
+    assert generation_config() == GenerationConfig()

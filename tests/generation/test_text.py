@@ -1,0 +1,302 @@
+"""Generation: loading, whole texts, streaming, and the command line as users run it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from horovod_lm.data.tokenizers import ByteTokenizer, train_bpe
+from horovod_lm.generate import generate_text, load_model_for_generation, main, stream_text
+from horovod_lm.generation import load
+from horovod_lm.generation.text import decode_stream
+from horovod_lm.models.transformer_lm import TransformerLM
+from horovod_lm.training.checkpoint import save_checkpoint
+from horovod_lm.utils.config import GenerationConfig, config_from_dict, save_config
+from horovod_lm.utils.errors import CheckpointError, ConfigError, DataError
+
+MODEL = {"vocab_size": 257, "d_model": 32, "n_heads": 4, "n_layers": 2, "d_ff": 64,
+         "max_seq_len": 48, "pad_token_id": 256}  # fmt: skip
+CONFIG = config_from_dict(
+    {"model": MODEL, "generation": {"max_new_tokens": 12, "seed": 1, "temperature": 1.0}}
+)
+SENTENCE = "Once upon a time, ünï €uro 🙂 שלום\n"
+
+
+@pytest.fixture(scope="module")
+def model() -> TransformerLM:
+    torch.manual_seed(0)
+    model = TransformerLM(**CONFIG.model.model_dump())
+    # Overfit to one sentence with characters of one to four bytes, and to its end.
+    ids = torch.tensor([[256, *SENTENCE.encode(), 256]])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        loss = model(ids, labels=ids, return_logits=False)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def run_folder(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    save_checkpoint(
+        model, None, 0, 5, 1.0, folder / "checkpoints", "best_model.pt",
+        config=CONFIG.to_dict(), tokenizer=ByteTokenizer().to_json(),
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def endless_folder(model, tmp_path_factory):
+    """A model that never samples end-of-text."""
+    folder = tmp_path_factory.mktemp("endless")
+    endless = copy.deepcopy(model)
+    with torch.no_grad():
+        endless.token_embedding.weight[256] = 0.0
+    save_checkpoint(
+        endless, None, 0, 5, 1.0, folder, "best_model.pt",
+        config=CONFIG.to_dict(), tokenizer=ByteTokenizer().to_json(),
+    )  # fmt: skip
+    return folder
+
+
+# Loading -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["", "checkpoints", "checkpoints/best_model.pt"])
+def test_a_checkpoint_alone_is_enough(model, run_folder, part):
+    loaded, tokenizer, config = load_model_for_generation(run_folder / part)
+    assert config.to_dict() == CONFIG.to_dict() and tokenizer.name == "byte"
+    assert not loaded.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+
+
+def test_the_contracts_call_works_on_a_machine_without_a_gpu(run_folder, tmp_path, capfd):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    load._say_once.cache_clear()
+    config_path = save_config(CONFIG.with_overrides(["generation.top_k=3"]), tmp_path / "c.yaml")
+    model, tokenizer, config = load_model_for_generation(
+        checkpoint_path=str(run_folder / "checkpoints/best_model.pt"),
+        config_path=str(config_path),
+        device="cuda",
+    )
+    texts = generate_text(
+        model=model, tokenizer=tokenizer, prompt="Once upon a time", max_new_tokens=100,
+        temperature=0.8, top_k=50, top_p=0.9, num_samples=1, device="cuda",
+    )  # fmt: skip
+    assert isinstance(texts, list) and texts[0].startswith("Once upon a time")
+    assert config.generation.top_k == 3
+    assert capfd.readouterr().err.count("no cuda here") == 1  # said once, not at every call
+
+
+def test_the_weights_determine_the_sizes_not_the_yaml(run_folder, tmp_path):
+    other = save_config(config_from_dict({}), tmp_path / "big.yaml")
+    loaded, _, config = load_model_for_generation(run_folder, other)
+    assert config.model == CONFIG.model and loaded.num_parameters() < 100_000
+
+
+def test_the_weights_determine_a_vocabulary_smaller_than_configured(tmp_path):
+    config = config_from_dict({"model": MODEL | {"vocab_size": 999}})
+    model = TransformerLM(**MODEL)
+    save_checkpoint(model, None, 0, 0, 1.0, tmp_path, "final_model.pt",
+                    config=config.to_dict(), tokenizer=ByteTokenizer().to_json())  # fmt: skip
+    assert load_model_for_generation(tmp_path)[2].model.vocab_size == 257
+
+
+def test_without_a_best_model_the_newest_is_loaded(model, tmp_path):
+    for step in (3, 20, 7):
+        save_checkpoint(model, None, 0, step, float(step), tmp_path / "checkpoints",
+                        f"checkpoint_epoch0_step{step}.pt")  # fmt: skip
+    assert load.find_checkpoint(tmp_path).name == "checkpoint_epoch0_step20.pt"
+
+
+def test_what_cannot_be_loaded_is_one_sentence(model, tmp_path):
+    with pytest.raises(CheckpointError, match="neither .* contains a checkpoint"):
+        load_model_for_generation(tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        load_model_for_generation(tmp_path / "nothing.pt")
+    bare = save_checkpoint(model, None, 0, 0, 1.0, tmp_path, "bare.pt")
+    with pytest.raises(CheckpointError, match="contains no configuration"):
+        load_model_for_generation(bare)
+    config = CONFIG.with_overrides({"data.data_dir": str(tmp_path)})
+    mute = save_checkpoint(model, None, 0, 0, 1.0, tmp_path, "m.pt", config=config.to_dict())
+    with pytest.raises(CheckpointError, match="contains no tokenizer"):
+        load_model_for_generation(mute)
+    (tmp_path / "tokenizer.json").write_text(ByteTokenizer().to_json())
+    assert load_model_for_generation(mute)[1].name == "byte"
+    with pytest.raises(ConfigError, match="'gpu' is no device"):
+        load.choose_device("gpu")
+
+
+def test_only_weights_with_as_many_outputs_as_inputs_are_stored_by_column(model, run_folder):
+    loaded, _, _ = load_model_for_generation(run_folder)
+    by_column = {
+        name
+        for name, tensor in loaded.state_dict().items()
+        if tensor.ndim == 2 and tensor.t().is_contiguous() and not tensor.is_contiguous()
+    }
+    parts = ("attention.qkv_proj", "attention.out_proj", "feed_forward.up_proj")
+    assert by_column == {"token_embedding.weight"} | {
+        f"blocks.{block}.{part}.weight" for block in range(2) for part in parts
+    }
+    ids = torch.randint(0, 256, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.cpu()(ids)[0], model(ids)[0])
+    copy_of_model = copy.deepcopy(model)
+    copy_of_model.load_state_dict(loaded.state_dict())  # a contiguous model stays contiguous
+    assert copy_of_model.token_embedding.weight.is_contiguous()
+
+
+# Continuing ----------------------------------------------------------------------------------
+
+
+def test_texts_begin_with_the_prompt_and_a_seed_repeats_them(model):
+    tokenizer = ByteTokenizer()
+    texts = generate_text(model, tokenizer, "Once", 20, 5.0, num_samples=3, seed=5)
+    assert len(texts) == 3 == len(set(texts))
+    assert all(text.startswith("Once") and len(text) > 4 for text in texts)
+    assert texts == generate_text(model, tokenizer, "Once", 20, 5.0, num_samples=3, seed=5)
+    assert texts != generate_text(model, tokenizer, "Once", 20, 5.0, num_samples=3, seed=6)
+
+
+@pytest.mark.parametrize("prompt", ["", "Once upon", SENTENCE])
+def test_a_memorized_text_is_continued_to_its_end(model, prompt):
+    tokenizer = ByteTokenizer()
+    assert generate_text(model, tokenizer, prompt, 60, temperature=0.0) == [SENTENCE]
+    how = GenerationConfig(max_new_tokens=60, temperature=0.0)
+    pieces = list(stream_text(model, tokenizer, prompt, how))
+    assert pieces == list(SENTENCE.removeprefix(prompt))  # character by character
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(prompt=st.text(max_size=30), seed=st.integers(), temperature=st.sampled_from([0, 0.7, 3.0]))
+@pytest.mark.filterwarnings("ignore:the prompt has")
+def test_streamed_text_is_the_text_for_any_prompt(model, prompt, seed, temperature):
+    how = GenerationConfig(
+        max_new_tokens=25, temperature=temperature, top_k=0, top_p=1.0, seed=seed
+    )
+    tokenizer = ByteTokenizer()
+    text = generate_text(model, tokenizer, prompt, **how.model_dump())[0]
+    assert prompt + "".join(stream_text(model, tokenizer, prompt, how)) == text
+    assert text.startswith(prompt)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"temperature": -1}, ConfigError, "temperature must be at least 0"),
+        ({"device": "abacus"}, ConfigError, "'abacus' is no device"),
+        ({"prompt": "a\ud800b"}, DataError, "unpaired surrogate"),
+    ],
+)
+def test_invalid_arguments_are_one_sentence(model, change, error, sentence):
+    with pytest.raises(error, match=sentence):
+        generate_text(model, ByteTokenizer(), **({"prompt": "x"} | change))
+
+
+# Streaming -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=24) | st.text(max_size=12).map(str.encode))
+def test_a_decoded_stream_loses_nothing_and_yields_whole_characters(data):
+    tokenizer = ByteTokenizer()
+    pieces = list(decode_stream(tokenizer, data))
+    assert "".join(pieces) == data.decode(errors="replace")
+    if data.decode(errors="ignore").encode() == data:  # whole characters only: each comes whole
+        assert "".join(pieces).encode() == data
+
+
+def test_characters_are_yielded_as_soon_as_they_are_complete():
+    tokens = iter("a€b".encode())
+    pieces = decode_stream(ByteTokenizer(), tokens)
+    assert next(pieces) == "a" and next(pieces) == "€"
+    assert list(tokens) == [ord("b")]  # not one byte more was taken to show the euro sign
+
+
+def test_a_stream_of_a_trained_bpe_is_decoded():
+    tokenizer = train_bpe([SENTENCE * 3, "日本日本 🙂🙂🙃"], 300)
+    text = "🙃 日本 Once €"
+    ids = tokenizer.encode(text)
+    pieces = list(decode_stream(tokenizer, ids))
+    assert "".join(pieces) == text and len(pieces) > 5
+
+
+# The command line ----------------------------------------------------------------------------
+
+
+def test_the_command_line_prints_the_text(run_folder, capsys):
+    arguments = ["--checkpoint", str(run_folder), "--prompt", "Once", "--max-new-tokens", "60",
+                 "--temperature", "0", "--num-samples", "2"]  # fmt: skip
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"{SENTENCE}\n\n{SENTENCE}\n"
+
+
+def run_cli(run_folder, *arguments, **kwargs):
+    command = [sys.executable, "-m", "horovod_lm.generate", "--checkpoint", str(run_folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(
+        [*command, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        **kwargs,
+    )
+
+
+def test_a_mistake_is_one_sentence_and_exit_code_2(run_folder):
+    result = run_cli(run_folder, "--prompt", "x", "--top-p", "3")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert "top_p" in result.stderr
+
+
+def test_a_conversation_in_a_terminal_survives_ctrl_c_in_a_text_and_ends_on_ctrl_d(endless_folder):
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "horovod_lm.generate", "--checkpoint", str(endless_folder),
+         "--max-new-tokens", "1000000", "--temperature", "0"],
+        stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "TERM": "dumb"},
+    )  # fmt: skip
+    os.close(slave)
+    seen = ""
+
+    def wait_for(text: str) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 100
+        while text not in seen:
+            assert time.monotonic() < deadline, seen
+            seen += os.read(master, 4096).decode(errors="replace")
+        seen = seen[seen.index(text) + len(text) :]
+
+    try:
+        wait_for("> ")
+        os.write(master, b"Once upon\n")
+        wait_for("Once upon")  # echoed by the terminal
+        wait_for("Once upon")  # by the model, which would write for hours
+        process.send_signal(signal.SIGINT)
+        wait_for("[stopped]")
+        wait_for("> ")
+        os.write(master, b"\x04")  # Ctrl-D
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)

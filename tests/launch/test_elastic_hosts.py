@@ -1,0 +1,91 @@
+"""The file of hosts, as horovodrun sees it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from horovod_lm.launch.elastic_hosts import (
+    elastic_command,
+    loopback_name,
+    main,
+    read_hosts,
+    write_discovery_script,
+    write_hosts,
+)
+from horovod_lm.utils.errors import ConfigError
+
+
+def test_names_of_this_machine_differ_and_mean_the_same_address():
+    names = [loopback_name(number) for number in range(5)]
+    assert names[:2] == ["localhost", "127.0.0.1"] and len(set(names)) == 5
+    assert {socket.gethostbyname(name) for name in names} == {"127.0.0.1"}
+
+
+def test_the_script_prints_what_the_file_says_now_without_comments_and_blank_lines(tmp_path):
+    hosts_file = write_hosts(tmp_path / "a folder" / "it's hosts", ["one:1"])
+    script = write_discovery_script(hosts_file)
+    assert subprocess.check_output([script], text=True) == "one:1\n"
+    hosts_file.write_text("# mine\n\none:1  # the first\n  two:3\n")
+    assert subprocess.check_output([script], text=True) == "one:1\ntwo:3\n"
+    assert read_hosts(hosts_file) == {"one": 1, "two": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"localhost:1\nlocalhost slots=2\n", "line 2: 'localhost slots=2' is not a host"),
+        (b"localhost:two", "line 1: 'localhost:two' is not a host: write NAME:SLOTS"),
+        (b"localhost:0", "line 1: 'localhost:0' is not a host"),
+        (b"# nobody yet\n\n", "has no host: write a line NAME:SLOTS for each"),
+        (b"h\xe9te:1", "cannot be read"),
+    ],
+)
+def test_a_file_that_names_no_hosts_is_refused_in_a_sentence(tmp_path, content, sentence):
+    (tmp_path / "hosts").write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(sentence)) as caught:
+        elastic_command(["true"], tmp_path / "hosts")
+    assert str(tmp_path / "hosts") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "np", "on_loopback"),
+    [(["localhost:1", "127.0.0.1:1"], "2", True), (["localhost:1", "gpu7:4"], "5", False)],
+)
+def test_the_call_fits_the_hosts(tmp_path, hosts, np, on_loopback):
+    hosts_file = write_hosts(tmp_path / "hosts", hosts)
+    call = elastic_command(["python", "train.py"], hosts_file, min_np=2, max_np=8)
+    assert call[0] == "horovodrun" and call[-2:] == ["python", "train.py"]
+    options = dict(zip(call[1:-2:2], call[2:-2:2], strict=True))
+    assert (options["-np"], options["--min-np"], options["--max-np"]) == (np, "2", "8")
+    assert ("--network-interfaces" in options) == on_loopback
+
+
+def test_the_call_says_how_to_log_in_where_it_is_told(tmp_path):
+    hosts_file = write_hosts(tmp_path / "hosts", ["node0:1", "node1:1"])
+    key = tmp_path / "my key"
+    call = elastic_command(["true"], hosts_file, ssh_port=2222, ssh_identity_file=key)
+    assert call[-5:] == ["--ssh-port", "2222", "--ssh-identity-file", f"'{key}'", "true"]
+    assert not any(word.startswith("--ssh") for word in elastic_command(["true"], hosts_file))
+
+
+def test_the_printed_call_is_one_that_horovodrun_takes(tmp_path, capsys):
+    hosts_file = tmp_path / "hosts"
+    options = ["--workers", "3", "--ssh-port", "2222", "--ssh-identity-file", "key"]
+    settings = ["--config", "configs/laptop.yaml", "--set", "data.path=[my book.txt]"]
+    assert main([str(hosts_file), *options, *settings]) == 0
+    call = shlex.split(capsys.readouterr().out)
+    assert call[-4:] == settings
+    assert read_hosts(hosts_file) == {"localhost": 1, "127.0.0.1": 1, "127.0.0.01": 1}
+    launch = pytest.importorskip("horovod.runner.launch")
+    parse = f"""from {launch.__name__} import parse_args; told = parse_args()
+print(told.num_proc, told.ssh_port, told.ssh_identity_file)"""
+    run = subprocess.run(
+        [sys.executable, "-c", parse, *call[1:]], capture_output=True, text=True, timeout=60
+    )
+    assert run.stdout.split() == ["3", "2222", "key"], run.stderr

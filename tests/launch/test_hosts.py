@@ -1,0 +1,157 @@
+"""Hostfiles and calls that horovodrun itself reads as they were meant."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from horovod_lm.launch import hosts as cluster
+from horovod_lm.utils.config import Config, config_from_dict, load_config
+from horovod_lm.utils.errors import ConfigError
+from tests.conftest import ROOT
+
+NAMES = st.from_regex(r"[a-z0-9][a-z0-9.-]{0,20}", fullmatch=True)
+HOSTS = st.lists(
+    st.fixed_dictionaries({"name": NAMES, "slots": st.integers(1, 64)}),
+    min_size=1,
+    max_size=8,
+    unique_by=lambda host: host["name"],
+)
+
+
+def with_hosts(hosts: list[dict], **distributed: object) -> Config:
+    return config_from_dict({"distributed": {"hosts": hosts, **distributed}}, ROOT)
+
+
+TWO = [{"name": "node1", "slots": 4}, {"name": "10.0.0.2", "slots": 2}]
+
+
+@given(hosts=HOSTS)
+def test_horovods_own_parsers_read_the_hostfile(tmp_path_factory, hosts):
+    parsers = pytest.importorskip("horovod.runner.common.util.hosts")
+    path = tmp_path_factory.mktemp("hosts") / "below" / "hostfile"
+    config = with_hosts(hosts)
+    assert cluster.write_hostfile(config, path) == path
+    text = parsers.parse_host_files(str(path))
+    wanted = [(host["name"], host["slots"]) for host in hosts]
+    assert [(host.hostname, host.slots) for host in parsers.parse_hosts(text)] == wanted
+    assert parsers.parse_hosts_and_slots(text) == ([name for name, _ in wanted], dict(wanted))
+    ranks = sum(slots for _, slots in wanted)
+    assert len(parsers.get_host_assignments(parsers.parse_hosts(text), ranks)) == ranks
+
+
+def test_horovodrun_reads_the_call_as_it_was_meant(monkeypatch, tmp_path):
+    launch = pytest.importorskip("horovod.runner.launch")
+    config = with_hosts(TWO, interface="eth0", ssh_port=2222, ssh_identity_file="/keys/id")
+    hostfile = cluster.write_hostfile(config, tmp_path / "hostfile")
+    command = ["python", "-m", "horovod_lm.train", "--set", "seed=1"]
+    call = cluster.horovodrun_command(config, command, hostfile)
+    monkeypatch.setattr(sys, "argv", call)
+    read = launch.parse_args()
+    assert read.num_proc == 6 and read.hostfile == str(hostfile)
+    assert set(read.nics) == {"eth0"}
+    assert (read.ssh_port, read.ssh_identity_file) == (2222, "/keys/id")
+    assert read.command == command
+
+
+def test_variables_that_horovodrun_keeps_from_other_hosts_are_set_by_each_rank():
+    env = pytest.importorskip("horovod.runner.common.util.env")
+    assert set(cluster._NOT_PASSED_ON.pattern.split("|")) == env.IGNORE_REGEXES
+    config = with_hosts(TWO, environment={"A": "1", "CUDA_VISIBLE_DEVICES": "2"})
+    call = cluster.horovodrun_command(config, ["true"])
+    assert call[:3] == ["env", "A=1", "horovodrun"]
+    assert call[-3:] == ["env", "CUDA_VISIBLE_DEVICES=2", "true"]
+
+
+def test_what_is_not_set_is_left_to_horovodrun():
+    call = cluster.horovodrun_command(with_hosts(TWO), ["true"], "hosts")
+    assert call == [
+        "horovodrun", "-np", "6", "--disable-cache", "--hostfile", str(ROOT / "hosts"), "true"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("hosts", "says"),
+    [
+        ([], "distributed.hosts is empty"),
+        ([*TWO, TWO[0]], "names node1 2 times"),
+    ],
+)
+def test_hosts_that_cannot_work_are_a_sentence(hosts, says):
+    for use in (cluster.hostfile_text, lambda config: cluster.horovodrun_command(config, ["true"])):
+        with pytest.raises(ConfigError, match=says):
+            use(with_hosts(hosts))
+
+
+def test_a_call_without_a_command_and_a_file_that_cannot_be_written_are_sentences(tmp_path):
+    with pytest.raises(ConfigError, match="needs a command"):
+        cluster.horovodrun_command(with_hosts(TWO), [])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="the hostfile .* cannot be written: "):
+        cluster.write_hostfile(with_hosts(TWO), tmp_path / "file" / "hostfile")
+
+
+def test_a_host_without_an_address_is_named():
+    hosts = [{"name": "localhost"}, {"name": "there.is.no.such.host.invalid"}]
+    assert cluster.unknown_hosts(with_hosts(hosts)) == ["there.is.no.such.host.invalid"]
+
+
+def test_the_shipped_cluster_is_the_model_of_config_yaml_on_several_hosts():
+    shipped, single = (
+        load_config(ROOT / "configs" / name) for name in ("cluster.yaml", "config.yaml")
+    )
+    assert shipped.model == single.model
+    assert len(shipped.distributed.hosts) > 1 and shipped.distributed.interface
+
+
+def test_the_command_line_writes_the_hostfile_and_prints_a_call_but_starts_nothing(tmp_path):
+    hostfile = tmp_path / "hostfile"
+    hosts = "distributed.hosts=[{name: localhost, slots: 2}]"
+    done = subprocess.run(
+        [sys.executable, "-m", "horovod_lm.launch.hosts", "--config", "configs/cluster.yaml",
+         "--hostfile", str(hostfile), "--set", hosts],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert hostfile.read_text() == "localhost slots=2\n"
+    assert shlex.split(done.stdout) == [
+        "horovodrun", "-np", "2", "--disable-cache", "--hostfile", str(hostfile),
+        "--network-interfaces", "eth0", "--ssh-port", "22",
+        "python", "-m", "horovod_lm.train", "--config", "configs/cluster.yaml", "--set", hosts,
+    ]  # fmt: skip
+    one = cluster.build_parser().parse_args(["--", "python", "mine.py", "--fast"])
+    assert one.command == ["python", "mine.py", "--fast"]
+
+
+# ---- why a job ended -----------------------------------------------------------------------------
+
+LOST = "[{0}]<stderr>:error: rank {0} lost another rank after step 7; saved x.pt"
+
+
+def ended(*lines: str, blamed: int, code: int) -> str:
+    from horovod_lm.launch.hosts import explain
+
+    said = [*lines, f"horovodrun: process {blamed} was the first to fail, with exit code {code}"]
+    return explain(with_hosts(TWO), 1, said, {})
+
+
+def test_a_frozen_rank_is_named_and_not_the_survivor_that_ended_first():
+    lost = [LOST.format(rank) for rank in (0, 1, 2, 3, 5)]
+    said = ended(*lost, blamed=0, code=2)
+    assert said.startswith("rank 4 on 10.0.0.2 did not answer any more, and the machine does")
+
+
+def test_a_rank_that_its_watchdog_ended_stood_still_and_was_killed_by_nobody_else():
+    watchdog = "[4]<stderr>:rank 4 (process 117) stood still for 7 s: it was killed, so that"
+    said = ended(LOST.format(0), watchdog, blamed=4, code=255)
+    assert said.startswith("rank 4 on 10.0.0.2 did not answer any more, and the machine does")
+
+
+def test_a_rank_with_an_error_of_its_own_is_named_with_it():
+    said = ended(LOST.format(0), "[5]<stderr>:error: no disk left", blamed=5, code=2)
+    assert said.startswith("rank 5 on 10.0.0.2 ended with exit code 2: no disk left")

@@ -1,0 +1,118 @@
+"""What a class is given has no solutions; what it hands in is judged by the course's own page."""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import sys
+
+import pytest
+
+from horovod_lm.jupyter.exercises import RIGHT, STUB_TAG, with_solutions
+from horovod_lm.teaching.classroom import Grade, grade, handout, main, page_of
+from horovod_lm.teaching.notebooks import NotebookError, read_notebook, store
+from tests.conftest import ROOT
+
+COURSE = ROOT / "notebooks"
+PAGES = sorted(COURSE.glob("*.ipynb"))
+FIRST = COURSE / "01_attention.ipynb"
+
+
+def stubs(notebook):
+    return [cell for cell in notebook.cells if STUB_TAG in cell.metadata.get("tags", [])]
+
+
+@pytest.fixture
+def page():
+    return read_notebook(FIRST)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_a_handout_lacks_the_solutions_and_nothing_else(path, tmp_path):
+    assert main(["handout", str(path), "--out", str(tmp_path)]) == 0
+    page, given = read_notebook(path), read_notebook(tmp_path / path.name)
+    left = {cell.id: cell.source for cell in given.cells}
+    removed = []
+    for cell in page.cells:
+        if left.get(cell.id) != cell.source:
+            before, solution, after = re.split(
+                "(<details>.*</details>)", cell.source, flags=re.DOTALL
+            )
+            removed.append(solution)
+            assert (before + after).strip() == left.get(cell.id, "")
+    assert len(removed) == len(stubs(page)) >= 2
+    assert all("<summary>Solution</summary>" in solution for solution in removed)
+
+
+def test_a_page_is_written_with_its_solutions(page, tmp_path):
+    assert main(["solutions", str(FIRST), "--out", str(tmp_path)]) == 0
+    solved = read_notebook(tmp_path / FIRST.name)
+    assert [cell.source for cell in solved.cells] == [
+        cell.source for cell in with_solutions(page).cells
+    ]
+
+
+def test_the_course_itself_is_not_overwritten(page):
+    with pytest.raises(NotebookError, match="would be overwritten: choose another --out"):
+        main(["handout", str(FIRST), "--out", str(COURSE)])
+    assert read_notebook(FIRST) == page
+
+
+def test_right_and_wrong_answers_are_told_apart(page, tmp_path, capsys):
+    """One page handed in with a right answer, no answer, and one that is no Python at all."""
+    handed_in = handout(with_solutions_in_the_page(page))
+    mine = stubs(handed_in)
+    mine[1].source = stubs(page)[1].source
+    mine[2].source = "def unfinished(:"
+    file = tmp_path / "anna, second try.ipynb"
+    store(handed_in, file)
+    table = tmp_path / "grades.csv"
+    assert main(["grade", str(file), "--course", str(COURSE), "--csv", str(table)]) == 0
+    assert f"{file}: {len(mine) - 2} of {len(mine)} ({FIRST.name})" in capsys.readouterr().out
+    with table.open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["exercise"] for row in rows] == [cell.id for cell in mine]
+    assert [row["right"] for row in rows[:3]] == ["1", "0", "0"]
+    assert rows[0]["said"].startswith(RIGHT)
+    assert all(row["said"].startswith("not yet: ") for row in rows[1:3])
+
+
+def with_solutions_in_the_page(page):
+    """The page with answers in its stubs and its solutions still below them."""
+    solved = with_solutions(page)
+    for cell, original in zip(solved.cells, page.cells, strict=True):
+        cell.metadata = original.metadata
+    return solved
+
+
+def test_checks_that_a_student_changed_are_not_believed(page):
+    cheated = handout(page)
+    for cell in cheated.cells:
+        if "check(" in cell.source:
+            cell.source = f'print("{RIGHT} everything")'
+    grades = grade(page, cheated, COURSE)
+    assert [one.exercise for one in grades] == [cell.id for cell in stubs(page)]
+    assert not any(one.right for one in grades)
+
+
+def test_an_answer_that_ends_the_kernel_is_reported(page):
+    handed_in = handout(page)
+    stubs(handed_in)[0].source = "import os\nos._exit(1)"
+    assert grade(page, handed_in, COURSE)[0] == Grade(
+        stubs(page)[0].id, False, "not yet: its kernel died (out of memory, or killed)"
+    )
+
+
+def test_a_notebook_of_something_else_is_refused(page):
+    page.cells = page.cells[:3]
+    with pytest.raises(NotebookError, match="no page in .* has these exercises"):
+        page_of(page, COURSE)
+
+
+def test_the_command_says_what_it_does():
+    shown = subprocess.run(
+        [sys.executable, "-m", "horovod_lm.teaching.classroom", "--help"],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert {"handout", "solutions", "grade"} <= set(shown.stdout.split())

@@ -1,0 +1,393 @@
+"""Checkpoints: exact, atomic, and loaded without executing code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from horovod_lm.models.transformer_lm import TransformerLM
+from horovod_lm.training.checkpoint import (
+    BEST,
+    FINAL,
+    check_same_model,
+    checkpoint_name,
+    find_checkpoints,
+    load_checkpoint,
+    newest_readable,
+    read_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from horovod_lm.training.optimizer import build_optimizer, build_scheduler
+from horovod_lm.utils.config import TrainingConfig, config_from_dict
+from horovod_lm.utils.errors import CheckpointError
+
+SHAPE = {"vocab_size": 17, "d_model": 8, "n_heads": 2, "n_layers": 2, "d_ff": 16, "max_seq_len": 8,
+         "pad_token_id": 0, "dropout": 0.0}  # fmt: skip
+TRAINING = TrainingConfig(warmup_steps=2, learning_rate=1e-2)
+
+
+class Setup:
+    """A small model in training: what a checkpoint is made of."""
+
+    def __init__(self, seed: int = 0, **shape: int) -> None:
+        torch.manual_seed(seed)
+        self.model = TransformerLM(**(SHAPE | shape))
+        self.optimizer = build_optimizer(self.model, TRAINING)
+        self.scheduler = build_scheduler(self.optimizer, TRAINING, total_steps=20)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+
+    def train(self, steps: int) -> list[float]:
+        losses = []
+        for step in range(steps):
+            ids = torch.randint(0, 17, (2, 8), generator=torch.Generator().manual_seed(step))
+            loss = self.model(ids, labels=ids)[1]
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+            self.scheduler.step()
+            losses.append(loss.item())
+        return losses
+
+    def save(self, folder: Path, filename: str = FINAL, **changes: object) -> Path:
+        wanted = {
+            "model": self.model, "optimizer": self.optimizer, "epoch": 1, "step": 3, "loss": 2.5,
+            "scheduler": self.scheduler, "scaler": self.scaler, "global_step": 13,
+        }  # fmt: skip
+        return save_checkpoint(**wanted | changes, checkpoint_dir=folder, filename=filename)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Setup:
+    setup = Setup()
+    setup.train(4)
+    return setup
+
+
+@pytest.fixture(scope="module")
+def content(trained, tmp_path_factory) -> bytes:
+    """The bytes of a small checkpoint."""
+    return trained.save(tmp_path_factory.mktemp("content")).read_bytes()
+
+
+def complaint(call, *arguments) -> str:
+    """Return the sentence that a call ends with."""
+    with pytest.raises(CheckpointError) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# Exact -----------------------------------------------------------------------------------------
+
+
+def test_training_after_loading_equals_uninterrupted_training(tmp_path):
+    one = Setup()
+    one.train(4)
+    path = one.save(tmp_path / "new" / "folder", best_loss=1.25, samples_seen=96, tokens=777,
+                    config={"seed": 3}, tokenizer="{}")  # fmt: skip
+    two = Setup(seed=1)  # other weights, no moments, another place in the schedule
+    checkpoint = load_checkpoint(path, two.model, two.optimizer, two.scheduler, two.scaler)
+
+    position = ("epoch", "step", "global_step", "loss", "best_loss", "samples_seen", "tokens")
+    assert [checkpoint[key] for key in position] == [1, 3, 13, 2.5, 1.25, 96, 777]
+    assert (checkpoint["config"], checkpoint["tokenizer"]) == ({"seed": 3}, "{}")
+    for name, tensor in one.model.state_dict().items():
+        assert torch.equal(tensor, two.model.state_dict()[name]), name
+    states = (setup.optimizer.state_dict()["state"] for setup in (one, two))
+    for moments, others in zip(*(state.values() for state in states), strict=True):
+        assert {"exp_avg", "exp_avg_sq", "step"} <= moments.keys()
+        assert all(torch.equal(moments[name], others[name]) for name in moments)
+    assert two.scaler.state_dict() == one.scaler.state_dict()
+    assert two.scaler.get_scale() == 2.0**11  # it has grown once: not what a new one starts with
+    assert two.scheduler.last_epoch == 4
+    assert two.scheduler.get_last_lr() == one.scheduler.get_last_lr()
+    assert one.train(5) == two.train(5)
+
+
+def test_a_compiled_model_is_saved_under_its_own_names(tmp_path, trained):
+    path = trained.save(tmp_path, model=torch.compile(trained.model))
+    other = Setup(seed=1)
+    load_checkpoint(path, torch.compile(other.model))
+    assert torch.equal(other.model.state_dict()["token_embedding.weight"],
+                       trained.model.state_dict()["token_embedding.weight"])  # fmt: skip
+
+
+def test_numpy_scalars_come_back_as_python_numbers(tmp_path, trained):
+    # Fault 10: weights_only refuses a NumPy scalar when the checkpoint is loaded, weeks later.
+    path = trained.save(
+        tmp_path, epoch=np.int64(2), step=np.int32(7), loss=np.float32(0.5),
+        global_step=np.int64(9), best_loss=np.float64(0.25), samples_seen=np.uint32(11),
+        config={"a": {"b": [np.float64(1.5), (np.int8(3), np.bool_(True))]}}, extra=np.float16(2),
+    )  # fmt: skip
+    checkpoint = read_checkpoint(path)
+    plain = {"epoch": 2, "step": 7, "loss": 0.5, "global_step": 9, "best_loss": 0.25,
+             "samples_seen": 11, "extra": 2.0}  # fmt: skip
+    for key, value in plain.items():
+        assert checkpoint[key] == value and type(checkpoint[key]) is type(value), key
+    assert checkpoint["config"] == {"a": {"b": [1.5, (3, True)]}}
+
+
+def test_a_checkpoint_without_optimizer_loads_for_generation_only(tmp_path, trained):
+    path = trained.save(tmp_path, optimizer=None, scheduler=None, scaler=None)
+    other = Setup(seed=1)
+    load_checkpoint(path, other.model)
+    for part in ("optimizer", "scheduler", "scaler"):
+        said = complaint(lambda part=part: load_checkpoint(path, **{part: getattr(other, part)}))
+        assert f"has no {part} state" in said and str(path) in said
+
+
+# Atomic ----------------------------------------------------------------------------------------
+
+SAVE_WITHOUT_END = """
+import sys, torch
+from horovod_lm.training.checkpoint import save_checkpoint
+model = torch.nn.Linear(1000, 500)
+for step in range(10**6):
+    with torch.no_grad():
+        model.weight.fill_(step)
+    save_checkpoint(model, None, 0, step, float(step), sys.argv[1], "final_model.pt")
+    print(step, flush=True)
+"""
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_complete_file(tmp_path):
+    generator = random.Random(0)
+    for _ in range(4):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", SAVE_WITHOUT_END, str(tmp_path)], stdout=subprocess.PIPE
+        )
+        writer.stdout.readline()  # one is written
+        time.sleep(generator.random() * 0.1)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.communicate()
+        checkpoint = read_checkpoint(tmp_path / FINAL)
+        assert (checkpoint["model"]["weight"] == checkpoint["step"]).all()
+        assert find_checkpoints(tmp_path) == [tmp_path / FINAL]
+    # Temporary files of killed writers are hidden, and deleted with the next checkpoint.
+    (tmp_path / f".{FINAL}.4711.tmp").write_bytes(b"half")
+    remove_old_checkpoints(tmp_path, keep=3)
+    assert [path.name for path in tmp_path.iterdir()] == [FINAL]
+
+
+def test_the_folder_is_synced_after_the_rename(tmp_path, trained, monkeypatch):
+    calls, replace, fsync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "replace", lambda *a: (calls.append("rename"), replace(*a)))
+
+    def recorded(descriptor: int) -> None:
+        calls.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    trained.save(tmp_path)
+    assert calls == ["file", "rename", "folder"]
+
+
+SAVE_ON_A_FULL_DISK = """
+import resource, sys, torch
+from horovod_lm.training.checkpoint import save_checkpoint
+from horovod_lm.utils.cli import run_cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+model = torch.nn.Linear(300, 300)
+run_cli(lambda _: save_checkpoint(model, None, 0, 1, 1.0, sys.argv[1], "final_model.pt"))
+"""
+
+
+@pytest.mark.parametrize("room", [0, 1000, 200_000, 360_000])
+def test_a_full_disk_is_a_sentence_and_leaves_the_old_file(tmp_path, trained, room):
+    old = trained.save(tmp_path).read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-c", SAVE_ON_A_FULL_DISK, str(tmp_path), str(room)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: the checkpoint {tmp_path / FINAL} cannot be written")
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / FINAL).read_bytes() == old
+    assert [path.name for path in tmp_path.iterdir()] == [FINAL]
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, trained):
+    (tmp_path / "file").write_text("")
+    said = complaint(lambda: trained.save(tmp_path / "file"))
+    assert str(tmp_path / "file" / FINAL) in said and "cannot be written" in said
+
+
+# Damaged, incompatible, malicious --------------------------------------------------------------
+
+
+def test_a_checkpoint_cut_at_any_byte_is_a_sentence(tmp_path, content):
+    path = tmp_path / "cut.pt"
+    ends = {*range(0, 200), *range(0, len(content), 97), *range(len(content) - 300, len(content))}
+    for end in ends:
+        path.write_bytes(content[:end])
+        said = complaint(read_checkpoint, path)
+        assert f"{path} is damaged or truncated" in said, end
+    path.write_bytes(content)
+    assert read_checkpoint(path)["global_step"] == 13
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_checkpoint_with_changed_bytes_never_breaks_the_reader(content, tmp_path_factory, data):
+    changed = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 20))):
+        changed[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "changed.pt"
+    path.write_bytes(changed)
+    try:
+        load_checkpoint(path, *(vars(Setup()).values()))
+    except CheckpointError as error:
+        assert str(path) in str(error)
+
+
+@given(content=st.binary(max_size=200))
+@settings(max_examples=60, deadline=None)
+def test_no_bytes_break_the_reader(content, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "bytes.pt"
+    path.write_bytes(content)
+    assert str(path) in complaint(read_checkpoint, path)
+
+
+class Malicious:
+    """Unpickled, it runs a command."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("place", ["whole", "beside", "in the model", "plain pickle"])
+def test_a_checkpoint_that_contains_code_is_refused_and_not_executed(tmp_path, content, place):
+    marker, path = tmp_path / "it ran", tmp_path / "hostile.pt"
+    bomb = Malicious(f"touch '{marker}'")
+    path.write_bytes(content)
+    good = torch.load(path, weights_only=True)
+    hostile = {
+        "whole": bomb,
+        "beside": {**good, "extra": bomb},
+        "in the model": {**good, "model": {"w": bomb}},
+    }
+    if place == "plain pickle":
+        path.write_bytes(pickle.dumps(bomb))
+    else:
+        torch.save(hostile[place], path)
+    for read in (read_checkpoint, lambda path: load_checkpoint(path, Setup().model)):
+        assert str(path) in complaint(read, path)
+    assert "could execute code" in complaint(read_checkpoint, path)
+    assert not marker.exists()
+    if place != "plain pickle":  # the bomb is live: an unsafe load does run it
+        torch.load(path, weights_only=False)
+        assert marker.exists()
+
+
+def test_a_missing_checkpoint_names_what_is_there(tmp_path, trained):
+    trained.save(tmp_path, "checkpoint_epoch0_step5.pt")
+    said = complaint(read_checkpoint, tmp_path / BEST)
+    assert "there is no checkpoint" in said and "checkpoint_epoch0_step5.pt" in said
+    assert "there is no checkpoint" in complaint(read_checkpoint, tmp_path / "no" / "folder.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda whole: {"a": 1}, "not a checkpoint of horovod_lm"),
+        (lambda whole: [1, 2], "not a checkpoint of horovod_lm"),
+        (lambda whole: whole | {"model": 3}, "not a checkpoint of horovod_lm"),
+        (lambda whole: whole | {"model": {"w": 3}}, "not a checkpoint of horovod_lm"),
+        (lambda whole: whole["model"], "not a checkpoint of horovod_lm"),
+        (lambda whole: whole | {"format": 99}, "has format 99, but this version reads format 2"),
+        (lambda whole: whole | {"format": 1}, "has format 1, but this version reads format 2"),
+        (lambda whole: {k: v for k, v in whole.items() if k != "format"}, "has format None"),
+        (lambda whole: whole | {"optimizer": {"state": {}}}, "incompatible optimizer state"),
+        (lambda whole: whole | {"optimizer": 3}, "incompatible optimizer state"),
+        (lambda whole: whole | {"optimizer": None}, "has no optimizer state"),
+    ],
+)
+def test_another_content_is_a_sentence(tmp_path, content, change, says):
+    path = tmp_path / "other.pt"
+    path.write_bytes(content)
+    torch.save(change(torch.load(path, weights_only=True)), path)
+    other = Setup()
+    said = complaint(load_checkpoint, path, other.model, other.optimizer)
+    assert says in said and str(path) in said
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ({"n_layers": 1}, "unexpected key blocks.1."),
+        ({"vocab_size": 19}, "token_embedding.weight has shape (17, 8), the model's has (19, 8)"),
+        ({"n_layers": 3}, "missing key blocks.2."),
+        ({"max_seq_len": 16}, "(8, 8), the model's has (16, 8)"),
+    ],
+)
+def test_another_model_is_a_sentence_and_changes_nothing(tmp_path, trained, shape, says):
+    path, other = trained.save(tmp_path), Setup(**shape)
+    before = {name: tensor.clone() for name, tensor in other.model.state_dict().items()}
+    assert says in complaint(load_checkpoint, path, other.model)
+    assert all(torch.equal(before[name], now) for name, now in other.model.state_dict().items())
+
+
+def test_resuming_with_another_shape_names_the_setting(trained, tmp_path):
+    here = config_from_dict({"model": SHAPE})
+    there = config_from_dict({"model": SHAPE | {"d_ff": 32, "dropout": 0.5}})
+    check_same_model({"config": here.to_dict()}, here, "x.pt")
+    check_same_model({"config": None}, here, "x.pt")
+    said = complaint(check_same_model, {"config": there.to_dict()}, here, "x.pt")
+    assert "x.pt" in said and "model.d_ff=32" in said and "16" in said
+
+
+# Which are kept, which is newest ---------------------------------------------------------------
+
+
+def test_the_newest_ones_and_best_and_final_are_kept(tmp_path, trained):
+    numbers = [(0, 5), (0, 10), (1, 20), (1, 100), (2, 110)]
+    for epoch, step in numbers:
+        trained.save(tmp_path, checkpoint_name(epoch, step), optimizer=None)
+    for name in (BEST, FINAL, "checkpoint_epoch5.pt"):
+        trained.save(tmp_path, name, optimizer=None)
+    remove_old_checkpoints(tmp_path, keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        BEST, FINAL, "checkpoint_epoch5.pt", "checkpoint_epoch1_step100.pt",
+        "checkpoint_epoch2_step110.pt",
+    }  # fmt: skip
+    assert [path.name for path in find_checkpoints(tmp_path)] == [
+        FINAL, "checkpoint_epoch2_step110.pt", "checkpoint_epoch1_step100.pt"]  # fmt: skip
+
+
+def test_the_newest_readable_one_is_used_with_a_warning_for_a_truncated_one(
+    tmp_path, trained, content, capsys
+):
+    for step in (5, 10):
+        trained.save(tmp_path, checkpoint_name(0, step), optimizer=None)
+    assert newest_readable(tmp_path).name == "checkpoint_epoch0_step10.pt"
+    assert capsys.readouterr().err == ""
+    cut = tmp_path / checkpoint_name(1, 15)
+    cut.write_bytes(content[:1000])
+    assert newest_readable(tmp_path).name == "checkpoint_epoch0_step10.pt"
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: ") and str(cut) in warning and warning.count("\n") == 1
+    trained.save(tmp_path, FINAL, optimizer=None)
+    assert newest_readable(tmp_path).name == FINAL
+
+
+def test_no_checkpoint_to_resume_from_is_a_sentence(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        assert "has no checkpoint to resume from" in complaint(newest_readable, folder)

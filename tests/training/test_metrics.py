@@ -1,0 +1,169 @@
+"""What a run records, and that it can be read back to the bit, also after a death."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from horovod_lm.training import metrics
+from horovod_lm.training.metrics import COLUMNS, MetricsRecorder, StepTimer, read_metrics
+
+
+@pytest.fixture
+def open_recorder(tmp_path):
+    def recorder(rank: int = 0, resume_step: int | None = None) -> MetricsRecorder:
+        tmp_path.mkdir(exist_ok=True)
+        return MetricsRecorder(
+            tmp_path, tmp_path / "logs", tmp_path / "events", rank, resume_step
+        )  # fmt: skip
+
+    return recorder
+
+
+def lines(folder, rank: int = 0) -> list[dict]:
+    text = (folder / "logs" / f"rank{rank}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def fill(recorder: MetricsRecorder, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        values = {"loss": 1 / step, "seconds_update": step / 7}
+        recorder.record("train", epoch=0, step=step, tokens=step * 10, **values)
+        if step % 5 == 0:
+            recorder.record("validation", epoch=0, step=step, tokens=step * 10, loss=2 / step)
+
+
+def test_the_table_has_the_designs_columns(tmp_path, open_recorder):
+    recorder = open_recorder()
+    recorder.record("train", step=1, loss=2.5, unknown="only in the lines", seconds_data=0.25)
+    recorder.close()
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        header, row = csv.reader(file)
+    assert tuple(header) == COLUMNS == (
+        "phase", "epoch", "step", "tokens", "learning_rate", "loss", "perplexity", "accuracy",
+        "tokens_per_second", "gradient_norm", "seconds_data", "seconds_forward",
+        "seconds_backward", "seconds_allreduce", "seconds_update", "world_size", "steps_replayed",
+    )  # fmt: skip
+    assert dict(zip(header, row, strict=True)) == dict.fromkeys(COLUMNS, "") | {
+        "phase": "train", "step": "1", "loss": "2.5", "seconds_data": "0.25"}  # fmt: skip
+    assert read_metrics(tmp_path) == [
+        {"phase": "train", "step": 1, "loss": 2.5, "seconds_data": 0.25}]  # fmt: skip
+    (line,) = lines(tmp_path)
+    assert (line["event"], line["rank"], line["unknown"]) == ("metrics", 0, "only in the lines")
+
+
+@given(st.lists(st.floats(allow_nan=False), max_size=20))
+@settings(max_examples=50, deadline=None)
+def test_numbers_come_back_to_the_bit(tmp_path_factory, values):
+    folder = tmp_path_factory.mktemp("run")
+    recorder = MetricsRecorder(folder, folder, folder / "events")
+    recorder._events = None  # TensorBoard keeps float32
+    for step, value in enumerate(values):
+        recorder.record("train", step=step, loss=value)
+    recorder.close()
+    rows = read_metrics(folder)
+    assert [(row["step"], row["loss"]) for row in rows] == list(enumerate(values))
+    assert all(type(row["step"]) is int and type(row["loss"]) is float for row in rows)
+
+
+def test_a_loss_that_is_no_number_is_recorded_as_such(tmp_path, open_recorder):
+    recorder = open_recorder()
+    recorder.record("train", step=1, loss=float("nan"), gradient_norm=float("inf"))
+    recorder.close()
+    (row,) = read_metrics(tmp_path)
+    assert math.isnan(row["loss"]) and row["gradient_norm"] == math.inf
+
+
+def test_each_measurement_is_on_the_disk_at_once(tmp_path, open_recorder):
+    recorder = open_recorder()
+    fill(recorder, 1, 5)
+    assert len(read_metrics(tmp_path)) == len(lines(tmp_path)) == 6
+    assert [row["step"] for row in read_metrics(tmp_path, "validation")] == [5]
+    recorder.close()
+
+
+def test_a_resumed_run_drops_the_rows_that_will_come_again(tmp_path, open_recorder):
+    recorder = open_recorder()
+    fill(recorder, 1, 12)
+    recorder.close()
+    whole = (tmp_path / "metrics.csv").read_text()
+    recorder = open_recorder(resume_step=7)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 5, 6, 7]
+    fill(recorder, 8, 12)
+    recorder.close()
+    assert (tmp_path / "metrics.csv").read_text() == whole
+    assert not (tmp_path / "metrics.tmp").exists()
+
+
+def test_a_line_that_a_death_cut_anywhere_is_dropped(tmp_path, open_recorder):
+    recorder = open_recorder()
+    fill(recorder, 1, 9)
+    recorder.close()
+    table = tmp_path / "metrics.csv"
+    whole = table.read_bytes()
+    last = whole.rindex(b"train,")
+    for cut in range(last, len(whole) - 2):
+        table.write_bytes(whole[:cut])
+        open_recorder(resume_step=9).close()
+        assert table.read_bytes() == whole[:last], whole[last:cut]
+
+
+def test_a_new_run_begins_a_new_table(tmp_path, open_recorder):
+    recorder = open_recorder()
+    fill(recorder, 1, 3)
+    recorder.close()
+    open_recorder().close()
+    assert read_metrics(tmp_path) == []
+    open_recorder(resume_step=3).close()  # nothing to keep is nothing to fail on
+    assert read_metrics(tmp_path) == []
+
+
+def test_other_ranks_write_their_own_lines_and_nothing_else(tmp_path, open_recorder):
+    recorder = open_recorder(rank=1)
+    fill(recorder, 1, 2)
+    recorder.event("start", pid=7)
+    recorder.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+    assert [line["event"] for line in lines(tmp_path, 1)] == ["metrics", "metrics", "start"]
+    assert all(line["rank"] == 1 and line["time"] > 0 for line in lines(tmp_path, 1))
+
+
+def test_tensorboard_shows_the_same_numbers(tmp_path, open_recorder):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    recorder = open_recorder()
+    fill(recorder, 1, 5)
+    recorder.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "events")).Reload()
+    assert "train/loss" in events.Tags()["scalars"]
+    seen = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert seen == [(step, pytest.approx(1 / step)) for step in range(1, 6)]
+
+
+def test_a_run_without_tensorboard_is_complete(tmp_path, open_recorder, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    recorder = open_recorder()
+    fill(recorder, 1, 2)
+    recorder.close()
+    assert len(read_metrics(tmp_path)) == 2 and not (tmp_path / "events").exists()
+
+
+def test_the_timer_books_each_part_of_a_step(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    looks = []
+    timer = StepTimer(synchronize=lambda: looks.append(1))  # started at 0
+    for _ in range(2):
+        with timer.part("forward"):  # 1 to 2, and 3 to 4
+            pass
+    with timer.part("update"):  # 5 to 6
+        pass
+    timer.stop()  # at 7
+    assert timer.seconds == dict.fromkeys(timer.seconds, 0.0) | {
+        "seconds_forward": 2, "seconds_update": 1}  # fmt: skip
+    assert timer.elapsed == 7
+    assert len(looks) == 7  # a GPU is waited for before each look at the clock

@@ -1,0 +1,221 @@
+"""The learning rate by hand, the groups of parameters, and the precision that is chosen."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from horovod_lm.models.transformer_lm import TransformerLM
+from horovod_lm.training import optimizer as optimization
+from horovod_lm.training.optimizer import (
+    autocast,
+    build_optimizer,
+    build_scaler,
+    build_scheduler,
+    choose_amp_dtype,
+    cpu_flags,
+    has_fast_bfloat16,
+    learning_rate_factor,
+)
+from horovod_lm.utils.config import TrainingConfig
+from horovod_lm.utils.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+def model() -> TransformerLM:
+    return TransformerLM(vocab_size=11, d_model=8, n_heads=2, n_layers=2, d_ff=16, max_seq_len=4,
+                         pad_token_id=0)  # fmt: skip
+
+
+def rates(training: TrainingConfig, total: int, steps: int, start: int = 0, world: int = 1) -> list:
+    """Return the rates of `steps` steps, from a schedule that stands at `start`."""
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), training)
+    scheduler = build_scheduler(optimizer, training, total, world, start)
+    seen = []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        assert seen[-1] == scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+# The learning rate -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        # 4 steps of warm-up, then from the peak down to a tenth of it in the 8 steps to step 12.
+        ("cosine", {4: 1.0, 6: 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2, 8: 0.55, 12: 0.1, 50: 0.1}),
+        ("linear", {4: 1.0, 6: 0.775, 8: 0.55, 10: 0.325, 12: 0.1, 50: 0.1}),
+        ("constant", {4: 1.0, 8: 1.0, 12: 1.0, 50: 1.0}),
+    ],
+)
+def test_the_rate_by_hand(schedule, wanted):
+    training = TrainingConfig(lr_schedule=schedule, warmup_steps=4, min_learning_rate_fraction=0.1)
+    factor = learning_rate_factor(training, total_steps=12)
+    assert [factor(step) for step in range(4)] == [0.2, 0.4, 0.6, 0.8]
+    for step, value in wanted.items():
+        assert factor(step) == pytest.approx(value, rel=1e-12), step
+
+
+@given(
+    schedule=st.sampled_from(["cosine", "linear", "constant"]),
+    warmup=st.integers(0, 60),
+    total=st.integers(1, 200),
+    low=st.floats(0, 1),
+)
+def test_the_rate_is_bounded_and_has_no_jumps(schedule, warmup, total, low):
+    training = TrainingConfig(
+        lr_schedule=schedule, warmup_steps=warmup, min_learning_rate_fraction=low
+    )
+    factor = learning_rate_factor(training, total)
+    values = [factor(step) for step in range(max(total, warmup) + 5)]
+    assert all(0 < value <= 1 for value in values[: min(total, warmup + 1)])
+    assert all(low - 1e-12 <= value <= 1 for value in values[warmup:])
+    decay = max(1, total - warmup)
+    largest = max(1 / (warmup + 1), 0.5 * math.pi * (1 - low) / decay) + 1e-12
+    assert all(abs(b - a) <= largest for a, b in zip(values, values[1:], strict=False))
+    rising, falling = values[: warmup + 1], values[warmup:]
+    assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
+
+
+def test_a_resumed_schedule_goes_on_where_it_stood():
+    training = TrainingConfig(warmup_steps=5, learning_rate=0.125)
+    whole = rates(training, total=30, steps=30)
+    assert whole[0] == 0.125 / 6 and max(whole) == 0.125
+    for start in (1, 4, 5, 6, 29):
+        assert rates(training, total=30, steps=30 - start, start=start) == whole[start:]
+
+
+def test_the_rate_grows_with_the_world_only_when_asked_for():
+    plain, scaled = (TrainingConfig(scale_lr_with_world_size=on) for on in (False, True))
+    alone = rates(plain, 300, 150)
+    assert rates(plain, 300, 150, world=4) == alone == rates(scaled, 300, 150, world=1)
+    assert rates(scaled, 300, 150, world=4) == pytest.approx([4 * rate for rate in alone])
+
+
+def test_the_schedule_moves_the_optimizer_that_steps_also_after_loading():
+    # A schedule of an optimizer that was wrapped or loaded later turns a wheel of its own.
+    training = TrainingConfig(warmup_steps=10, learning_rate=1.0)
+    one, two = (build_optimizer(torch.nn.Linear(2, 2), training) for _ in range(2))
+    build_scheduler(one, training, 20, steps_done=3)
+    two.load_state_dict(one.state_dict())
+    build_scheduler(two, training, 20, steps_done=7)
+    assert [group["lr"] for group in two.param_groups] == [8 / 11, 8 / 11]
+
+
+# The optimizer ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_matrices_are_decayed_and_nothing_else(kind):
+    training = TrainingConfig(optimizer=kind, weight_decay=0.3)
+    net = model()
+    groups = build_optimizer(net, training).param_groups
+    decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, parameter in net.named_parameters():
+        matrix = name.endswith("weight") and parameter.dim() == 2
+        assert decay_of[id(parameter)] == (0.3 if matrix else 0.0), name
+    assert len(decay_of) == len(list(net.parameters()))
+
+
+def test_settings_reach_the_optimizer():
+    training = TrainingConfig(learning_rate=0.5, beta1=0.8, beta2=0.7, epsilon=1e-3, momentum=0.6)
+    adamw = build_optimizer(model(), training)
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert {(g["lr"], g["betas"], g["eps"]) for g in adamw.param_groups} == {
+        (0.5, (0.8, 0.7), 1e-3)}  # fmt: skip
+    sgd = build_optimizer(model(), training.model_copy(update={"optimizer": "sgd"}))
+    assert isinstance(sgd, torch.optim.SGD)
+    assert {(g["lr"], g["momentum"]) for g in sgd.param_groups} == {(0.5, 0.6)}
+
+
+def test_parameters_that_do_not_learn_are_left_out():
+    net = model()
+    net.token_embedding.weight.requires_grad_(False)
+    groups = build_optimizer(net, TrainingConfig()).param_groups
+    assert all(p is not net.token_embedding.weight for group in groups for p in group["params"])
+
+
+# Precision (fault 1) ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "amp", "fast", "wanted"),
+    [
+        ("float32", "auto", True, torch.bfloat16),
+        ("float32", "auto", False, torch.float32),
+        ("float32", "float32", True, torch.float32),
+        ("float32", "bfloat16", False, torch.bfloat16),
+        ("float32", "float16", False, torch.float16),
+        ("float64", "auto", True, torch.float64),
+        ("float64", "float32", True, torch.float64),
+    ],
+)
+def test_the_precision_that_is_chosen(monkeypatch, dtype, amp, fast, wanted):
+    monkeypatch.setattr(optimization, "has_fast_bfloat16", lambda device: fast)
+    assert choose_amp_dtype(TrainingConfig(dtype=dtype, amp_dtype=amp), CPU) == wanted
+
+
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+def test_float64_with_a_lower_precision_is_a_sentence(amp):
+    with pytest.raises(ConfigError, match=f"training.amp_dtype {amp} cannot go with .*float64"):
+        choose_amp_dtype(TrainingConfig(dtype="float64", amp_dtype=amp), CPU)
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"),
+    [
+        ({"avx2", "fma"}, False),
+        ({"amx_bf16"}, True),
+        ({"avx512_bf16", "avx2"}, True),
+        (set(), False),
+    ],
+)
+def test_a_processor_has_fast_bfloat16_when_its_flags_say_so(monkeypatch, flags, fast):
+    monkeypatch.setattr(optimization, "cpu_flags", lambda: flags)
+    assert has_fast_bfloat16(CPU) is fast
+    assert has_fast_bfloat16(torch.device("meta")) is False
+
+
+def test_this_processors_flags_are_read():
+    flags = cpu_flags()
+    assert flags == set() or flags & {"sse2", "fpu", "fp", "asimd"} or len(flags) > 3
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_one_code_path_for_every_precision_and_a_scaler_for_float16_only(kind):
+    # Fault 1: bfloat16 was chosen, so there was no scaler, and `scaler.scale` was called.
+    scaler = build_scaler(CPU, kind)
+    assert scaler.is_enabled() == (kind == torch.float16)
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    loss = weight.sum()
+    scaled = scaler.scale(loss)
+    assert (scaled.item() > 4) == (kind == torch.float16)
+    scaled.backward()
+    scaler.unscale_(optimizer)
+    assert torch.equal(weight.grad, torch.ones(2, 2))
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(weight.detach(), torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_autocast_lowers_products_and_leaves_parameters_and_gradients(kind):
+    net = torch.nn.Linear(4, 4)
+    with autocast(CPU, kind) as context:
+        out = net(torch.ones(1, 4))
+    full = kind in (torch.float32, torch.float64)
+    assert out.dtype == (torch.float32 if full else kind)
+    assert isinstance(autocast(CPU, kind), nullcontext) == full and (context is None) == full
+    out.sum().backward()
+    assert net.weight.dtype == net.weight.grad.dtype == torch.float32

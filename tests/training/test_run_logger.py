@@ -1,0 +1,37 @@
+"""What a run that was interrupted says: the call that goes on with it, where it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from horovod_lm.training.run_logger import call_to_go_on
+from horovod_lm.utils.config import Config
+
+RUN = Path("/project/runs/mine")
+RESUME = f"python -m horovod_lm.train --resume {RUN}"
+NAMED = {"distributed.hosts": [{"name": "node0"}, {"name": "node1", "slots": 2}]}
+
+
+@pytest.mark.parametrize(
+    ("hosts", "settings", "call"),
+    [
+        (["here"], {}, RESUME),
+        (["here"] * 3, {}, f"horovodrun -np 3 {RESUME}"),
+        (["a", "b", "b"], {}, f"horovodrun -np 3 -H a:1,b:2 {RESUME}"),
+        (
+            ["node0", "node1", "node1"],
+            NAMED,
+            f"python -m horovod_lm.launch.hosts --config {RUN}/config.yaml --run -- {RESUME}",
+        ),
+        (["here"] * 2, NAMED, f"horovodrun -np 2 {RESUME}"),  # started on one of them alone
+    ],
+)
+def test_a_run_goes_on_where_it_was(hosts, settings, call):
+    assert call_to_go_on(Config().with_overrides(settings), RUN, hosts, elastic=False) == call
+
+
+def test_an_elastic_run_goes_on_by_its_own_call():
+    said = call_to_go_on(Config(), RUN, ["localhost", "127.0.0.1"], elastic=True)
+    assert said == f"start the same call again with --resume {RUN}"
