@@ -42,6 +42,7 @@ notebooks: setup  ## execute every notebook and store its outputs
 
 test: setup  ## run every test
 	@$(RUN) -m ruff check .
+	@$(RUN) -m mypy
 	@$(RUN) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadgroup)
 
 doctor:  ## say what works on this machine, and how to mend what does not; needs no set-up

@@ -5,8 +5,15 @@
 fails.
 """
 
+from __future__ import annotations
 
-def load_ipython_extension(shell) -> None:
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
+
+
+def load_ipython_extension(shell: InteractiveShell) -> None:
     """Give a notebook its magics, and make its shell commands safe."""
     from horovod_lm.jupyter.run_cell.magics import HorovodMagics
     from horovod_lm.jupyter.shell import put_programs_on_path, stop_where_a_command_fails

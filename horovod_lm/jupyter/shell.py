@@ -54,7 +54,8 @@ def stop_where_a_command_fails(shell: InteractiveShell) -> None:
         _check(shell, line, done.returncode, done.stdout)
         return SList(done.stdout.splitlines()) if split else LSString(done.stdout)
 
-    shell.system, shell.getoutput = system, getoutput
+    setattr(shell, "system", system)  # noqa: B010  a method, for a type checker
+    setattr(shell, "getoutput", getoutput)  # noqa: B010
 
 
 def _runnable(line: str) -> str:

@@ -98,24 +98,23 @@ def horovodrun_command(
     if settings.ssh_port:
         call += ["--ssh-port", str(settings.ssh_port)]
     if settings.ssh_identity_file:
-        call += ["--ssh-identity-file", _key_and_user(config)]
+        call += ["--ssh-identity-file", _key_and_user(config, settings.ssh_identity_file)]
     command = _with_own_environment(settings.hosts, command)
     return [*call, *(["env", *there] if there else []), *command]
 
 
-def _key_and_user(config: Config) -> str:
+def _key_and_user(config: Config, identity_file: str) -> str:
     # horovodrun has no option for ssh's user and refuses user@host, but puts what it is told of the
     # key into ssh's command line as it stands (horovod/runner/util/remote.py).
-    key = shlex.quote(str(config.resolve(config.distributed.ssh_identity_file)))
+    key = shlex.quote(str(config.resolve(identity_file)))
     user = config.distributed.ssh_user
     return f"{key} -l {user}" if user else key
 
 
 def _split_environment(environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Return what horovodrun gets and passes on, and what each rank must set for itself."""
-    here, there = [], []
-    for name, value in environment.items():
-        (there if _NOT_PASSED_ON.match(name) else here).append(f"{name}={value}")
+    here = [f"{k}={v}" for k, v in environment.items() if not _NOT_PASSED_ON.match(k)]
+    there = [f"{k}={v}" for k, v in environment.items() if _NOT_PASSED_ON.match(k)]
     return here, there
 
 
@@ -239,7 +238,7 @@ def run(config: Config, command: Sequence[str], hostfile: str | Path = DEFAULT_H
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         asked = None
         try:
-            for line in _pass_on(process.stdout, said):
+            for line in _pass_on(process.stdout or [], said):
                 # The surviving ranks and horovodrun take seconds to end: time to ask meanwhile.
                 if asked is None and _FIRST_SIGN.search(line):
                     asked = pool.submit(silent_hosts, config)

@@ -124,11 +124,12 @@ def find_nccl() -> Path:
     Raises:
         UserError: there is none.
     """
-    homes = [os.environ.get("HOROVOD_NCCL_HOME"), *(folder / "nccl" for folder in _nvidia())]
-    homes += [os.environ.get("CONDA_PREFIX"), *SYSTEM_FOLDERS]
-    for home in filter(None, homes):
-        if Path(home, "include", "nccl.h").is_file():
-            return Path(home)
+    named = [os.environ.get("HOROVOD_NCCL_HOME"), os.environ.get("CONDA_PREFIX")]
+    chosen, conda = ([Path(name)] if name else [] for name in named)
+    system = [Path(folder) for folder in SYSTEM_FOLDERS]
+    for home in [*chosen, *(folder / "nccl" for folder in _nvidia()), *conda, *system]:
+        if (home / "include" / "nccl.h").is_file():
+            return home
     raise UserError(
         "NCCL's header nccl.h was not found; install the package nvidia-nccl of torch's CUDA"
         " version, or name the folder that holds include/nccl.h in HOROVOD_NCCL_HOME"

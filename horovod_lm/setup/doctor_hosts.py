@@ -62,6 +62,8 @@ class Visit:
             ["sh", "-c", line] if here else ssh_command(config, name, line),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
         )  # fmt: skip
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
 
     def ask(self, question: dict[str, Any], seconds: float = SECONDS_TO_LOOK) -> Facts:
         """Send a question and return the answer.
@@ -70,22 +72,22 @@ class Visit:
             DistributedError: none came; the text is why, without the host's name.
         """
         try:
-            self._process.stdin.write(json.dumps(question).encode() + b"\n")
-            self._process.stdin.flush()
+            self._stdin.write(json.dumps(question).encode() + b"\n")
+            self._stdin.flush()
         except BrokenPipeError:
             raise DistributedError(self._why_it_ended()) from None
-        while select.select([self._process.stdout], [], [], seconds)[0]:
-            line = self._process.stdout.readline()
+        while select.select([self._stdout], [], [], seconds)[0]:
+            line = self._stdout.readline()
             if not line:
                 raise DistributedError(self._why_it_ended())
             if line.startswith(b"{"):  # a login may print a greeting first
-                return json.loads(line)
+                return dict(json.loads(line))
         raise DistributedError(f"no answer for {seconds:g} s")
 
     def close(self) -> None:
         """End the process there and here."""
         try:
-            self._process.stdin.close()
+            self._stdin.close()
         except BrokenPipeError:
             pass
         try:
@@ -93,7 +95,7 @@ class Visit:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
+        self._stdout.close()
         self._errors.close()
 
     def _why_it_ended(self) -> str:
@@ -134,20 +136,22 @@ def examine_hosts(config: Config) -> Iterator[Finding]:
 def _examine(config: Config, visits: Sequence[Visit]) -> Iterator[Finding]:
     question = {"config": config.to_dict(), "root": str(config.project_root)}
     answers = _ask_all(visits, question)
-    for visit in visits:
-        if isinstance(answers[visit.name], DistributedError):
-            yield _unreachable(config, visit.name, str(answers[visit.name]))
-    there = [visit for visit in visits if not isinstance(answers[visit.name], DistributedError)]
-    if not there:
+    found: dict[str, Facts] = {}  # of the hosts that answered
+    for name, answer in answers.items():
+        if isinstance(answer, DistributedError):
+            yield _unreachable(config, name, str(answer))
+        else:
+            found[name] = answer
+    if not found:
         return
-    peers = {v.name: [answers[v.name]["address"], answers[v.name]["port"]] for v in there}
-    peers = {name: place for name, place in peers.items() if place[0]}
+    there = [visit for visit in visits if visit.name in found]
+    peers = {n: [facts["address"], facts["port"]] for n, facts in found.items() if facts["address"]}
     calls = _ask_all(there, {"peers": peers}, SECONDS_TO_CONNECT * len(peers) + 5)
     first = there[0].name
     for visit in there:
-        name, facts = visit.name, answers[visit.name]
+        name, facts = visit.name, found[visit.name]
         yield Finding(name, OK, f"reached, as {facts['user']}@{facts['host']}")
-        yield from compare(name, facts, first, answers[first], config)
+        yield from compare(name, facts, first, found[first], config)
         yield _clock(visit)
         yield from _ports(name, calls[name])
 

@@ -17,7 +17,7 @@ import copy
 import csv
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,7 +151,9 @@ def _reason(error: NotebookError) -> str:
     return str(error).splitlines()[-2]
 
 
-def _write(pages: Iterable[Path], folder: Path, change) -> None:
+def _write(
+    pages: Iterable[Path], folder: Path, change: Callable[[NotebookNode], NotebookNode]
+) -> None:
     for path in pages:
         target = folder / path.name
         if target.resolve() == path.resolve():

@@ -112,6 +112,8 @@ class Namespaces:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env=environment(), start_new_session=True,  # Ctrl-C is the owner's, not the host's
         )  # fmt: skip
+        assert self._holder.stdin is not None and self._holder.stdout is not None
+        self._stdin, self._stdout = self._holder.stdin, self._holder.stdout
 
     def wait_until_ready(self) -> None:
         """Return when the script has said so.
@@ -120,8 +122,8 @@ class Namespaces:
             DistributedError: it ended before, or said nothing for `SECONDS_TO_START`.
         """
         said = []
-        while select.select([self._holder.stdout], [], [], SECONDS_TO_START)[0]:
-            line = self._holder.stdout.readline()
+        while select.select([self._stdout], [], [], SECONDS_TO_START)[0]:
+            line = self._stdout.readline()
             if line.strip() == "ready":
                 children = f"/proc/{self._holder.pid}/task/{self._holder.pid}/children"
                 self.first_process = int(Path(children).read_text().split()[0])
@@ -143,13 +145,13 @@ class Namespaces:
 
     def close(self) -> None:
         """End the first process, and with it everything in here."""
-        self._holder.stdin.close()
+        self._stdin.close()
         try:
             self._holder.wait(timeout=5)
         except subprocess.TimeoutExpired:
             self._holder.kill()  # --kill-child takes the first process along
             self._holder.wait()
-        self._holder.stdout.close()
+        self._stdout.close()
 
 
 def join(host: Namespaces, switch: Namespaces, address: str) -> None:

@@ -16,8 +16,9 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import psutil
@@ -234,11 +235,12 @@ class _Run(NotebookClient):
 
     def _stop(self) -> None:
         self._stop_asked = True
-        self._task.cancel()
+        if self._task is not None:
+            self._task.cancel()
 
     async def _end_family(self) -> None:
         """End the kernel and every process that its cells have started and that still runs."""
-        manager = self.km
+        manager: Any = self.km
         if manager is None or not manager.has_kernel:
             return
         try:
@@ -272,7 +274,7 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _quietly(end) -> None:
+def _quietly(end: Callable[[], None]) -> None:
     try:
         end()
     except psutil.NoSuchProcess:

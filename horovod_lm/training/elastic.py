@@ -134,7 +134,8 @@ class ElasticState(State):
         self.ranks_before = trainer.world_size
 
     def save(self) -> None:
-        """Copy all that training needs to go on: no rank can change a commit after it is made."""
+        """Copy the trainer's state into memory, where training cannot change it."""
+        assert self.trainer is not None  # `begin` comes first
         self.content = copy_to_memory(self.trainer.content())
         self.steps_taken = self.content["global_step"]
 

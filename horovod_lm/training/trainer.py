@@ -193,7 +193,8 @@ class Trainer:
 
     def open_report(self, run: RunFolder, progress: ProgressLine, resuming: bool) -> None:
         """Open the run's folder: a new one, or that of the run that goes on."""
-        self.run_folder, self.saved = run, None
+        self.run_folder = run
+        self.saved: Path | None = None  # the last checkpoint written
         resume_step = self.position.global_step if resuming else None
         self.report = RunReport(
             self.config,
@@ -271,7 +272,7 @@ class Trainer:
 
     def _update(self) -> tuple[float, float]:
         """Unscale, clip and apply the reduced gradients. Return the rate used and their norm."""
-        learning_rate = self.scheduler.get_last_lr()[0]
+        learning_rate = float(self.scheduler.get_last_lr()[0])
         self.scaler.unscale_(self.optimizer)
         limit = self.training.max_grad_norm or float("inf")
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -381,7 +382,7 @@ class Trainer:
     def _save_here(self, why: str) -> None:
         """Save where training stands, and say how to go on."""
         self.save(checkpoint_name(self.position.epoch, self.position.global_step))
-        if self.rank == 0:
+        if self.saved is not None:
             self.report.interrupted(why, self.position, self.saved)
 
     def another_rank_is_gone(self, error: Exception) -> LostRankError:

@@ -37,7 +37,7 @@ _LAUNCHER_VARIABLES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 @cache
-def _horovod() -> Any | None:
+def _horovod() -> Any:  # the module, which has no types, or None
     """Return `horovod.torch`, or None where it is not installed or does not load."""
     try:
         import horovod.torch as hvd

@@ -39,6 +39,8 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         command = [sys.executable, "-m", __name__, str(self._seconds), self._name]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        assert self._process.stdin is not None
+        self._pipe = self._process.stdin
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
         return self
@@ -46,13 +48,13 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
-        self._process.stdin.close()
+        self._pipe.close()
         self._process.wait()
 
     def _beat(self) -> None:
         while not self._ended.wait(self._seconds / BEATS_IN_THE_LIMIT):
             try:
-                os.write(self._process.stdin.fileno(), b".")
+                os.write(self._pipe.fileno(), b".")
             except OSError:  # somebody killed the watchdog: this process goes on without one
                 return
 
