@@ -171,9 +171,10 @@ class Kit:
             return None
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)  # horovodrun takes its ranks along
+                # As Ctrl-C does: horovodrun ends its ranks then, and the installer its compilers.
+                os.killpg(process.pid, signal.SIGINT)
                 try:
-                    process.wait(5)
+                    process.wait(10)
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
