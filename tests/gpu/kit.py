@@ -271,6 +271,8 @@ def main() -> int:
     if problem:
         print(f"error: {problem}; --device cpu rehearses without a GPU", file=sys.stderr)
         return 1
+    # A shell starts its background jobs with SIGINT ignored, and the parts would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     source = arguments.source.absolute() if arguments.source else None
     kit = Kit(arguments.device, arguments.out.absolute(), source)
     kit.run([part for part in PARTS if not arguments.parts or part.name in arguments.parts])

@@ -21,6 +21,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -240,7 +241,7 @@ class Row:
             raise RowError(f"{name}: not done after {minutes} minutes") from None
         if code != 0:
             last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
-            raise RowError(f"{name}: exit code {code} ({last[:120]})")
+            raise RowError(f"{name}: exit code {code} ({last[:120].strip('= ')})")
 
 
 def mount(*arguments: str | Path) -> None:
@@ -294,6 +295,8 @@ def main() -> int:
     if os.geteuid() != 0 or not shutil.which("debootstrap"):
         sys.exit("error: make machines needs root and debootstrap (apt-get install debootstrap)")
     os.nice(10)
+    # A shell starts its background jobs with SIGINT ignored, and all that they start inherits it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     options.cache.mkdir(parents=True, exist_ok=True)
     if options.cache.stat().st_uid != 0:
         sys.exit(f"error: {options.cache} belongs to another user; choose a folder with --cache")
