@@ -13,6 +13,7 @@ import torch
 
 from horovod_lm.training.checkpoint import read_checkpoint
 from horovod_lm.training.metrics import read_metrics
+from tests.conftest import ROOT
 
 STEPS = 20
 CLIP = 0.05  # low enough that every step is clipped: the test below makes sure of it
@@ -51,7 +52,7 @@ def trained(tiny_project, request):
     for ranks in (1, 2):
         cases = {f"{case}-on-{ranks}": settings(case, ranks) for case in CASES}
         (tiny_project / f"cases{ranks}.json").write_text(json.dumps(cases))
-        script = request.path.with_name("ranks_train_cases.py")
+        script = ROOT / "tests" / "ranks_train_cases.py"
         arguments = [str(script), "configs/tiny.yaml", f"cases{ranks}.json"]
         finished = start(arguments, ranks=ranks).wait(300)
         assert finished.code == 0, finished.output[-4000:]

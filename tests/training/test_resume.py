@@ -17,6 +17,7 @@ import torch
 from horovod_lm.data import load_preprocessed_data
 from horovod_lm.training.checkpoint import read_checkpoint
 from horovod_lm.training.metrics import read_metrics
+from tests.conftest import ROOT
 
 STEPS = 150  # time enough to interrupt a run half-way
 FEW_STEPS = 40  # of runs that nobody interrupts, of more ranks than cores
@@ -110,12 +111,12 @@ MORE_RANKS = {
 
 
 @pytest.fixture(scope="module")
-def resumed(tiny_project, start_for_module, request):
+def resumed(tiny_project, start_for_module):
     """Train every case on so many ranks in one launch, and resume each near its end in another."""
 
     def train_cases(ranks: int, cases: dict[str, dict]) -> str:
         (tiny_project / "cases.json").write_text(json.dumps(cases))
-        script = request.path.with_name("ranks_train_cases.py")
+        script = ROOT / "tests" / "ranks_train_cases.py"
         arguments = [str(script), "configs/tiny.yaml", "cases.json"]
         finished = start_for_module(arguments, ranks).wait(240)
         assert finished.code == 0, finished.output[-4000:]
