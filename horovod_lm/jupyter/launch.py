@@ -23,7 +23,7 @@ from horovod_lm.jupyter.run_cell.job import (
     threads_per_rank,
 )
 from horovod_lm.jupyter.run_cell.job_result import RankError
-from horovod_lm.jupyter.widgets.run_view import RunReader
+from horovod_lm.jupyter.widgets.dashboard_view import RunReader
 from horovod_lm.launch.elastic_hosts import elastic_command, loopback_name, read_hosts, write_hosts
 from horovod_lm.launch.hosts import check_names, horovodrun_command, write_hostfile
 from horovod_lm.training.run_dir import RunFolder, default_run_name

@@ -185,8 +185,7 @@ def check_bfloat16() -> Iterator[Finding]:
     """Whether training in bfloat16 is faster here, as the flags say and as a clock says."""
     import torch
 
-    from horovod_lm.training.optimizer import cpu_flags, has_fast_bfloat16
-    from horovod_lm.utils.machine import matmul_seconds
+    from horovod_lm.utils.machine import cpu_flags, has_fast_bfloat16, matmul_seconds
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     flags = sorted(flag for flag in cpu_flags() if "bf16" in flag)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from horovod_lm.utils.config import TrainingConfig
 from horovod_lm.utils.errors import ConfigError
-
-# Without these a processor can compute in bfloat16 too, but slower than in float32.
-_BFLOAT16_CPU_FLAGS = {"amx_bf16", "avx512_bf16"}
+from horovod_lm.utils.machine import has_fast_bfloat16
 
 
 def build_optimizer(model: torch.nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
@@ -114,22 +110,6 @@ def choose_amp_dtype(training: TrainingConfig, device: torch.device) -> torch.dt
     if training.amp_dtype == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     return getattr(torch, training.amp_dtype)
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Return whether the device has instructions for bfloat16 matrix products."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and bool(_BFLOAT16_CPU_FLAGS & cpu_flags())
-
-
-def cpu_flags() -> set[str]:
-    """Return the processor's feature flags; empty where the system does not tell."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if platform.system() != "Linux" or not cpuinfo.exists():
-        return set()
-    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def autocast(device: torch.device, amp_dtype: torch.dtype) -> AbstractContextManager:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import os
 import shlex
 import shutil
@@ -11,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from horovod_lm.utils.endings import end_at_once
 from horovod_lm.utils.errors import LostRankError, UserError
 
 EXIT_USER_ERROR = 2
@@ -82,6 +83,14 @@ def shown(path: str | Path) -> str:
     # Without a folder, a shell would look for a program on PATH, and "-x" would be an option.
     relative = relative if os.sep in relative else os.path.join(os.curdir, relative)
     return min(absolute, relative, key=len)
+
+
+def end_at_once() -> None:
+    """Skip Python's last garbage collection when this process ends.
+
+    It would visit every object of torch at the end of every rank. Handlers of `atexit` still run.
+    """
+    atexit.register(gc.freeze)
 
 
 def run_cli(

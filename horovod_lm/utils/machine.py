@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shutil
 import statistics
 import time
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+# Without these a processor can compute in bfloat16 too, but slower than in float32.
+_BFLOAT16_CPU_FLAGS = {"amx_bf16", "avx512_bf16"}
 CGROUP = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 
@@ -139,3 +142,21 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Return whether the device has instructions for bfloat16 matrix products."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and bool(_BFLOAT16_CPU_FLAGS & cpu_flags())
+
+
+def cpu_flags() -> set[str]:
+    """Return the processor's feature flags; empty where the system does not tell."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if platform.system() != "Linux" or not cpuinfo.exists():
+        return set()
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())

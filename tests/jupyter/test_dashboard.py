@@ -20,7 +20,12 @@ from PIL import Image
 from horovod_lm.jupyter.launch import launch
 from horovod_lm.jupyter.widgets import widget_parts
 from horovod_lm.jupyter.widgets.dashboard import Dashboard
-from horovod_lm.jupyter.widgets.run_view import RunReader, RunView, entropy_per_token, open_run
+from horovod_lm.jupyter.widgets.dashboard_view import (
+    RunReader,
+    RunView,
+    entropy_per_token,
+    open_run,
+)
 from horovod_lm.train import run_distributed_training
 from horovod_lm.training.metrics import MetricsRecorder, read_metrics
 from horovod_lm.utils.config import load_config

@@ -14,7 +14,7 @@ import pytest
 
 from horovod_lm.jupyter.launch import TrainingJob, launch
 from horovod_lm.jupyter.run_cell.job_result import RankError
-from horovod_lm.jupyter.widgets.run_view import RunReader
+from horovod_lm.jupyter.widgets.dashboard_view import RunReader
 from horovod_lm.training.checkpoint import newest_readable, read_checkpoint
 from horovod_lm.utils.errors import ConfigError
 from tests.conftest import ROOT

@@ -223,13 +223,11 @@ def test_a_missing_compiler_is_a_warning(monkeypatch, tmp_path):
     ],
 )
 def test_flags_and_clock_that_disagree_are_a_warning(monkeypatch, seconds, takes_bfloat16, verdict):
-    from horovod_lm.training import optimizer as optimization
-
     def clock(dtype, device):
         return seconds[str(dtype).removeprefix("torch.")]
 
     monkeypatch.setattr(machine, "matmul_seconds", clock)
-    monkeypatch.setattr(optimization, "has_fast_bfloat16", lambda device: takes_bfloat16)
+    monkeypatch.setattr(machine, "has_fast_bfloat16", lambda device: takes_bfloat16)
     [finding] = doctor.check_bfloat16()
     assert finding.verdict == verdict
     assert bool(finding.cure) is (verdict == WARN)

@@ -18,8 +18,6 @@ from horovod_lm.training.optimizer import (
     build_scaler,
     build_scheduler,
     choose_amp_dtype,
-    cpu_flags,
-    has_fast_bfloat16,
     learning_rate_factor,
 )
 from horovod_lm.utils.config import TrainingConfig
@@ -169,26 +167,6 @@ def test_the_precision_that_is_chosen(monkeypatch, dtype, amp, fast, wanted):
 def test_float64_with_a_lower_precision_is_a_sentence(amp):
     with pytest.raises(ConfigError, match=f"training.amp_dtype {amp} cannot go with .*float64"):
         choose_amp_dtype(TrainingConfig(dtype="float64", amp_dtype=amp), CPU)
-
-
-@pytest.mark.parametrize(
-    ("flags", "fast"),
-    [
-        ({"avx2", "fma"}, False),
-        ({"amx_bf16"}, True),
-        ({"avx512_bf16", "avx2"}, True),
-        (set(), False),
-    ],
-)
-def test_a_processor_has_fast_bfloat16_when_its_flags_say_so(monkeypatch, flags, fast):
-    monkeypatch.setattr(optimization, "cpu_flags", lambda: flags)
-    assert has_fast_bfloat16(CPU) is fast
-    assert has_fast_bfloat16(torch.device("meta")) is False
-
-
-def test_this_processors_flags_are_read():
-    flags = cpu_flags()
-    assert flags == set() or flags & {"sse2", "fpu", "fp", "asimd"} or len(flags) > 3
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

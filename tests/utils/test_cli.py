@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -61,3 +62,17 @@ def test_a_path_is_whole_where_the_working_directory_is_gone(tmp_path, monkeypat
     tmp_path.rmdir()
     assert shown(tmp_path / "x") == str(tmp_path / "x")
     monkeypatch.chdir("/")
+
+
+ENDING = """
+import atexit, gc
+from horovod_lm.utils.cli import run_cli
+
+atexit.register(lambda: print("frozen:", gc.get_freeze_count() > 1000))
+run_cli(lambda _: 3)
+"""
+
+
+def test_a_command_skips_the_last_garbage_collection_and_keeps_its_exit_code():
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("frozen: True\n", 3), done.stderr

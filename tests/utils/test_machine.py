@@ -150,3 +150,23 @@ def test_a_gpu_driver_is_its_library_or_its_program(tmp_path):
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     assert ask_for_driver(PATH=str(tmp_path), LD_LIBRARY_PATH=str(tmp_path)) == "True None"
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"),
+    [
+        ({"avx2", "fma"}, False),
+        ({"amx_bf16"}, True),
+        ({"avx512_bf16", "avx2"}, True),
+        (set(), False),
+    ],
+)
+def test_a_processor_has_fast_bfloat16_when_its_flags_say_so(monkeypatch, flags, fast):
+    monkeypatch.setattr(machine, "cpu_flags", lambda: flags)
+    assert machine.has_fast_bfloat16(torch.device("cpu")) is fast
+    assert machine.has_fast_bfloat16(torch.device("meta")) is False
+
+
+def test_this_processors_flags_are_read():
+    flags = machine.cpu_flags()
+    assert flags == set() or flags & {"sse2", "fpu", "fp", "asimd"} or len(flags) > 3

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_lm.jupyter.run_cell import rank_cell
-from horovod_lm.utils.endings import end_at_once
+from horovod_lm.utils.cli import end_at_once
 
 CONNECTION = "security/ipcontroller-engine.json"  # in the profile's folder
 SECONDS_FOR_CONTROLLER = 60.0

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import ipywidgets as widgets
 
 from horovod_lm.jupyter.plots import Plot, plot_metrics
-from horovod_lm.jupyter.widgets.run_view import RunView, open_run
+from horovod_lm.jupyter.widgets.dashboard_view import RunView, open_run
 from horovod_lm.jupyter.widgets.widget_parts import (
     Message,
     ViewTracker,

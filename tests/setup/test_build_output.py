@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 
-from horovod_lm.setup.progress import explain_failure, run_with_progress
+from horovod_lm.setup.build import explain_failure, run_with_progress
 from horovod_lm.utils.errors import UserError
 from tests.conftest import alive
 
