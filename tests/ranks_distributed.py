@@ -66,7 +66,7 @@ def work() -> None:
         file.write(f"{rank}\n")
 
 
-d.once_per_host(work)
+d.local_rank_zero_first(work)
 seen["worked"] = (folder / "worked").read_text()
 
 
@@ -75,7 +75,7 @@ def fail() -> None:
 
 
 try:
-    d.once_per_host(fail)
+    d.local_rank_zero_first(fail)
 except DataError as error:
     seen["failed"] = str(error)
 

@@ -54,17 +54,17 @@ class WitnessedTrainer(Trainer):
     """A trainer whose every step leaves a line in `witness-PID.jsonl`."""
 
     def train_step(self, batches):
-        folder, epoch = self.run_folder.run_dir, self.position.epoch
+        folder, epoch = self.run_folder.run_dir, self.state.epoch
         if not (folder / "hurry").exists():
             time.sleep(SECONDS_PER_STEP)
         seen.clear()
         stopped = super().train_step(batches)
         line = {
-            "world": self.position.world_changes,
+            "world": self.state.world_changes,
             "rank": self.rank,
             "ranks": self.world_size,
             "epoch": epoch,
-            "step": self.position.global_step,
+            "step": self.state.global_step,
             "samples": [index for owner, index in seen if owner == id(self.train_loader.dataset)],
             "fingerprint": fingerprint(self),
         }

@@ -159,7 +159,7 @@ def test_a_failing_rank_ends_the_job_and_leaves_a_checkpoint_that_loads(tiny_pro
         "from horovod_lm.utils.distributed import get_rank\n"
         "step = Trainer.train_step\n"
         "def failing(self, batches):\n"
-        "    if get_rank() == 1 and self.position.global_step == 7:\n"
+        "    if get_rank() == 1 and self.state.global_step == 7:\n"
         "        print('now', flush=True)\n"
         "        raise RuntimeError('the goose is loose')\n"
         "    return step(self, batches)\n"

@@ -74,7 +74,7 @@ def launch(
     if resume and not (run.run_dir / "config.yaml").is_file():
         raise ConfigError(f"there is no run {run.name!r} to resume in {run.run_dir.parent}")
     if not resume:
-        run.set_aside_earlier_run()
+        run.archive_existing_run()
         save_config(config, run.run_dir / "config.yaml")
     return TrainingJob(run, _spec(config, run, np, resume, elastic, threads))
 

@@ -89,12 +89,12 @@ def train_in_this_world(state: ElasticState) -> TrainingResult:
     prepare_data_once_per_host(config, progress)
     resume = state.resume_checkpoint if state.content is None else state.content
     trainer = Trainer(config, rank, world_size, device, state.stop, resume, commits=state)
-    trainer.open_report(state.run_folder, progress, resuming=resume is not None)
+    trainer.open_logger(state.run_folder, progress, resuming=resume is not None)
     state.begin(trainer)
     try:
         return trainer.run()
     finally:
-        trainer.report.close()
+        trainer.logger.close()
 
 
 class ElasticState(State):
@@ -127,8 +127,8 @@ class ElasticState(State):
         self.trainer = trainer
         if self.ranks_before:
             seconds = time.monotonic() - self.left_at
-            trainer.report.new_world(
-                trainer.position, self.steps_lost, self.ranks_before, self.why, seconds
+            trainer.logger.new_world(
+                trainer.state, self.steps_lost, self.ranks_before, self.why, seconds
             )
         self.save()
         self.ranks_before = trainer.world_size
@@ -143,7 +143,7 @@ class ElasticState(State):
         """Leave the world in which a rank was lost; what it did since the commit is counted."""
         self.why, self.left_at = LOST, time.monotonic()
         if self.trainer is not None:
-            self.steps_taken = self.trainer.position.global_step
+            self.steps_taken = self.trainer.state.global_step
 
     def sync(self) -> None:
         """Give every rank of a new world the newest commit that any of them holds."""
@@ -181,12 +181,12 @@ class ElasticState(State):
         Raises:
             SystemExit: this rank's host is no longer listed.
         """
-        with self.patience(self.config.training.elastic_timeout_seconds):
+        with self.grace_period(self.config.training.elastic_timeout_seconds):
             hvd.shutdown()
             distributed.join_world()
 
     @contextmanager
-    def patience(self, seconds: float) -> Iterator[None]:
+    def grace_period(self, seconds: float) -> Iterator[None]:
         """Save the newest commit and end this process if the block takes longer than `seconds`."""
         timer = threading.Timer(seconds, self.give_up)
         timer.daemon = True

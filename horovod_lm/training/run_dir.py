@@ -46,7 +46,7 @@ class RunFolder:
         folders = (paths.run_dir, paths.checkpoint_dir, paths.log_dir, paths.tensorboard_dir)
         return cls(run_name, *(config.resolve(folder, run_name) for folder in folders))
 
-    def set_aside_earlier_run(self) -> Path | None:
+    def archive_existing_run(self) -> Path | None:
         """Rename the folder of an earlier run of this name, so that nothing of it is lost.
 
         Returns:

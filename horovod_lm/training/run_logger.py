@@ -45,7 +45,7 @@ class TrainingResult:
 
 
 @dataclass
-class Position:
+class TrainState:
     """How far a run has come: what a checkpoint holds besides model and optimizer."""
 
     epoch: int = 0
@@ -60,7 +60,7 @@ class Position:
     steps_replayed: int = 0  # steps that an elastic run lost with a rank, and took again
 
 
-class RunReport:
+class RunLogger:
     """One rank's report of a run: rank 0 speaks for all, every rank writes its own JSON lines.
 
     Args:
@@ -87,7 +87,7 @@ class RunReport:
         self.config, self.run, self.world_size, self.progress = config, run, world_size, progress
         self.devices = devices
         if rank == 0:
-            earlier = run.set_aside_earlier_run() if resume_step is None else None
+            earlier = run.archive_existing_run() if resume_step is None else None
             if earlier is not None:
                 progress.say(f"an earlier run of this name is now {shown(earlier)}")
             run.describe(config, world_size, devices)
@@ -124,12 +124,12 @@ class RunReport:
             self.progress.say(f"going on at step {at} of {total}")
 
     def new_world(
-        self, position: Position, lost: int, ranks_before: int, why: str, seconds: float
+        self, state: TrainState, lost: int, ranks_before: int, why: str, seconds: float
     ) -> None:
         """Say that an elastic run goes on with other ranks, and from where."""
         self.recorder.event(
             "new_world",
-            step=position.global_step,
+            step=state.global_step,
             ranks_before=ranks_before,
             ranks=self.world_size,
             steps_lost=lost,
@@ -139,12 +139,12 @@ class RunReport:
         replayed = f"; {lost} step{'s are' if lost > 1 else ' is'} taken again" if lost else ""
         self.progress.say(
             f"{why}: {ranks_before} -> {self.world_size} ranks, going on after step"
-            f" {position.global_step}{replayed}"
+            f" {state.global_step}{replayed}"
         )
 
     def step(
         self,
-        position: Position,
+        state: TrainState,
         total_steps: int,
         timer: StepTimer,
         tokens: int,
@@ -156,27 +156,27 @@ class RunReport:
         self._training_seconds += timer.elapsed
         self._record(
             "train",
-            position,
-            position.loss,
+            state,
+            state.loss,
             learning_rate=learning_rate,
             gradient_norm=gradient_norm,
             tokens_per_second=tokens / timer.elapsed,
             **timer.seconds,
         )
-        left = (total_steps - position.global_step) * self._training_seconds / self._steps
-        due = position.global_step % self.config.training.log_interval == 0
+        left = (total_steps - state.global_step) * self._training_seconds / self._steps
+        due = state.global_step % self.config.training.log_interval == 0
         self.progress.update(
-            f"step {position.global_step}/{total_steps}  loss {position.loss:.4f}"
+            f"step {state.global_step}/{total_steps}  loss {state.loss:.4f}"
             f"  rate {learning_rate:.2e}  {self.tokens_per_second:,.0f} tokens/s"
             f"  {format_seconds(left)} left",
             keep=due or self._steps == 1,
         )
 
-    def validation(self, position: Position, result: Evaluation, is_best: bool) -> None:
+    def validation(self, state: TrainState, result: Evaluation, is_best: bool) -> None:
         """Record one evaluation of all ranks."""
-        self._record("validation", position, result.loss, accuracy=result.accuracy)
+        self._record("validation", state, result.loss, accuracy=result.accuracy)
         self.progress.say(
-            f"step {position.global_step}: validation loss {result.loss:.4f}, perplexity"
+            f"step {state.global_step}: validation loss {result.loss:.4f}, perplexity"
             f" {result.perplexity:.2f}, accuracy {result.accuracy:.1%}"
             f"{' (best)' if is_best else ''}"
         )
@@ -189,9 +189,9 @@ class RunReport:
             f" {nats_per_story / entropy - 1:+.1%}"
         )
 
-    def interrupted(self, why: str, position: Position, saved: Path) -> None:
+    def interrupted(self, why: str, state: TrainState, saved: Path) -> None:
         """Say where training stands, what was saved, and how to go on."""
-        self.progress.say(f"{why} after step {position.global_step}; saved {shown(saved)}")
+        self.progress.say(f"{why} after step {state.global_step}; saved {shown(saved)}")
         call = call_to_go_on(self.config, self.run.run_dir, self._hosts, elastic_launcher())
         self.progress.say(f"to go on: {call}")
 
@@ -199,14 +199,14 @@ class RunReport:
         """Finish the files."""
         self.recorder.close()
 
-    def _record(self, phase: str, position: Position, loss: float, **values: float) -> None:
+    def _record(self, phase: str, state: TrainState, loss: float, **values: float) -> None:
         self.recorder.record(
             phase,
-            epoch=position.epoch,
-            step=position.global_step,
+            epoch=state.epoch,
+            step=state.global_step,
             world_size=self.world_size,
-            steps_replayed=position.steps_replayed,
-            tokens=position.tokens,
+            steps_replayed=state.steps_replayed,
+            tokens=state.tokens,
             loss=loss,
             perplexity=perplexity(loss),
             **values,

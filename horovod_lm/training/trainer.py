@@ -42,7 +42,7 @@ from horovod_lm.training.optimizer import (
     choose_amp_dtype,
 )
 from horovod_lm.training.run_dir import RunFolder, default_run_name
-from horovod_lm.training.run_logger import Position, RunReport, TrainingResult
+from horovod_lm.training.run_logger import RunLogger, TrainingResult, TrainState
 from horovod_lm.utils import distributed
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.distributed import DeviceChoice
@@ -88,9 +88,9 @@ def run_distributed_training(
     progress = ProgressLine(enabled=rank == 0)
     prepare_data_once_per_host(config, progress)
     # Horovod: on another host nobody else ends a rank that stands still.
-    with StopRequest() as stop, distributed.end_when_frozen():
+    with StopRequest() as stop, distributed.hang_watchdog():
         trainer = Trainer(config, rank, world_size, device, stop, resume_checkpoint)
-        trainer.open_report(RunFolder.of(config, run_name), progress, resume_checkpoint is not None)
+        trainer.open_logger(RunFolder.of(config, run_name), progress, resume_checkpoint is not None)
         try:
             return trainer.run()
         except Exception as error:
@@ -98,7 +98,7 @@ def run_distributed_training(
                 raise trainer.another_rank_is_gone(error) from error
             raise
         finally:
-            trainer.report.close()
+            trainer.logger.close()
 
 
 class Commits(Protocol):
@@ -166,7 +166,7 @@ class Trainer:
 
     def _load(self, resume: str | Path | Mapping[str, Any] | None) -> None:
         """Load where the run stood, give every rank the same, and set the schedule to it."""
-        self.position = Position()
+        self.state = TrainState()
         if isinstance(resume, Mapping):
             self._restore(resume, "the last commit")
         elif resume is not None:
@@ -180,23 +180,23 @@ class Trainer:
             self.training,
             self.total_steps,
             self.world_size,
-            self.position.global_step,
+            self.state.global_step,
         )
 
     def _restore(self, checkpoint: Mapping[str, Any], name: str | Path) -> None:
         check_same_model(checkpoint, self.config, name)
         scaler = self.scaler if self.scaler.is_enabled() else None
         restore(checkpoint, self.model, self.optimizer, scaler=scaler, name=name)
-        known = {key: checkpoint.get(key) for key in asdict(self.position)}
-        self.position = Position(**{key: at for key, at in known.items() if at is not None})
+        known = {key: checkpoint.get(key) for key in asdict(self.state)}
+        self.state = TrainState(**{key: at for key, at in known.items() if at is not None})
         self._begin_next_epoch_if_done()
 
-    def open_report(self, run: RunFolder, progress: ProgressLine, resuming: bool) -> None:
+    def open_logger(self, run: RunFolder, progress: ProgressLine, resuming: bool) -> None:
         """Open the run's folder: a new one, or that of the run that goes on."""
         self.run_folder = run
         self.saved: Path | None = None  # the last checkpoint written
-        resume_step = self.position.global_step if resuming else None
-        self.report = RunReport(
+        resume_step = self.state.global_step if resuming else None
+        self.logger = RunLogger(
             self.config,
             run,
             self.rank,
@@ -210,21 +210,19 @@ class Trainer:
 
     def run(self) -> TrainingResult:
         """Train, evaluating and saving on the way, until the last step or a request to stop."""
-        self.report.announce(
-            self.model, self.amp_dtype, self.position.global_step, self.total_steps
-        )
+        self.logger.announce(self.model, self.amp_dtype, self.state.global_step, self.total_steps)
         stopped = False
-        while self.position.global_step < self.total_steps and not stopped:
+        while self.state.global_step < self.total_steps and not stopped:
             stopped = self.train_epoch()
         return self._stopped() if stopped else self._finished()
 
     def train_epoch(self) -> bool:
         """Train to the end of the epoch in progress. Return whether a stop was asked for."""
-        self.sampler.set_epoch(self.position.epoch)  # Horovod: every rank draws the same new order
-        self.sampler.set_start(self.position.samples_seen)
+        self.sampler.set_epoch(self.state.epoch)  # Horovod: every rank draws the same new order
+        self.sampler.set_start(self.state.samples_seen)
         self.model.train()
         batches = iter(self.train_loader)
-        while self._samples_left() > 0 and self.position.global_step < self.total_steps:
+        while self._samples_left() > 0 and self.state.global_step < self.total_steps:
             if self.train_step(batches):
                 return True
             self._evaluate_and_save_when_due()
@@ -265,8 +263,8 @@ class Trainer:
             learning_rate, gradient_norm = self._update()
         self._advance(samples, int(tokens), nats / tokens)
         timer.stop()
-        self.report.step(
-            self.position, self.total_steps, timer, int(tokens), learning_rate, gradient_norm
+        self.logger.step(
+            self.state, self.total_steps, timer, int(tokens), learning_rate, gradient_norm
         )
         return stop_requests > 0
 
@@ -285,7 +283,7 @@ class Trainer:
 
     def _seed_random_draws(self, backward_pass: int) -> None:
         """Make dropout a function of (seed, epoch, step, rank): a resumed run draws the same."""
-        key = (self.config.seed, self.position.epoch, self.position.step, backward_pass, self.rank)
+        key = (self.config.seed, self.state.epoch, self.state.step, backward_pass, self.rank)
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
     # ---- the position in the data ---------------------------------------------------------------
@@ -296,40 +294,40 @@ class Trainer:
         return training.per_gpu_batch_size * training.gradient_accumulation_steps * self.world_size
 
     def _samples_left(self) -> int:
-        return self.num_samples - self.position.samples_seen
+        return self.num_samples - self.state.samples_seen
 
     def _count_total_steps(self) -> int:
         """Return the step at which the run ends, counted from its start, at this world size."""
         left_in_epoch = -(-self._samples_left() // self._global_batch())
-        epochs_after = self.training.num_epochs - self.position.epoch - 1
+        epochs_after = self.training.num_epochs - self.state.epoch - 1
         left = left_in_epoch + epochs_after * -(-self.num_samples // self._global_batch())
-        total = self.position.global_step + max(0, left)
+        total = self.state.global_step + max(0, left)
         return min(total, self.training.max_steps or total)
 
     def _advance(self, samples: int, tokens: int, loss: float) -> None:
-        position = self.position
-        position.samples_seen += samples
-        position.step += 1
-        position.global_step += 1
-        position.tokens += tokens
-        position.loss = loss
-        if position.global_step == 1:
-            position.first_loss = loss
+        state = self.state
+        state.samples_seen += samples
+        state.step += 1
+        state.global_step += 1
+        state.tokens += tokens
+        state.loss = loss
+        if state.global_step == 1:
+            state.first_loss = loss
 
     def _begin_next_epoch_if_done(self) -> None:
         if self._samples_left() <= 0:
-            next_epoch = self.position.epoch + 1
-            self.position = replace(self.position, epoch=next_epoch, step=0, samples_seen=0)
+            next_epoch = self.state.epoch + 1
+            self.state = replace(self.state, epoch=next_epoch, step=0, samples_seen=0)
 
     # ---- evaluation and checkpoints -------------------------------------------------------------
 
     def _evaluate_and_save_when_due(self) -> None:
         """Evaluate and save at their intervals, or where none is set, at the end of each epoch."""
-        step, epoch_ends = self.position.global_step, self._samples_left() <= 0
+        step, epoch_ends = self.state.global_step, self._samples_left() <= 0
         if is_due(step, self.training.eval_interval, epoch_ends) and step < self.total_steps:
             self.evaluate()
         if is_due(step, self.training.checkpoint_interval, epoch_ends):
-            self.save(checkpoint_name(self.position.epoch, step))
+            self.save(checkpoint_name(self.state.epoch, step))
 
     def evaluate(self) -> Evaluation:
         """Evaluate on the validation text, each rank on its part; save the best model so far."""
@@ -344,11 +342,11 @@ class Trainer:
         sums = torch.tensor([own.nats, own.tokens, own.correct], dtype=torch.float64)
         nats, tokens, correct = distributed.reduce_sum(sums, "evaluation").tolist()
         result = Evaluation(nats, int(tokens), int(correct))
-        is_best = result.loss < self.position.best_loss
+        is_best = result.loss < self.state.best_loss
         if is_best:
-            self.position.best_loss = result.loss
+            self.state.best_loss = result.loss
             self.save(BEST)
-        self.report.validation(self.position, result, is_best)
+        self.logger.validation(self.state, result, is_best)
         return result
 
     def save(self, filename: str) -> None:
@@ -368,28 +366,28 @@ class Trainer:
             self.scaler,
             config=self.config.to_dict(),
             tokenizer=self.tokenizer.to_json(),
-            **asdict(self.position),
+            **asdict(self.state),
         )
 
     def _commit_when_due(self) -> None:
         """Commit, so that ranks may come and go: see `horovod_lm.training.elastic`."""
         due = is_due(
-            self.position.global_step, self.training.commit_interval, self._samples_left() <= 0
+            self.state.global_step, self.training.commit_interval, self._samples_left() <= 0
         )
         if self.commits is not None and due:
             self.commits.commit()
 
     def _save_here(self, why: str) -> None:
         """Save where training stands, and say how to go on."""
-        self.save(checkpoint_name(self.position.epoch, self.position.global_step))
+        self.save(checkpoint_name(self.state.epoch, self.state.global_step))
         if self.saved is not None:
-            self.report.interrupted(why, self.position, self.saved)
+            self.logger.interrupted(why, self.state, self.saved)
 
     def another_rank_is_gone(self, error: Exception) -> LostRankError:
         """Save the last step that all ranks took, and return the error to raise."""
         self._save_here("another rank is gone; training ended")
         return LostRankError(
-            f"rank {self.rank} lost another rank after step {self.position.global_step}"
+            f"rank {self.rank} lost another rank after step {self.state.global_step}"
             f" ({' '.join(str(error).split())})"
         )
 
@@ -419,7 +417,7 @@ class Trainer:
         nats = torch.tensor([sum(score_texts(self.model, self.tokenizer, stories, self.device))])
         total = distributed.reduce_sum(nats, "stories").item()  # Horovod: of all ranks' shares
         mean, entropy = total / HELD_OUT_STORIES, story_entropy()
-        self.report.stories(mean, entropy)
+        self.logger.stories(mean, entropy)
         return mean, entropy
 
     def _result(
@@ -428,18 +426,18 @@ class Trainer:
         result = TrainingResult(
             run_name=self.run_folder.name,
             run_dir=self.run_folder.run_dir,
-            steps=self.position.global_step,
+            steps=self.state.global_step,
             stopped=stopped,
-            first_loss=self.position.first_loss,
-            train_loss=self.position.loss,
+            first_loss=self.state.first_loss,
+            train_loss=self.state.loss,
             validation_loss=evaluation.loss,
             perplexity=evaluation.perplexity,
-            tokens_per_second=self.report.tokens_per_second,
-            seconds=self.report.seconds,
+            tokens_per_second=self.logger.tokens_per_second,
+            seconds=self.logger.seconds,
             checkpoint=self.saved,
             world_size=self.world_size,
-            world_changes=self.position.world_changes,
-            steps_replayed=self.position.steps_replayed,
+            world_changes=self.state.world_changes,
+            steps_replayed=self.state.steps_replayed,
             **stories,
         )
         return distributed.broadcast_object(result, name="result")  # Horovod: the same everywhere
@@ -464,7 +462,7 @@ def prepare_data_once_per_host(config: Config, progress: ProgressLine) -> None:
         progress.update(f"preparing the data: {phase} {done:.0%}")
 
     # Horovod: two ranks of one host share its disk.
-    distributed.once_per_host(lambda: prepare_data(config, progress=show))
+    distributed.local_rank_zero_first(lambda: prepare_data(config, progress=show))
     check_hosts_agree(config)
 
 

@@ -234,8 +234,8 @@ def elastic_launcher() -> bool:
     return os.environ.get("HOROVOD_ELASTIC") == "1"
 
 
-def end_when_frozen() -> AbstractContextManager[Any]:
-    """Inside `with end_when_frozen():` a rank that stands still is killed, where horovodrun cannot.
+def hang_watchdog() -> AbstractContextManager[Any]:
+    """Inside `with hang_watchdog():` a rank that stands still is killed, where horovodrun cannot.
 
     That is on several hosts; on one, nothing happens here. The other ranks miss it first.
     """
@@ -350,7 +350,7 @@ def barrier() -> None:
         _horovod().barrier()
 
 
-def once_per_host(work: Callable[[], Any]) -> None:
+def local_rank_zero_first(work: Callable[[], Any]) -> None:
     """Let the first rank of each host do `work` while the host's other ranks wait for it.
 
     Args:
@@ -368,7 +368,7 @@ def once_per_host(work: Callable[[], Any]) -> None:
         thread.start()
     # Horovod: a rank that waits in one long collective is taken for a stalled one, so the ranks ask
     # each other again and again.
-    while reduce_sum(torch.tensor([float(thread.is_alive())]), "once_per_host").item() > 0:
+    while reduce_sum(torch.tensor([float(thread.is_alive())]), "local_rank_zero_first").item() > 0:
         time.sleep(_SECONDS_BETWEEN_QUESTIONS)
     for error in gather_objects(problem[0] if problem else None, "once_per_host_errors"):
         if error is not None:

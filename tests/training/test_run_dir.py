@@ -92,7 +92,7 @@ def test_a_file_that_tells_nothing_of_sessions_has_none(tmp_path, text):
 def test_an_earlier_run_is_set_aside_and_never_overwritten(config):
     for number in range(3):
         run = RunFolder.of(config, "first")
-        moved = run.set_aside_earlier_run()
+        moved = run.archive_existing_run()
         assert (moved is None) == (number == 0)
         described(config, "first")
         (run.run_dir / "mine.txt").write_text(str(number))
@@ -106,7 +106,7 @@ def test_a_folder_that_is_no_run_is_left_where_it_is(config):
     run = RunFolder.of(config, "first")
     run.run_dir.mkdir(parents=True)
     (run.run_dir / "notes.txt").write_text("mine")
-    assert run.set_aside_earlier_run() is None
+    assert run.archive_existing_run() is None
     assert (run.run_dir / "notes.txt").read_text() == "mine"
 
 

@@ -38,7 +38,7 @@ with d.already_synchronized(optimizer):
     optimizer.step()
 assert abs(model.weight.item() - (before - 1)) < 1e-6
 done = []
-d.once_per_host(lambda: done.append(1))
+d.local_rank_zero_first(lambda: done.append(1))
 d.broadcast_parameters(model)
 d.barrier()
 d.shutdown()
@@ -145,7 +145,7 @@ def test_an_error_of_work_done_alone_is_raised_as_it_is():
         raise DistributedError("mine")
 
     with pytest.raises(DistributedError, match="^mine$"):
-        distributed.once_per_host(fail)
+        distributed.local_rank_zero_first(fail)
 
 
 @pytest.mark.parametrize(
