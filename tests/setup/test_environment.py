@@ -195,7 +195,7 @@ def test_the_programs_of_a_moved_environment_start_its_own_python(made, tmp_path
     folder = tmp_path / name
     shutil.copytree(made.folder, folder, symlinks=True)
     assert former_folder(made.folder) is None and former_folder(folder) == made.folder
-    code = "from horovod_lm import doctor; print(list(doctor.check_python()))"
+    code = "from horovod_lm.setup import doctor; print(list(doctor.check_python()))"
     command, env = [folder / "bin" / "python", "-c", code], os.environ | {"PYTHONPATH": str(ROOT)}
     said = subprocess.run(command, env=env, capture_output=True, text=True).stdout
     assert f"moved: its programs start the Python of {made.folder}" in said
