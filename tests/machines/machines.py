@@ -34,7 +34,7 @@ DEFAULT_ROWS = ["bookworm", "trixie", "forky:g++-15:python3.13"]
 PACKAGES = "ca-certificates g++ git make procps python3 python3-dev python3-venv"
 TESTS = (
     "tests/setup tests/horovod tests/jupyter/test_magics.py tests/models/test_gpt2.py"
-    " tests/setup/test_doctor.py tests/notebooks/test_notebooks.py"
+    " tests/notebooks/test_notebooks.py"
     " tests/training/test_resume.py::test_killed_in_an_epoch_and_resumed_is_bit_equal"
 )
 HOME = str(Path("/home") / "student")
