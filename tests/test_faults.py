@@ -14,27 +14,27 @@ TESTS = ROOT / "tests"
 
 GUARDS = {
     "1: bfloat16, so no scaler, and scaler.scale called all the same": (
-        "test_optimization.py::test_one_code_path_for_every_precision_and_a_scaler_for_float16_only"
+        "training/test_optimizer.py::test_one_code_path_for_every_precision_and_a_scaler_for_float16_only"
     ),
     "2: accumulation that Horovod is not told of": (
         "utils/test_distributed.py"
         "::test_gradients_are_summed_over_passes_averaged_over_ranks_and_reduced_once"
     ),
-    "3: clipping before synchronize()": ("test_train_equivalence.py::test_two_ranks_equal_one"),
+    "3: clipping before synchronize()": ("training/test_equivalence.py::test_two_ranks_equal_one"),
     "4: helpers that catch ImportError only": (
         "utils/test_distributed.py::test_every_helper_works_before_init"
     ),
     "5: checkpointing with a lambda that closes over the loop variable": (
-        "models/test_transformer_lm.py::test_gradient_checkpointing_changes_not_one_bit"
+        "models/test_transformer_lm.py::test_gradient_checkpointing_changes_no_bit"
     ),
     "6: resume that skips to the next epoch": (
-        "test_train_resume.py::test_killed_in_an_epoch_and_resumed_is_bit_equal"
+        "training/test_resume.py::test_killed_in_an_epoch_and_resumed_is_bit_equal"
     ),
     "6: any checkpoint's loss taken as the best": (
-        "test_train_resume.py::test_best_loss_is_not_the_loss_of_the_checkpoint_that_was_loaded"
+        "training/test_resume.py::test_best_loss_is_not_the_loss_of_the_checkpoint_that_was_loaded"
     ),
     "7: mean(exp(loss)) called perplexity": (
-        "test_evaluate.py::test_perplexity_is_exp_of_the_mean_not_the_mean_of_exps"
+        "training/test_evaluate.py::test_perplexity_is_exp_of_the_mean_not_the_mean_of_exps"
     ),
     "7: intervals that nobody reads, or that accumulation divides": (
         "test_faults.py::test_intervals_count_optimizer_steps"
@@ -47,7 +47,7 @@ GUARDS = {
         "utils/test_config.py::test_defaults_are_the_contracts"
     ),
     "10: NumPy scalars in a checkpoint": (
-        "test_checkpoint.py::test_numpy_scalars_come_back_as_python_numbers"
+        "training/test_checkpoint.py::test_numpy_scalars_come_back_as_python_numbers"
     ),
     "11: splits drawn without a shared seed": (
         "data/test_loaders.py::test_fault_11_every_rank_has_the_same_split"

@@ -55,7 +55,7 @@ def check_python() -> Iterator[Finding]:
         version = importlib.metadata.version("horovod_lm")
     except importlib.metadata.PackageNotFoundError:
         version = "not installed"
-    yield Finding("horovod_lm", OK, f"{version}, {Path(__file__).resolve().parent}")
+    yield Finding("horovod_lm", OK, f"{version}, {Path(__file__).resolve().parents[1]}")
 
 
 def check_torch() -> Iterator[Finding]:

@@ -240,7 +240,12 @@ print("THREE WORLDS", flush=True)
 )
 def test_a_process_can_start_horovod_again(run_ranks, times):
     # 10-second-init: without it a segmentation fault.
-    done = run_ranks(SECOND_INIT, *times.split())
+    for _ in range(3):
+        done = run_ranks(SECOND_INIT, *times.split())
+        # A rank may call another at the address that it had in the world before; that is refused,
+        # and not what is tested here.
+        if "Connection refused" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("THREE WORLDS") == 2
 

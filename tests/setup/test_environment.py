@@ -197,8 +197,8 @@ def test_the_programs_of_a_moved_environment_start_its_own_python(made, tmp_path
     assert former_folder(made.folder) is None and former_folder(folder) == made.folder
     code = "from horovod_lm.setup import doctor; print(list(doctor.check_python()))"
     command, env = [folder / "bin" / "python", "-c", code], os.environ | {"PYTHONPATH": str(ROOT)}
-    said = subprocess.run(command, env=env, capture_output=True, text=True).stdout
-    assert f"moved: its programs start the Python of {made.folder}" in said
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert f"moved: its programs start the Python of {made.folder}" in done.stdout, done.stderr
     setup = Setup(folder)
     with setup.hold():
         setup.mend_moved(find_environment(folder), made.folder)
