@@ -261,7 +261,7 @@ def test_a_stopped_job_saves_what_it_has_and_leaves_nothing_on_any_host(tiny_pro
         )  # fmt: skip
         said = until("step 10/", job)
         # As Slurm and Kubernetes do: to the command, not to its group.
-        hosts.run(["pkill", "-TERM", "-f", "^[^ ]*python -m [h]orovod_lm.utils.cluster"])
+        hosts.run(["pkill", "-TERM", "-f", "^[^ ]*python -m [h]orovod_lm.launch.hosts"])
         said += job.communicate(timeout=TO_DETECT + TIMEOUT)[0]
         deadline = time.monotonic() + TO_DETECT
         while hosts.run(["pgrep", "-f", "[h]orovod_lm.train"], "host1").returncode == 0:
