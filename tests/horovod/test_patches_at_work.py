@@ -240,7 +240,7 @@ print("THREE WORLDS", flush=True)
 )
 def test_a_process_can_start_horovod_again(run_ranks, times):
     # 10-second-init: without it a segmentation fault.
-    for _ in range(3):
+    for _ in range(6):
         done = run_ranks(SECOND_INIT, *times.split())
         # A rank may call another at the address that it had in the world before; that is refused,
         # and not what is tested here.
