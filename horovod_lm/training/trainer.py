@@ -1,4 +1,4 @@
-"""Train a language model on any number of ranks; the file reads like the explanation of itself.
+"""The training loop, for one process or many Horovod ranks.
 
     horovodrun -np 2 python -m horovod_lm.train --config configs/tiny.yaml
     python -m horovod_lm.train --config configs/tiny.yaml        # the same loop, one process
