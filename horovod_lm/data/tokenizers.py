@@ -231,6 +231,17 @@ def check_reachable(url: str) -> None:
         raise ConnectionError(f"{url} cannot be reached") from None
 
 
+def check_text(text: str, name: str) -> None:
+    """Raise DataError if `text`, called `name` in the message, has no UTF-8 form."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{name} contains an unpaired surrogate, {text[error.start]!r} at position "
+            f"{error.start}, which has no UTF-8 form: remove it"
+        ) from None
+
+
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """Restore a tokenizer.
 

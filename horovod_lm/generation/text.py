@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from horovod_lm.data.tokenizers import check_text
 from horovod_lm.generation.load import choose_device
 from horovod_lm.generation.sampling import generate_tokens, generation_config, make_generator
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.config import GenerationConfig
-from horovod_lm.utils.errors import DataError
 
 if TYPE_CHECKING:
     from horovod_lm.data.tokenizers import Tokenizer
@@ -124,13 +124,7 @@ def continue_prompt(
     if device is not None:
         model.to(choose_device(device))
     device = next(model.parameters()).device
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"the prompt contains an unpaired surrogate, {prompt[error.start]!r} at position "
-            f"{error.start}, which has no UTF-8 form: remove it"
-        ) from None
+    check_text(prompt, "the prompt")
     prompt_ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
     input_ids = torch.tensor([prompt_ids] * settings.num_samples, device=device)  # (B, T)
     return generate_tokens(

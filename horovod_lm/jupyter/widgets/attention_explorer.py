@@ -22,6 +22,7 @@ import traitlets
 from torch import Tensor
 from torch.nn import functional as F
 
+from horovod_lm.data.tokenizers import check_text
 from horovod_lm.jupyter.plots import Plot, plot_all_heads, plot_attention
 from horovod_lm.jupyter.widgets.visible import visible_token
 from horovod_lm.jupyter.widgets.widget_parts import Message, frontend, labelled, row
@@ -68,13 +69,7 @@ def read_attention(model: TransformerLM, tokenizer: Tokenizer, text: str) -> Att
     Raises:
         DataError: the text is longer than the model's context, or cannot be encoded.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"the text contains an unpaired surrogate, {text[error.start]!r} at position "
-            f"{error.start}, which has no UTF-8 form: remove it"
-        ) from None
+    check_text(text, "the text")
     ids = [tokenizer.eot_id, *tokenizer.encode(text)]
     if len(ids) > model.max_seq_len:
         raise DataError(
