@@ -36,8 +36,8 @@ seed: 7
 
 @pytest.fixture(scope="session")
 def tiny_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project folder with `configs/tiny.yaml`: a model of 10,000 parameters, data prepared."""
-    root = tmp_path_factory.mktemp("project")
+    """Make a project: `configs/tiny.yaml`, 10,000 parameters, data prepared, a space in its path."""
+    root = tmp_path_factory.mktemp("a project")
     (root / "configs").mkdir()
     (root / "configs" / "tiny.yaml").write_text(TINY, encoding="utf-8")
     from horovod_lm.data import prepare_data
