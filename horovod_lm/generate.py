@@ -31,11 +31,10 @@ def interactive_generation(
     config: Config,
     device: torch.device | str | None = None,
 ) -> None:
-    """Chat with a model: in a terminal prompt by prompt, in a notebook in a playground.
+    """Chat with a model in a terminal, or show a playground in a notebook.
 
     In a terminal, `exit`, `quit`, `q`, Ctrl-D or Ctrl-C at the prompt end the chat; Ctrl-C during
     generation stops only that text. `:temperature 0.5` changes a setting, `:help` lists them.
-    In a notebook, the call shows a `horovod_lm.jupyter.widgets.playground.Playground` and returns.
 
     Args:
         model: the model; it is moved to `device`.
@@ -72,15 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--checkpoint", required=True, metavar="PATH", help="a checkpoint, or a run's folder")
     add("--config", metavar="FILE", help="use this configuration instead of the checkpoint's")
     add("--prompt", metavar="TEXT", help="the beginning of the text; may be empty")
-    add("--max-new-tokens", type=int, metavar="N", help="maximum number of tokens to add")
-    add("--temperature", type=float, metavar="T", help="0: greedy; 1: as learned")
-    add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens; 0: all")
-    add(
-        "--top-p", type=float, metavar="P",
-        help="sample from the most likely tokens with total probability P; 1: all",
-    )  # fmt: skip
-    add("--num-samples", type=int, metavar="N", help="number of texts")
-    add("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    for name, field in GenerationConfig.model_fields.items():
+        is_float = isinstance(field.default, float)
+        kind, letter = (float, "X") if is_float else (int, "N")
+        option = "--" + name.replace("_", "-")
+        add(option, type=kind, metavar=letter, help=field.description)
     add("--interactive", action="store_true", help="chat: one prompt after another")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     return parser

@@ -1,7 +1,7 @@
 """Typed, frozen settings, read from YAML and written to it.
 
 One class per section of a configuration file. Every field states its meaning, unit and default
-here; the files under `configs/` repeat the meaning beside each key that they set.
+here. The comments in `configs/*.yaml` and the help of the commands repeat them; tests compare them.
 
 Relative paths resolve against the project root, never against the working directory, so that the
 same file works from the root and from `notebooks/`.
@@ -9,19 +9,22 @@ same file works from the root and from `notebooks/`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticSerializationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from horovod_lm.utils.config_errors import describe, sentence
-from horovod_lm.utils.config_text import apply_overrides, one_line, read_yaml, write_yaml
 from horovod_lm.utils.errors import ConfigError
 
 RUN_NAME = "${run_name}"
+TEXTS = (str, str | None, str | list[str] | None)  # types of settings that hold text
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -33,7 +36,7 @@ Environment = dict[VariableName, str]
 
 
 class Section(BaseModel):
-    """A frozen group of settings: unknown keys are refused, types are not bent."""
+    """A frozen group of settings: no unknown keys, no type coercion."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -48,7 +51,7 @@ class ModelConfig(Section):
     """The shape of the model: GPT-2's architecture (Radford et al., 2019)."""
 
     vocab_size: PositiveInt = 50257
-    """Rows of the embedding; also the BPE's target vocabulary."""
+    """Rows of the embedding; also the target vocabulary of the BPE."""
     d_model: PositiveInt = 768
     """Width of the residual stream."""
     n_heads: PositiveInt = 12
@@ -56,13 +59,13 @@ class ModelConfig(Section):
     n_layers: PositiveInt = 12
     """Transformer blocks."""
     d_ff: PositiveInt = 3072
-    """Width inside the feed-forward layer."""
+    """Hidden width of the feed-forward layer."""
     max_seq_len: Annotated[int, Field(gt=1)] = 512
     """Context length, and block length of the data, in tokens."""
     dropout: Fraction = 0.1
-    """Probability that an activation is dropped in training."""
+    """Dropout probability in training."""
     pad_token_id: NonNegativeInt | None = 50256
-    """Fills rows that ended; null: the tokenizer's end-of-text."""
+    """Token that pads finished rows; null: the tokenizer's end-of-text."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, more time."""
 
@@ -86,90 +89,91 @@ class TrainingConfig(Section):
     num_epochs: PositiveInt = 1
     """Passes over the training tokens."""
     max_steps: PositiveInt | None = None
-    """Stop after so many optimizer steps, whatever the epochs say."""
+    """Optimizer steps after which training ends; null: num_epochs decides."""
     per_gpu_batch_size: PositiveInt = 16
-    """Blocks in one forward pass of one rank (a GPU or a CPU process)."""
+    """Blocks in a forward pass of one rank (a GPU or a CPU process)."""
     gradient_accumulation_steps: PositiveInt = 2
-    """Backward passes before one optimizer step."""
+    """Backward passes per optimizer step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW (Loshchilov & Hutter, 2019) or sgd."""
     learning_rate: PositiveFloat = 3e-4
-    """Peak rate, reached after the warm-up."""
+    """Peak learning rate, reached after the warm-up."""
     min_learning_rate_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """End of the decay, as a fraction of the peak."""
+    """Learning rate at the end of the decay, as a fraction of the peak."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after the warm-up."""
+    """Decay after the warm-up: cosine, linear or constant."""
     warmup_steps: NonNegativeInt = 100
-    """Optimizer steps in which the rate rises from 0."""
+    """Optimizer steps in which the learning rate rises from 0."""
     scale_lr_with_world_size: bool = False
-    """Multiply the peak rate by the number of ranks (Goyal et al., 2017)."""
+    """Multiply the peak learning rate by the number of ranks (Goyal et al., 2017)."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decay of the matrices; biases and norms are not decayed."""
+    """Weight decay of the matrices; biases and norms have none."""
     beta1: Fraction = 0.9
-    """AdamW's decay of the first moment."""
+    """AdamW: decay of the first moment."""
     beta2: Fraction = 0.95
-    """AdamW's decay of the second moment."""
+    """AdamW: decay of the second moment."""
     epsilon: PositiveFloat = 1e-8
-    """AdamW's term for numerical stability."""
+    """AdamW: term for numerical stability."""
     momentum: Fraction = 0.9
-    """SGD's momentum."""
+    """SGD: momentum."""
     max_grad_norm: PositiveFloat | None = 1.0
-    """Clip the averaged gradient's norm to this; null: do not clip."""
+    """Clip the norm of the averaged gradient to this; null: no clipping."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where ranks train; auto: on GPUs where torch sees one; cuda: on GPUs or not at all."""
+    """Device of the ranks; auto: GPUs if there are any; cuda: GPUs, or an error."""
     dtype: Literal["float32", "float64"] = "float32"
     """Type of the parameters; float64 is for exact comparisons."""
     amp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the matrix products; auto: bfloat16 where the hardware has it."""
+    """Type of the matrix products; auto: bfloat16 if the hardware has it."""
     log_interval: PositiveInt = 10
     """Optimizer steps between lines of the log."""
     eval_interval: PositiveInt | None = None
-    """Optimizer steps between evaluations; null: at the end of each epoch."""
+    """Optimizer steps between evaluations; null: one per epoch."""
     eval_batches: PositiveInt | None = None
-    """Batches per rank in one evaluation; null: all."""
+    """Batches per rank in an evaluation; null: all."""
     checkpoint_interval: PositiveInt | None = None
-    """Optimizer steps between checkpoints; null: at the end of each epoch."""
+    """Optimizer steps between checkpoints; null: one per epoch."""
     keep_last_checkpoints: PositiveInt = 3
-    """Numbered checkpoints kept; best and final are always kept."""
+    """Numbered checkpoints to keep; best and final are always kept."""
     commit_interval: PositiveInt = 10
-    """Elastic: optimizer steps between commits, where training goes back to when a rank is lost.
+    """Elastic: optimizer steps between commits.
 
-    Least time is lost near sqrt(2 x seconds of a commit x seconds between failures) (Young, 1974).
-    Hosts that join or leave are noticed at a commit, too.
+    Training returns to the last commit when a rank is lost, and notices new hosts at a commit. The
+    expected loss of time is smallest near sqrt(2 x seconds of a commit x seconds between failures)
+    (Young, 1974).
     """
     elastic_timeout_seconds: PositiveInt = 60
-    """Elastic: save and end when too few ranks are left for so long."""
+    """Elastic: save and end if too few ranks are left for this long."""
     compile: bool = False
-    """Run the model through torch.compile: minutes at the start, faster steps."""
+    """Compile the model with torch.compile: minutes at the start, faster steps."""
 
 
 class DataConfig(Section):
-    """Which text, which tokenizer, and where the tokens are kept."""
+    """Which text, which tokenizer, and where the tokens are stored."""
 
     source: Literal["stories", "python", "files", "hub"] = "python"
-    """Where the text comes from."""
+    """Source of the text: stories, python, files or hub."""
     path: str | list[str] | None = None
     """Source files: a file, folder or glob, or a list of them."""
     tokenizer: Literal["bpe", "byte", "gpt2"] = "gpt2"
-    """BPE is trained on the corpus; byte and gpt2 are fixed."""
+    """Tokenizer: bpe (trained on the text), byte or gpt2."""
     data_dir: str = "notebooks/data/preprocessed/v1"
     """Folder of the prepared tokens."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the documents held out for validation."""
+    """Validation share of the documents, if the source has no validation split."""
     num_stories: PositiveInt = 20000
-    """Source stories: how many are written."""
+    """Source stories: number of stories."""
     max_bytes: PositiveInt | None = None
-    """Use no more than so many bytes of text; null: all."""
+    """Maximum size of the text in bytes; null: all."""
     hub_dataset: str | None = None
-    """Source hub: a dataset's name or a local copy of it."""
+    """Source hub: name of the dataset, or folder of a local copy."""
     hub_config: str | None = None
-    """Source hub: the dataset's configuration."""
+    """Source hub: configuration of the dataset."""
     hub_text_field: str = "text"
-    """Source hub: the field that holds the text."""
+    """Source hub: field that contains the text."""
     num_workers: NonNegativeInt = 0
     """Processes that load batches, per rank."""
     pin_memory: bool = True
-    """Page-lock batches on their way to a GPU; ignored without one."""
+    """Page-lock batches for the copy to a GPU; ignored without one."""
 
     @model_validator(mode="after")
     def _source_has_its_text(self) -> DataConfig:
@@ -183,86 +187,80 @@ class DataConfig(Section):
 
     @property
     def paths(self) -> list[str]:
-        """`path` as a list, empty when it is not set."""
-        return (
-            []
-            if self.path is None
-            else [self.path]
-            if isinstance(self.path, str)
-            else list(self.path)
-        )
+        """`path` as a list, empty if it is not set."""
+        return [self.path] if isinstance(self.path, str) else self.path or []
 
 
 class GenerationConfig(Section):
-    """How a trained model draws its next token."""
+    """How the next token is sampled: top-k (Fan et al., 2018), top-p (Holtzman et al., 2020)."""
 
     max_new_tokens: PositiveInt = 100
-    """Tokens written after the prompt."""
+    """Maximum number of tokens after the prompt."""
     temperature: NonNegativeFloat = 0.8
-    """0: always the likeliest token; 1: the model's own distribution."""
+    """Divides the logits; 0: greedy; 1: the model's own distribution."""
     top_k: NonNegativeInt = 50
-    """Draw from the k likeliest tokens (Fan et al., 2018); 0: from all."""
+    """Sample from the k most likely tokens; 0: from all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Draw from the smallest set that holds this much probability (Holtzman et al., 2020)."""
+    """Sample from the smallest set of tokens with this probability; 1: from all."""
     num_samples: PositiveInt = 1
-    """Continuations of each prompt."""
+    """Texts per prompt."""
     seed: int | None = None
-    """The same seed writes the same text; null: another each time."""
+    """The same seed gives the same text; null: another text each time."""
 
 
 class PathsConfig(Section):
-    """Where a run is kept; `${run_name}` stands for the run's name."""
+    """Where a run is stored; `${run_name}` stands for the run's name."""
 
     run_dir: str = f"runs/{RUN_NAME}"
-    """Config, run.json and metrics of one run."""
+    """Folder of a run: config.yaml, run.json and metrics."""
     checkpoint_dir: str = f"runs/{RUN_NAME}/checkpoints"
-    """The run's checkpoints."""
+    """Checkpoints of a run."""
     log_dir: str = f"runs/{RUN_NAME}/logs"
-    """The run's logs, one JSON-lines file per rank."""
+    """Logs of a run, one JSON-lines file per rank."""
     tensorboard_dir: str = f"runs/{RUN_NAME}/tensorboard"
-    """The run's TensorBoard events."""
+    """TensorBoard events of a run."""
 
 
 class HostConfig(Section):
-    """One machine of a cluster."""
+    """One host of a cluster."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """A name or address that ssh reaches."""
+    """Name or address that ssh reaches from the first host."""
     slots: PositiveInt = 1
-    """Ranks that it runs: as many as it has GPUs."""
+    """Ranks on this host: as many as it has GPUs."""
     environment: Environment = {}
-    """Environment variables of its ranks alone, on top of distributed.environment."""
+    """Environment variables of its ranks, added to distributed.environment."""
 
 
 class DistributedConfig(Section):
-    """How the ranks talk to each other. See https://horovod.readthedocs.io/en/stable/tensor-fusion_include.html"""
+    """How the ranks communicate. https://horovod.readthedocs.io/en/stable/tensor-fusion_include.html"""
 
     compression: Literal["none", "fp16"] = "none"
-    """Type of the gradients on the wire."""
+    """Type of the gradients in messages: none (their own) or fp16."""
     fusion_threshold_mb: NonNegativeFloat = 64.0
-    """Gradients are joined into messages of up to so many MiB."""
+    """Maximum size in MiB of a message that joins several gradients."""
     cycle_time_ms: PositiveFloat = 10.0
-    """Milliseconds between two looks at what is ready to be reduced."""
+    """Milliseconds between two checks for gradients that are ready."""
     reduction_groups: NonNegativeInt = 0
-    """Fixed groups of gradients that are reduced together; 0: by timing."""
+    """Number of fixed groups in which gradients are reduced; 0: grouped by timing."""
     threads_per_rank: PositiveInt | Literal["auto"] = "auto"
-    """CPU threads of a rank; auto: the host's cores shared evenly."""
+    """CPU threads of a rank; auto: the host's cores, divided evenly."""
     stall_warning_seconds: PositiveInt = 20
-    """Warn when a rank has been waited for so long."""
+    """Warn if a rank keeps the others waiting for this long."""
     stall_shutdown_seconds: NonNegativeInt = 60
-    """End the job when a rank has been waited for so long; 0: never."""
+    """End the job if a rank keeps the others waiting for this long; 0: never."""
     gloo_timeout_seconds: PositiveInt = 30
-    """Give up a connection that says nothing for so long."""
+    """Give up a connection that is silent for this long."""
     hosts: list[HostConfig] = []
-    """The machines; empty: this one."""
+    """Hosts, the one that starts the job first; empty: this machine."""
     interface: str | None = None
-    """The network interface that the hosts share, for example eth0."""
+    """Network interface that the hosts share, for example eth0; null: Horovod's choice."""
     ssh_port: PositiveInt | None = None
-    """The port of ssh; null: as ssh itself is set up."""
+    """Port of ssh; null: ssh's own setting."""
     ssh_user: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$")] | None = None
-    """The user for ssh, with ssh_identity_file only; null: as ssh itself is set up."""
+    """User of ssh, only with ssh_identity_file; null: ssh's own setting."""
     ssh_identity_file: str | None = None
-    """The private key for ssh; null: as ssh itself is set up."""
+    """Private key of ssh; null: ssh's own setting."""
     environment: Environment = {}
     """Environment variables of every rank on every host."""
 
@@ -270,7 +268,7 @@ class DistributedConfig(Section):
     def _user_has_a_key(self) -> DistributedConfig:
         if self.ssh_user and not self.ssh_identity_file:
             raise ValueError(
-                "ssh_user needs ssh_identity_file: horovodrun takes a user only with a key"
+                "ssh_user needs ssh_identity_file: horovodrun accepts a user only with a key"
             )
         return self
 
@@ -285,10 +283,13 @@ class Config(Section):
     paths: PathsConfig = PathsConfig()
     distributed: DistributedConfig = DistributedConfig()
     seed: NonNegativeInt = 42
-    """Every random draw of the run follows from it."""
-    project_root: Path = Field(
-        default_factory=lambda: find_project_root(), exclude=True, repr=False
-    )
+    """Seed of every random draw of the run."""
+    _project_root: Path = PrivateAttr(default_factory=lambda: find_project_root())
+
+    @property
+    def project_root(self) -> Path:
+        """The folder where relative paths start."""
+        return self._project_root
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as nested plain Python values, ready for YAML or a checkpoint."""
@@ -298,11 +299,11 @@ class Config(Section):
         """Return `path` as an absolute path: relative ones start at the project root.
 
         Args:
-            path: a path that may hold `${run_name}`.
-            run_name: what stands for `${run_name}`.
+            path: a path that may contain `${run_name}`.
+            run_name: replaces `${run_name}`.
 
         Raises:
-            ConfigError: `path` holds `${run_name}` and no run name is given, or cannot be a path.
+            ConfigError: `path` contains `${run_name}` and no run name is given, or is not a path.
         """
         text = str(path)
         if RUN_NAME in text and run_name is None:
@@ -310,21 +311,30 @@ class Config(Section):
         return _absolute(text.replace(RUN_NAME, run_name or ""), self.project_root)
 
     def with_overrides(self, overrides: Iterable[str] | Mapping[str, Any]) -> Config:
-        """Return a copy with some settings changed; `load_config` says what `overrides` may be."""
-        return config_from_dict(
-            apply_overrides(self.to_dict(), overrides), self.project_root, "the configuration"
-        )
+        """Return a copy with some settings changed; `load_config` documents `overrides`."""
+        return config_from_dict(self.to_dict(), self.project_root, overrides=overrides)
+
+
+def all_settings() -> dict[str, FieldInfo]:
+    """Return every setting by its dotted name: `default` and `description` of each."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            found |= {f"{name}.{key}": inner for key, inner in section.model_fields.items()}
+        else:
+            found[name] = field
+    return found
 
 
 def find_project_root(start: str | Path | None = None) -> Path:
     """Return the first folder from `start` (the working directory) upward that holds `configs/`.
 
-    Where there is none, `start` itself.
+    If there is none, return `start` itself.
     """
     start = Path(start or Path.cwd()).resolve()
-    return next(
-        (folder for folder in (start, *start.parents) if (folder / "configs").is_dir()), start
-    )
+    folders = (start, *start.parents)
+    return next((folder for folder in folders if (folder / "configs").is_dir()), start)
 
 
 def resolve_path(path: str | Path) -> Path:
@@ -338,37 +348,36 @@ def load_config(
     """Read a YAML file into a `Config`.
 
     Args:
-        path: the file; a relative path is looked for from the working directory, then from the
+        path: the file; a relative path is looked for in the working directory, then in the
             project root.
         overrides: changes on top of the file: strings such as `"training.learning_rate=1e-3"`, or a
-            mapping, nested (`{"training": {"learning_rate": 1e-3}}`) or with dotted keys.
+            mapping, nested (`{"training": {"learning_rate": 1e-3}}`) or with dotted keys. In a
+            string, the value of a text setting is taken as it is, without YAML's special characters
+            unless it starts with a quote or a bracket.
 
     Returns:
-        The settings. Keys that the file leaves out have the defaults of the classes above.
-        Relative paths in it start at the first folder, from the file's upward, that holds
-        `configs/`; without one, at the file's folder, or where a run's folder started.
+        The settings. Keys that are not in the file have the defaults of the classes above.
+        Relative paths start at the first folder, from the file's upward, that holds `configs/`; if
+        there is none, at the file's folder, or, for the config.yaml of a run, where the run began.
 
     Raises:
         ConfigError: one sentence with the file, the key, and the nearest valid key.
     """
     file = _find_file(path)
     try:
-        content = read_yaml(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {one_line(error)}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read: {one_line(error)}") from None
-    if content is None:
-        content = {}
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path} must hold sections such as 'model:' and 'training:', not {describe(content)}"
-        )
-    folder = file.resolve().parent
+        content = _yaml().load(file.read_text(encoding="utf-8"))
+    except MarkedYAMLError as error:
+        line = (error.problem_mark or error.context_mark).line + 1
+        raise ConfigError(f"{path}, line {line}: {_one_line(error.problem)}") from None
+    except (YAMLError, OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: {_one_line(error)}") from None
+    if not isinstance(content, dict | None):
+        raise ConfigError(f"{path} must contain sections such as 'model:', not {_short(content)}")
     config = config_from_dict(
-        apply_overrides(content, overrides or {}), find_project_root(folder), str(path)
+        content or {}, find_project_root(file.resolve().parent), str(path), overrides or ()
     )
-    return config.model_copy(update={"project_root": _root_of_run(config, file.resolve())})
+    config._project_root = _root_of_run(config, file.resolve())
+    return config
 
 
 def _root_of_run(config: Config, file: Path) -> Path:
@@ -384,80 +393,156 @@ def config_from_dict(
     content: Mapping[str, Any],
     project_root: str | Path | None = None,
     name: str = "the configuration",
+    overrides: Iterable[str] | Mapping[str, Any] = (),
 ) -> Config:
     """Make a `Config` of nested plain values, such as `Config.to_dict()` gives.
 
     Args:
         content: sections and their settings.
         project_root: where relative paths start; default: found from the working directory.
-        name: what to call the source in an error.
+        name: the name of the source in an error.
+        overrides: changes on top of `content`, as for `load_config`.
 
     Raises:
         ConfigError: one sentence with `name`, the key, and the nearest valid key.
     """
-    root = Path(project_root).resolve() if project_root else find_project_root()
-    if "project_root" in content:
-        raise ConfigError(
-            f"{name}: project_root is not a setting: it follows from the file's place"
-        )
+    if isinstance(overrides, str):
+        overrides = [overrides]
+    if not isinstance(overrides, Mapping):
+        overrides = dict(map(_parse_override, overrides))
     try:
-        given = {
-            key: value for key, value in content.items() if value is not None
-        }  # a section may stand empty
-        config = Config.model_validate({**given, "project_root": root})
-        config.model_dump_json()  # half a character, "\uD800", is text to YAML and to no file
-        return config
-    except PydanticSerializationError as error:
-        raise ConfigError(f"{name} holds a text that cannot be written: {error}") from None
+        merged = _merge(content, overrides)
+        sections = {key: value for key, value in merged.items() if value is not None}  # or empty
+        config = Config.model_validate(sections)
+        config.model_dump_json()  # raises if a text contains an unpaired surrogate
     except ValidationError as error:
-        raise ConfigError(f"{name}: {sentence(error.errors(), _valid_keys())}") from None
+        raise ConfigError(f"{name}: {_first_problem(error)}") from None
+    except PydanticSerializationError as error:
+        raise ConfigError(f"{name} contains a text that cannot be written: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{name} is nested too deeply") from None
+    if project_root:
+        config._project_root = Path(project_root).resolve()
+    return config
 
 
 def save_config(config: Config, path: str | Path) -> Path:
     """Write `config` as YAML; `load_config` gives an equal one back. Return the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(write_yaml(config.to_dict()), encoding="utf-8")
+    yaml = _yaml()
+    # The library writes U+0085 as it is and reads it as a space.
+    yaml.allow_unicode = "\x85" not in config.model_dump_json()
+    with path.open("w", encoding="utf-8") as file:
+        yaml.dump(config.to_dict(), file)
     return path
 
 
-def _valid_keys() -> list[str]:
-    """Return every key a file may hold, sections first, in dotted form."""
-    sections = {name: field.annotation for name, field in Config.model_fields.items()}
-    del sections["project_root"]
-    of_sections = [
-        f"{name}.{field}"
-        for name, section in sections.items()
-        if isinstance(section, type) and issubclass(section, Section)
-        for field in section.model_fields
-    ]
-    return [
-        *sections,
-        *of_sections,
-        *(f"distributed.hosts.0.{key}" for key in HostConfig.model_fields),
-    ]
+def _yaml() -> YAML:
+    """Return a reader and writer of YAML 1.2: `3e-4` is a number, a duplicate key is an error."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    return yaml
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    """Split `KEY=VALUE`, and read the value as YAML where it is not a plain text."""
+    key, equals, value = (part.strip() for part in str(text).partition("="))
+    if not equals or not key:
+        raise ConfigError(
+            f"--set takes KEY=VALUE, for example training.learning_rate=1e-3, not {text!r}"
+        )
+    field = all_settings().get(key)
+    if field and field.annotation in TEXTS and not re.match(r"[\['\"]|(null|~|)$", value):
+        return key, value
+    try:
+        return key, _yaml().load(value)
+    except (YAMLError, ValueError, RecursionError):
+        return key, value
+
+
+def _merge(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `content` with `changes` on top: nested mappings, or dotted keys."""
+    merged = dict(content)
+    for key, value in changes.items():
+        first, dot, rest = str(key).partition(".")
+        value = {rest: value} if dot else value
+        if isinstance(value, Mapping):
+            below = merged.get(first)
+            value = _merge(below if isinstance(below, Mapping) else {}, value)
+        merged[first] = value
+    return merged
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Return one sentence: the first unknown key if there is one, else the first problem."""
+    problems = error.errors()
+    unknown = (one for one in problems if one["type"] == "extra_forbidden")
+    problem = next(unknown, problems[0])
+    key, message = _dotted_key(problem["loc"]), problem["msg"]
+    if problem["type"] == "extra_forbidden":
+        nearest = _nearest_key(key)
+        hint = f"; the nearest is {nearest}" if nearest else ""
+        return f"{key or repr(key)} is not a setting{hint}"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    if problem["type"] == "value_error":
+        return f"{key}: {message.removeprefix('Value error, ')}"
+    # A union such as `int | "auto"` has one problem for each of its types.
+    messages = dict.fromkeys(one["msg"] for one in problems if _dotted_key(one["loc"]) == key)
+    message = " or ".join(messages).replace(" or Input should be", " or")
+    message = re.sub(r"^(Input|String|Keys) should", "must", message)
+    message = re.sub(r" or instance of \w+", "", message)
+    return f"{key} {message}, not {_short(problem['input'])}"
+
+
+def _dotted_key(loc: tuple[int | str, ...]) -> str:
+    """Return the path of a setting, without the parts that name a type of a union or a key."""
+    parts = [str(part) for part in loc if part != "[key]"]
+    is_nested = "hosts" in parts or "environment" in parts
+    return ".".join(parts if is_nested else parts[:2])
+
+
+def _nearest_key(key: str) -> str | None:
+    """Return the valid key whose last word is most like the one of `key`, or None."""
+    hosts = [f"distributed.hosts.0.{name}" for name in HostConfig.model_fields]
+    valid_keys = [*Config.model_fields, *all_settings(), *hosts]
+
+    def likeness(valid: str) -> tuple[float, float]:
+        words = valid.rpartition(".")[2], key.rpartition(".")[2]
+        return SequenceMatcher(None, *words).ratio(), SequenceMatcher(None, valid, key).ratio()
+
+    best = max(valid_keys, key=likeness)
+    return best if max(likeness(best)) > 0.6 else None
+
+
+def _short(value: Any) -> str:
+    """Return a value for a sentence, at most 60 characters long."""
+    text = "empty" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
 
 
 def _absolute(path: str | Path, root: Path) -> Path:
     try:
         return (root / Path(path).expanduser()).resolve()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, ~nobody
-        raise ConfigError(f"{describe(str(path))} cannot be a path: {one_line(error)}") from None
+        raise ConfigError(f"{_short(str(path))} is not a path: {_one_line(error)}") from None
 
 
 def _find_file(path: str | Path) -> Path:
     try:
         given = Path(path).expanduser()
-        candidates = [file for file in (given, find_project_root() / given) if file.is_file()]
+        found = [file for file in (given, find_project_root() / given) if file.is_file()]
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{describe(str(path))} cannot be a path: {one_line(error)}") from None
-    if candidates:
-        return candidates[0]
+        raise ConfigError(f"{_short(str(path))} is not a path: {_one_line(error)}") from None
+    if found:
+        return found[0]
     folder = given.parent if given.parent.is_dir() else find_project_root() / given.parent
-    names = (
-        sorted(str(given.parent / file.name) for file in folder.glob("*.yaml"))
-        if folder.is_dir()
-        else []
-    )
+    names = sorted(str(given.parent / file.name) for file in folder.glob("*.yaml"))
     hint = f"; there are {', '.join(names)}" if names else ""
     raise ConfigError(f"there is no configuration file {path}{hint}")

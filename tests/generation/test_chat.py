@@ -64,7 +64,7 @@ def test_settings_apply_to_later_prompts(monkeypatch, capsys):
     (_, before), (_, after) = asked
     assert (before.temperature, before.seed) == (0.8, None)
     assert (after.temperature, after.top_k, after.seed) == (0.5, 50, 7)
-    assert "top_k must be at least 0" in output
+    assert "top_k must be greater than or equal to 0" in output
 
 
 @pytest.mark.parametrize("line", [":help", ":", ":nonsense 3", ":temperature"])

@@ -183,15 +183,15 @@ def test_generation_processes_each_token_once(make_model, monkeypatch):
         (
             {"input_ids": torch.zeros(1, 0, dtype=torch.long)},
             DataError,
-            "at least one token",
+            "the prompt is empty",
         ),
         ({"input_ids": torch.zeros(1, 3)}, DataError, "float32"),
-        ({"input_ids": torch.tensor([[1, 77]])}, DataError, "the prompt contains token 77"),
+        ({"input_ids": torch.tensor([[1, 77]])}, DataError, "input_ids contains token 77"),
         ({"attention_mask": torch.tensor([[1, 1, 0]])}, DataError, "padded on the left"),
         ({"attention_mask": torch.tensor([[1, 0, 1]])}, DataError, "padded on the left"),
         ({"attention_mask": torch.tensor([[0, 0, 0]])}, DataError, "end with a one"),
         ({"attention_mask": torch.ones(2, 3)}, DataError, "attention_mask has shape"),
-        ({"temperature": -1.0}, ConfigError, "temperature must be at least 0"),
+        ({"temperature": -1.0}, ConfigError, "temperature must be greater than or equal to 0"),
     ],
 )
 def test_invalid_input_is_one_sentence(make_model, arguments, error, sentence):

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from horovod_lm.generation.sampling import (
     filtered_probabilities,
     generation_config,
-    keep_top_k,
-    keep_top_p,
     make_generator,
     sample,
 )
@@ -28,16 +26,18 @@ def how(temperature: float = 1.0, top_k: int | None = None, top_p: float | None 
     return generation_config(temperature=temperature, top_k=top_k, top_p=top_p)
 
 
-def kept(logits: torch.Tensor) -> list[int]:
-    return logits.isfinite().nonzero().flatten().tolist()
+def kept(**settings) -> list[int]:
+    return filtered_probabilities(LOGITS, how(**settings)).nonzero().flatten().tolist()
 
 
-def test_top_k_keeps_the_k_largest_and_leaves_them_as_they_are():
-    filtered = keep_top_k(LOGITS, 2)
-    assert kept(filtered) == [1, 3]
-    assert torch.equal(filtered[[1, 3]], LOGITS[[1, 3]])
-    assert kept(keep_top_k(LOGITS, 99)) == [0, 1, 2, 3, 4]
-    assert len(kept(keep_top_k(torch.zeros(5), 2))) == 2  # a tie is broken, not kept whole
+@pytest.mark.parametrize(("top_k", "expected"), [(1, [1]), (2, [1, 3]), (99, [0, 1, 2, 3, 4])])
+def test_top_k_keeps_the_k_most_likely_tokens(top_k, expected):
+    assert kept(top_k=top_k) == expected
+    probabilities = filtered_probabilities(LOGITS, how(top_k=top_k))
+    wanted = PROBABILITIES[expected] / PROBABILITIES[expected].sum()
+    torch.testing.assert_close(probabilities[expected], wanted)
+    tied = filtered_probabilities(torch.zeros(5), how(top_k=2))
+    assert tied.count_nonzero() == 2  # a tie is broken
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_top_k_keeps_the_k_largest_and_leaves_them_as_they_are():
     [(0.01, [1]), (0.39, [1]), (0.45, [1, 3]), (0.75, [1, 2, 3]), (0.9, [1, 2, 3, 4])],
 )
 def test_top_p_keeps_the_fewest_tokens_that_reach_p(top_p, expected):
-    assert kept(keep_top_p(LOGITS, top_p)) == expected
+    assert kept(top_p=top_p) == expected
 
 
 def test_temperature_by_hand():
@@ -135,12 +135,12 @@ def test_generators_repeat_with_a_seed_and_differ_without():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"temperature": -0.1}, "temperature must be at least 0, not -0.1"),
+        ({"temperature": -0.1}, "temperature must be greater than or equal to 0, not -0.1"),
         ({"temperature": math.nan}, "temperature must be"),
         ({"temperature": math.inf}, "temperature must be a finite number"),
-        ({"top_k": -1}, "top_k must be at least 0, not -1"),
+        ({"top_k": -1}, "top_k must be greater than or equal to 0, not -1"),
         ({"top_p": 0.0}, "top_p must be greater than 0, not 0.0"),
-        ({"top_p": 1.5}, "top_p must be at most 1, not 1.5"),
+        ({"top_p": 1.5}, "top_p must be less than or equal to 1, not 1.5"),
         ({"top_p": math.nan}, "top_p must be"),
         ({"num_samples": 0}, "num_samples must be greater than 0, not 0"),
         ({"max_new_tokens": -1}, "max_new_tokens must be greater than 0, not -1"),

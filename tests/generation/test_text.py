@@ -21,6 +21,7 @@ from horovod_lm.generation import load
 from horovod_lm.generation.text import decode_stream
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.training.checkpoint import save_checkpoint
+from horovod_lm.utils import distributed
 from horovod_lm.utils.config import GenerationConfig, config_from_dict, save_config
 from horovod_lm.utils.errors import CheckpointError, ConfigError, DataError
 
@@ -86,7 +87,7 @@ def test_a_checkpoint_alone_is_enough(model, run_folder, part):
 def test_the_contracts_call_works_on_a_machine_without_a_gpu(run_folder, tmp_path, capfd):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    load._say_once.cache_clear()
+    distributed._print_once.cache_clear()
     config_path = save_config(CONFIG.with_overrides(["generation.top_k=3"]), tmp_path / "c.yaml")
     model, tokenizer, config = load_model_for_generation(
         checkpoint_path=str(run_folder / "checkpoints/best_model.pt"),
@@ -138,7 +139,7 @@ def test_what_cannot_be_loaded_is_one_sentence(model, tmp_path):
     (tmp_path / "tokenizer.json").write_text(ByteTokenizer().to_json())
     assert load_model_for_generation(mute)[1].name == "byte"
     with pytest.raises(ConfigError, match="'gpu' is no device"):
-        load.choose_device("gpu")
+        distributed.choose_device("gpu")
 
 
 def test_only_weights_with_as_many_outputs_as_inputs_are_stored_by_column(model, run_folder):
@@ -199,7 +200,7 @@ def test_streamed_text_is_the_text_for_any_prompt(model, prompt, seed, temperatu
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
-        ({"temperature": -1}, ConfigError, "temperature must be at least 0"),
+        ({"temperature": -1}, ConfigError, "temperature must be greater than or equal to 0"),
         ({"device": "abacus"}, ConfigError, "'abacus' is no device"),
         ({"prompt": "a\ud800b"}, DataError, "unpaired surrogate"),
     ],

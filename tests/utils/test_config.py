@@ -7,13 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from horovod_lm.utils import config as module
+from horovod_lm import generate
 from horovod_lm.utils.config import (
     Config,
+    GenerationConfig,
+    HostConfig,
+    all_settings,
     config_from_dict,
     find_project_root,
     load_config,
@@ -24,7 +26,10 @@ from horovod_lm.utils.errors import ConfigError
 from tests.conftest import ROOT
 
 SHIPPED = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
-SECTIONS = ("model", "training", "data", "generation", "paths", "distributed")
+SECTIONS = list(Config.model_fields)
+SETTINGS = all_settings() | {
+    f"distributed.hosts.{name}": field for name, field in HostConfig.model_fields.items()
+}
 
 
 @pytest.fixture
@@ -41,59 +46,74 @@ def write(tmp_path):
 
 
 def complaint(error: pytest.ExceptionInfo[BaseException]) -> str:
-    """Return an error's text, having made sure that it is one line, and nothing of a traceback."""
+    """Return an error's text, after a check that it is one line without a traceback."""
     text = str(error.value)
     assert text and "\n" not in text and "Traceback" not in text
     assert "pydantic" not in text.lower()
     return text
 
 
-# The shipped files -----------------------------------------------------------------------------
+# One source: the fields of config.py -----------------------------------------------------------
+
+
+def settings_in(name: str) -> list[tuple[str, str]]:
+    """Return the dotted keys of a shipped file, in order, and the comments beside them."""
+    found, section = [], ""
+    for line in (ROOT / "configs" / name).read_text(encoding="utf-8").splitlines():
+        match = re.match(r"( *)(?:- )?(\w+):([^#]*)(?:# (.*))?$", line)
+        if match is None:
+            assert not line or line.lstrip().startswith("#"), line  # one key per line
+        elif not match[1] and match[2] != "seed":
+            section = match[2]
+        else:
+            parent = {0: "", 2: f"{section}.", 4: f"{section}.hosts.", 6: f"{section}.hosts."}
+            found.append((parent[len(match[1])] + match[2], match[4] or ""))
+    return found
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_file_loads(name):
+def test_the_comment_of_a_key_is_the_description_of_its_field(name):
     config = load_config(ROOT / "configs" / name)
     assert config.project_root == ROOT
     assert config.resolve(config.data.data_dir).is_relative_to(ROOT)
+    for key, comment in settings_in(name):
+        field = SETTINGS[key]
+        meaning = field.description.split("\n")[0]
+        assert meaning.endswith("."), key
+        if name == "config.yaml":  # it has every setting, so it is where a default is looked up
+            section, _, word = key.rpartition(".")
+            value = getattr(getattr(config, section) if section else config, word)
+            if value != field.default:
+                shown = "null" if field.default is None else field.default
+                meaning = meaning[:-1] + f" (default: {shown})."
+        assert comment + "." == meaning, key
+
+
+def test_config_yaml_has_every_setting_in_the_order_of_the_fields():
+    assert [key for key, _ in settings_in("config.yaml")] == list(all_settings())
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_file_explains_each_key_where_it_stands(name):
-    lines = (ROOT / "configs" / name).read_text(encoding="utf-8").splitlines()
-    bare = []
-    for number, line in enumerate(lines):
-        assert not re.search(r"\{.*:", line.split("#")[0]), f"line {number + 1}: one key per line"
-        key = re.match(r"\s*(?:- )?(\w+):", line)
-        if key is None or key.group(1) in SECTIONS:
-            continue
-        above = lines[number - 1].lstrip() if number else ""
-        if not re.search(r"#\s*\S.{5,}", line) and not above.startswith("#"):
-            bare.append(f"{name}:{number + 1}: {key.group(1)}")
-    assert bare == []
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_file_says_in_its_header_what_it_costs(name):
-    header = (ROOT / "configs" / name).read_text(encoding="utf-8").split("\n\nmodel:")[0]
-    assert all(line.startswith("#") for line in header.splitlines())
+def test_the_header_of_a_file_and_the_readme_have_its_number_of_parameters(name):
+    torch = pytest.importorskip("torch")
     from horovod_lm.models.transformer_lm import TransformerLM
 
-    shape = load_config(ROOT / "configs" / name).model.model_dump()
-    torch = pytest.importorskip("torch")
+    header = (ROOT / "configs" / name).read_text(encoding="utf-8").split("\n\nmodel:")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert "default" in header and "horovod_lm/utils/config.py" in header
     with torch.device("meta"):
-        parameters = sum(tensor.numel() for tensor in TransformerLM(**shape).parameters())
-    assert f"{parameters:,}" in header
+        model = TransformerLM(**load_config(ROOT / "configs" / name).model.model_dump())
+    parameters = sum(tensor.numel() for tensor in model.parameters())
+    assert f"{parameters:,} parameters" in header
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [row] = re.findall(rf"^\| \[{re.escape(name)}\].*$", readme, re.MULTILINE)
+    assert f" {parameters:,} " in row or f" {parameters / 1e6:.0f} M " in row
 
 
-def test_config_yaml_holds_every_setting_there_is():
-    content = yaml.safe_load((ROOT / "configs" / "config.yaml").read_text(encoding="utf-8"))
-    for section in SECTIONS:
-        assert list(content[section]) == list(Config().to_dict()[section]), section
-    assert set(content) == {*SECTIONS, "seed"}
-
-
-# Defaults --------------------------------------------------------------------------------------
+def test_the_options_of_a_command_are_explained_as_the_settings_are():
+    options = {action.dest: action.help for action in generate.build_parser()._actions}
+    for name, field in GenerationConfig.model_fields.items():
+        assert options[name] == field.description
 
 
 def test_defaults_are_the_contracts():
@@ -103,20 +123,14 @@ def test_defaults_are_the_contracts():
              "gradient_checkpointing": False}  # fmt: skip
     generation = {"max_new_tokens": 100, "temperature": 0.8, "top_k": 50, "top_p": 0.9,
                   "num_samples": 1, "seed": None}  # fmt: skip
-    assert config.model.model_dump() == model == load_config(
-        ROOT / "configs" / "config.yaml").model.model_dump()  # fmt: skip
+    assert config.model.model_dump() == model
+    assert config.model == load_config(ROOT / "configs" / "config.yaml").model
     assert config.generation.model_dump() == generation
     assert config.training.learning_rate == 3e-4
     assert config.training.per_gpu_batch_size == 16
     assert config.training.gradient_accumulation_steps == 2
     assert config.data.data_dir == "notebooks/data/preprocessed/v1"
     assert config.distributed.compression == "none"
-
-
-def test_every_setting_is_explained_in_the_code():
-    for section in SECTIONS:
-        for name, field in type(getattr(Config(), section)).model_fields.items():
-            assert field.description and field.description.endswith("."), f"{section}.{name}"
 
 
 # Round trips -----------------------------------------------------------------------------------
@@ -264,6 +278,25 @@ def test_a_number_in_exponent_form_is_a_number(write, text):
     assert changed.training.learning_rate == load_config(path).training.learning_rate
 
 
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        ("*.txt", "*.txt"),
+        ("my #1 book.txt", "my #1 book.txt"),
+        ("Chapter 1: x.txt", "Chapter 1: x.txt"),
+        ("1984", "1984"),
+        ("[2024] books", "[2024] books"),
+        ("&a!%@`|>-", "&a!%@`|>-"),
+        ("[a, '*.txt']", ["a", "*.txt"]),
+        ("'null'", "null"),
+        ("null", None),
+        ("", None),
+    ],
+)
+def test_set_takes_a_text_as_it_is(write, value, path):
+    assert load_config(write("seed: 1"), [f"data.path={value}"]).data.path == path
+
+
 @pytest.mark.parametrize("text", ["", "# nothing\n", "model:\n", "model: {}\nseed: 42\n"])
 def test_an_empty_file_or_section_means_the_defaults(write, text):
     assert load_config(write(text)).to_dict() == Config().to_dict()
@@ -274,8 +307,7 @@ def test_overrides_as_strings_and_as_mappings(write):
     for overrides in (
         ["model.d_model=32", "training.max_steps=null", "data.path=[a, b]"],
         {"model": {"d_model": 32}, "training": {"max_steps": None}, "data": {"path": ["a", "b"]}},
-        {"model.d_model": 32, "training.max_steps": None, "data.path": ["a", "b"]},
-        {"model": {"d_model": 32}, "training.max_steps": None, "data": {"path": ["a", "b"]}},
+        {"model.d_model": 32, "training": {"max_steps": None}, "data.path": ["a", "b"]},
     ):
         config = load_config(path, overrides)
         assert (config.model.d_model, config.model.n_heads) == (32, 4)
@@ -285,64 +317,65 @@ def test_overrides_as_strings_and_as_mappings(write):
 
 # Bad input, one sentence each ------------------------------------------------------------------
 
-BAD_FILES = {
-    "an unknown key": ("model: {d_modle: 8}", ["model.d_modle", "the nearest is model.d_model"]),
-    "a key in the wrong section": ("data: {d_model: 8}", ["data.d_model", "model.d_model"]),
-    "a key outside its section": ("learning_rate: 1", ["learning_rate", "training.learning_rate"]),
-    "an unknown section": ("trainning: {}", ["trainning", "the nearest is training"]),
-    "an unknown key of a host": ("distributed: {hosts: [{nam: a}]}",
-                                 ["distributed.hosts.0.nam ", "distributed.hosts.0.name"]),
-    "a missing key": ("distributed: {hosts: [{slots: 2}]}", ["distributed.hosts.0.name"]),
-    "a text for a number": ("model: {d_model: wide}",
-                            ["model.d_model must be a whole number, not 'wide'"]),
-    "a fraction for a whole number": ("model: {n_layers: 1.5}", ["model.n_layers", "1.5"]),
-    "true for a number": ("model: {n_layers: true}", ["model.n_layers", "whole number"]),
-    "a number for a text": ("data: {data_dir: 3}", ["data.data_dir must be a text, not 3"]),
-    "a quoted number": ("seed: '3e-4'", ["seed must be a whole number"]),
-    "a list for a section": ("model: [1]", ["model must be a section of settings"]),
-    "yes for true": ("training: {compile: 1}", ["training.compile must be true or false"]),
-    "an unknown choice": ("training: {optimizer: adam}",
-                          ["training.optimizer", "'adamw' or 'sgd'", "not 'adam'"]),
-    "a number or auto": ("distributed: {threads_per_rank: all}",
-                         ["distributed.threads_per_rank must be a whole number or 'auto'"]),
-    "heads that do not divide": ("model: {d_model: 10, n_heads: 3}",
-                                 ["d_model (10) must be divisible by n_heads (3)"]),
-    "padding outside the vocabulary": ("model: {vocab_size: 10}", ["pad_token_id", "vocab_size"]),
-    "a negative rate": ("training: {learning_rate: -1e-3}",
-                        ["training.learning_rate must be greater than 0, not -0.001"]),
-    "an infinite rate": ("training: {learning_rate: .inf}", ["training.learning_rate", "finite"]),
-    "no number": ("training: {weight_decay: .nan}", ["training.weight_decay", "not nan"]),
-    "a probability above one": ("generation: {top_p: 1.5}",
-                                ["generation.top_p must be at most 1, not 1.5"]),
-    "dropout of everything": ("model: {dropout: 1.0}", ["model.dropout must be less than 1"]),
-    "files without a path": ("data: {source: files}", ["data", "source 'files' needs a path"]),
-    "hub without a name": ("data: {source: hub}", ["data", "hub_dataset"]),
-    "a context of one token": ("model: {max_seq_len: 1}", ["model.max_seq_len", "greater than 1"]),
-    "a seed below zero": ("seed: -1", ["seed must be at least 0, not -1"]),
-    "the project root": ("project_root: /", ["project_root is not a setting"]),
-    "one key twice": ("seed: 1\nmodel: {}\nseed: 2", ["'seed' stands there twice (line 3)"]),
-    "one key twice within": ("model:\n  d_ff: 1\n  d_ff: 2", ["'d_ff'", "twice (line 3)"]),
-    "no sections": ("just words", ["must hold sections", "just words"]),
-    "a list": ("- 1", ["must hold sections"]),
-    "a key that is a number": ("1: 2", ["1 must be named by a text"]),
-    "a key that is a list": ("? [1]\n: 2", ["not valid YAML"]),
-    "an open bracket": ("model: {d_ff: 3", ["is not valid YAML", "line 1"]),
-    "a tab": ("model:\n\td_ff: 3", ["is not valid YAML", "line 2"]),
-    "two documents": ("a: 1\n---\nb: 2", ["is not valid YAML"]),
-    "code": ("seed: !!python/object/apply:os.getpid []", ["is not valid YAML"]),
-    "no date": ("seed: 2024-13-45", ["cannot be read", "month"]),
-    "not a text file": (b"\x80\x02\xff\x00", ["cannot be read", "utf-8"]),
-    "zero bytes": (b"\x00\x00", ["is not valid YAML"]),
-    "half a character": (r'paths: {run_dir: "\uD800"}', ["cannot be written"]),
-    "a knot": ("model: &knot {d_ff: *knot}", ["model.d_ff must be a whole number"]),
-    "too deep": ("[" * 5000, ["cannot be read"]),
-    "too many digits": ("seed: " + "9" * 5000, ["cannot be read", "digits"]),
-}  # fmt: skip
+# A file's text, and parts of the sentence about it.
+BAD_FILES = [
+    ("model: {d_modle: 8}", ["model.d_modle is not a setting; the nearest is model.d_model"]),
+    ("data: {d_model: 8}", ["data.d_model", "the nearest is model.d_model"]),
+    ("learning_rate: 1", ["learning_rate", "the nearest is training.learning_rate"]),
+    ("trainning: {}", ["trainning", "the nearest is training"]),
+    ("distributed: {enviroment: {}}", ["the nearest is distributed.environment"]),
+    ("zzz: 1", ["zzz is not a setting"]),
+    ("project_root: /", ["project_root is not a setting"]),
+    ("distributed: {hosts: [{nam: a}]}", ["hosts.0.nam ", "nearest is distributed.hosts.0.name"]),
+    ("distributed: {hosts: [{slots: 2}]}", ["distributed.hosts.0.name is missing"]),
+    ("distributed: {hosts: [{name: a b}]}", ["distributed.hosts.0.name must match pattern"]),
+    ("distributed: {environment: {MY-VAR: a}}",
+     ["distributed.environment.MY-VAR must match pattern '^[A-Za-z_][A-Za-z0-9_]*$'"]),
+    ("distributed: {environment: {A: 1}}", ["environment.A must be a valid string, not 1"]),
+    ("distributed: {threads_per_rank: all}",
+     ["distributed.threads_per_rank must be a valid integer or 'auto', not 'all'"]),
+    ("distributed: {ssh_user: me}", ["distributed: ssh_user needs ssh_identity_file"]),
+    ("model: {d_model: wide}", ["model.d_model must be a valid integer, not 'wide'"]),
+    ("model: {n_layers: 1.5}", ["model.n_layers must be a valid integer, not 1.5"]),
+    ("model: {n_layers: true}", ["model.n_layers must be a valid integer, not True"]),
+    ("data: {data_dir: 3}", ["data.data_dir must be a valid string, not 3"]),
+    ("data: {path: 3}", ["data.path must be a valid string or a valid list, not 3"]),
+    ("seed: '3e-4'", ["seed must be a valid integer"]),
+    ("model: [1]", ["model must be a valid dictionary, not [1]"]),
+    ("training: {compile: 1}", ["training.compile must be a valid boolean"]),
+    ("training: {optimizer: adam}", ["training.optimizer must be 'adamw' or 'sgd', not 'adam'"]),
+    ("model: {d_model: 10, n_heads: 3}", ["d_model (10) must be divisible by n_heads (3)"]),
+    ("model: {vocab_size: 10}", ["pad_token_id", "vocab_size"]),
+    ("model: {max_seq_len: 1}", ["model.max_seq_len must be greater than 1"]),
+    ("model: {dropout: 1.0}", ["model.dropout must be less than 1"]),
+    ("training: {learning_rate: -1e-3}", ["learning_rate must be greater than 0, not -0.001"]),
+    ("training: {learning_rate: .inf}", ["training.learning_rate must be a finite number"]),
+    ("training: {weight_decay: .nan}", ["training.weight_decay must be", "not nan"]),
+    ("generation: {top_p: 1.5}", ["generation.top_p must be less than or equal to 1, not 1.5"]),
+    ("data: {source: files}", ["data: source 'files' needs a path"]),
+    ("data: {source: hub}", ["data: source 'hub' needs hub_dataset"]),
+    ("seed: 1\nmodel: {}\nseed: 2", [', line 3: found duplicate key "seed"']),
+    ("model:\n  d_ff: 1\n  d_ff: 2", [', line 3: found duplicate key "d_ff"']),
+    ("just words", ["must contain sections", "just words"]),
+    ("- 1", ["must contain sections"]),
+    ("1: 2", ["1 must be strings, not 1"]),
+    ("? [1]\n: 2", ["must be strings"]),
+    ("model: {d_ff: 3", ["line 1: expected ',' or '}'"]),
+    ("model:\n\td_ff: 3", ["line 2: found character"]),
+    ("a: 1\n---\nb: 2", ["line 2: but found another document"]),
+    ("seed: !!python/object/apply:os.getpid []", ["line 1: could not determine a constructor"]),
+    ("seed: 2024-13-45", ["cannot be read", "month"]),
+    (b"\x80\x02\xff\x00", ["cannot be read", "utf-8"]),
+    (b"\x00\x00", ["cannot be read"]),
+    (r'paths: {run_dir: "\uD800"}', ["cannot be written"]),
+    ("model: &knot {d_ff: *knot}", ["model.d_ff must be a valid integer"]),
+    ("[" * 5000, ["cannot be read"]),
+    ("seed: " + "9" * 5000, ["cannot be read", "digits"]),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_one_sentence_with_file_and_key(write, name):
-    text, says = BAD_FILES[name]
+@pytest.mark.parametrize(("text", "says"), BAD_FILES, ids=lambda value: str(value)[:40])
+def test_a_bad_file_is_one_sentence_with_file_and_key(write, text, says):
     path = write(text)
     with pytest.raises(ConfigError) as error:
         load_config(path)
@@ -353,26 +386,26 @@ def test_a_bad_file_is_one_sentence_with_file_and_key(write, name):
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "sentence"),
     [
-        ("model.d_modle=8", ["model.d_modle", "the nearest is model.d_model"]),
-        ("model.d_model=wide", ["model.d_model must be a whole number, not 'wide'"]),
-        ("d_model=8", ["d_model is not a setting", "model.d_model"]),
-        ("model.d_model", ["--set takes KEY=VALUE", "'model.d_model'"]),
-        ("=8", ["--set takes KEY=VALUE"]),
-        ("..=8", ["is not a setting"]),
-        ("model.d_model=[8", ["--set model.d_model", "cannot be read"]),
-        ("model.d_model.x=8", ["model.d_model must be a whole number"]),
-        ("seed.x=8", ["seed must be a whole number"]),
-        ("model=8", ["model must be a section"]),
-        ("model.n_heads=" + "[" * 5000, ["--set model.n_heads", "cannot be read"]),
+        ("model.d_modle=8", "model.d_modle is not a setting; the nearest is model.d_model"),
+        ("model.d_model=wide", "model.d_model must be a valid integer, not 'wide'"),
+        ("d_model=8", "d_model is not a setting; the nearest is model.d_model"),
+        ("model.d_model", "--set takes KEY=VALUE, .*not 'model.d_model'"),
+        ("=8", "--set takes KEY=VALUE"),
+        ("..=8", "is not a setting"),
+        ("model.d_model=[8", r"model.d_model must be a valid integer, not '\[8'"),
+        ("model.d_model.x=8", "model.d_model must be a valid integer"),
+        ("seed.x=8", "seed must be a valid integer"),
+        ("model=8", "model must be a valid dictionary"),
+        ("model.n_heads=" + "[" * 5000, "model.n_heads must be a valid integer"),
+        ("model=&knot {d_ff: *knot}", "is nested too deeply"),
     ],
 )
-def test_a_bad_override_is_one_sentence(write, override, says):
-    with pytest.raises(ConfigError) as error:
+def test_a_bad_override_is_one_sentence(write, override, sentence):
+    with pytest.raises(ConfigError, match=sentence) as error:
         load_config(write("seed: 1"), [override])
-    for part in says:
-        assert part in complaint(error)
+    complaint(error)
 
 
 def test_a_missing_file_is_one_sentence_that_names_the_others(write, monkeypatch):
@@ -390,7 +423,7 @@ def test_a_missing_file_is_one_sentence_that_names_the_others(write, monkeypatch
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-KEYS = (st.sampled_from(module._valid_keys()).map(lambda key: key.rpartition(".")[2])
+KEYS = (st.sampled_from(list(SETTINGS)).map(lambda key: key.rpartition(".")[2])
         | st.sampled_from(SECTIONS) | st.text(max_size=8) | st.integers() | st.none())  # fmt: skip
 NESTED = st.recursive(
     SCALARS,
@@ -422,7 +455,7 @@ def test_no_text_raises_anything_but_a_sentence(tmp_path_factory, text):
 
 @given(
     overrides=st.lists(st.text(max_size=20) | st.builds(
-        "{}={}".format, st.sampled_from(module._valid_keys()), st.text(max_size=12)), max_size=3)
+        "{}={}".format, st.sampled_from(list(SETTINGS)), st.text(max_size=12)), max_size=3)
     | st.dictionaries(KEYS, NESTED, max_size=3)
 )  # fmt: skip
 @example(overrides={"distributed": {"hosts": {"a": 1}}})
