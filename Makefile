@@ -29,7 +29,7 @@ setup:  ## make the environment: torch, this package, Horovod built for it
 	@$(SETUP) $(if $(filter setup,$(MAKECMDGOALS)),$(NEXT))
 
 example: setup  ## train a GPT on two Horovod ranks on real text, and let it talk
-	@$(RUN) -m horovod_lm.teaching.notebooks execute horovod_transformer.example.ipynb \
+	@$(RUN) -m horovod_lm.teaching.notebooks horovod_transformer.example.ipynb \
 		--out runs/example/horovod_transformer.example.ipynb
 	@$(SETUP) $(NEXT)
 
@@ -37,7 +37,7 @@ lab: setup  ## open JupyterLab on the course
 	@$(RUN) -m jupyterlab
 
 notebooks: setup  ## execute every notebook and store its outputs
-	@$(RUN) -m horovod_lm.teaching.notebooks execute --in-place \
+	@$(RUN) -m horovod_lm.teaching.notebooks --in-place \
 		$(sort $(wildcard *.ipynb)) $(sort $(wildcard notebooks/*.ipynb))
 
 test: setup  ## run every test

@@ -1,1 +1,1 @@
-"""Tools for instructors: notebook runner and checks, classroom, simulated hosts."""
+"""Tools for instructors: notebook runner, classroom, simulated hosts."""

@@ -1,13 +1,12 @@
-"""For whoever teaches the course: pages without solutions, pages with them, and answers graded.
+"""Hand out pages without solutions, write pages with solutions, and grade answers.
 
     python -m horovod_lm.teaching.classroom handout notebooks/*.ipynb --out handout
     python -m horovod_lm.teaching.classroom solutions notebooks/*.ipynb --out solutions
     python -m horovod_lm.teaching.classroom grade handed_in/*.ipynb --csv grades.csv
 
-All come from the course's own pages, in which every exercise is written once (see exercises.py).
-Grading takes nothing but the answers from what is handed in: they are put into the course's page,
-and its checks are run, whatever else was changed. It runs the students' code with your rights, and
-judges answers, not honesty.
+Everything is made from the course's own pages, in which each exercise is written once (see
+exercises.py). Grading copies only the answers from a file into the course's page and runs the
+page's checks, so other changes do not matter. It runs the students' code with your permissions.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,23 +29,21 @@ from horovod_lm.jupyter.exercises import (
     solutions,
     with_solutions,
 )
-from horovod_lm.teaching.notebook_checks import MAY_RAISE
-from horovod_lm.teaching.notebooks import NotebookError, execute, read_notebook, store
+from horovod_lm.teaching.notebooks import MAY_RAISE, NotebookError, execute, read_notebook, store
 from horovod_lm.utils.cli import run_cli
-from horovod_lm.utils.progress import ProgressLine
 
 COURSE = Path("notebooks")
-SECONDS_FOR_A_CELL = 300
+CELL_TIMEOUT = 300  # seconds
 
 
 @dataclass(frozen=True)
 class Grade:
-    """What one exercise's check said of an answer.
+    """The result of one exercise's check.
 
     Attributes:
-        exercise: the exercise, by the id of its stub's cell.
-        right: whether every check below it is satisfied.
-        said: the line of the first check that is not, or of the last one.
+        exercise: the id of the stub's cell.
+        right: whether every check of the exercise passed.
+        said: the line that the first failing check printed, or the last line.
     """
 
     exercise: str
@@ -69,97 +65,70 @@ def handout(page: NotebookNode) -> NotebookNode:
     return copied
 
 
-def answered(page: NotebookNode, answers: NotebookNode) -> NotebookNode:
-    """Return the exercises of a page, with the answers that another notebook gives to them.
-
-    Args:
-        page: the course's page.
-        answers: what was handed in; only the cells of exercises are taken from it.
-    """
+def with_answers(page: NotebookNode, answers: NotebookNode) -> NotebookNode:
+    """Return the exercises of a page with the answers of another notebook in their stubs."""
     given = {cell.id: cell.source for cell in answers.cells}
     alone = exercises_alone(page)
-    for index, cell in enumerate(alone.cells):
-        if STUB_TAG in cell.metadata.get("tags", []):
-            cell.source = given.get(cell.id, cell.source)
-            # An answer may be no Python at all: the other exercises are graded all the same.
-            for judged in alone.cells[index : index + 2]:
-                judged.metadata["tags"] = [*judged.metadata.get("tags", []), MAY_RAISE]
+    for stub, check in _exercises(alone):
+        stub.source = given.get(stub.id, stub.source)
+        for cell in (stub, check):  # an answer that is not Python must not stop the others
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), MAY_RAISE]
     return alone
 
 
 def grade(page: NotebookNode, answers: NotebookNode, course: Path = COURSE) -> list[Grade]:
-    """Run the checks of a page on the answers of a notebook.
+    """Run the checks of a page on the answers in a notebook.
 
     Args:
         page: the course's page.
-        answers: what was handed in.
-        course: the folder of the course's pages; the configurations lie beside it.
+        answers: the notebook that was handed in.
+        course: the folder of the course's pages; the configurations are beside it.
 
     Returns:
-        One grade for each exercise, in the page's order.
+        One grade per exercise, in the page's order.
     """
-    failure = ""
+    failure = "the check printed nothing"
     with tempfile.TemporaryDirectory() as folder:
-        inside = Path(folder) / course.name
-        inside.mkdir()
-        os.symlink((course.parent / "configs").resolve(), Path(folder) / "configs")
-        file, done = inside / "page.ipynb", inside / "done.ipynb"
-        store(answered(page, answers), file)
+        Path(folder, "configs").symlink_to((course.parent / "configs").resolve())
+        file, executed = (Path(folder, course.name, name) for name in ("page.ipynb", "done.ipynb"))
+        store(with_answers(page, answers), file)
         try:
-            notebook = execute(file, done, SECONDS_FOR_A_CELL, ProgressLine(enabled=False))
-        except NotebookError as error:
-            notebook, failure = read_notebook(done), _reason(error)
-    cells = notebook.cells
-    return [
-        _judge(cell.id, cells[index + 1], failure)
-        for index, cell in enumerate(cells)
-        if STUB_TAG in cell.metadata.get("tags", [])
-    ]
+            notebook = execute(file, executed, CELL_TIMEOUT, quiet=True)
+        except NotebookError as error:  # its last line names the stored notebook
+            notebook, failure = read_notebook(executed), str(error).splitlines()[-2]
+    return [_judge(stub.id, check, failure) for stub, check in _exercises(notebook)]
 
 
 def page_of(answers: NotebookNode, course: Path = COURSE) -> Path:
-    """Return the page whose exercises a notebook answers, whatever its file is called.
+    """Return the page whose exercises a notebook answers; the file's name does not matter.
 
     Raises:
-        NotebookError: there is none.
+        NotebookError: no page has any of its cells as an exercise.
     """
     cells = {cell.id for cell in answers.cells}
     for path in sorted(course.glob("*.ipynb")):
         if solutions(read_notebook(path)).keys() & cells:
             return path
     raise NotebookError(
-        f"no page in {course} has these exercises: call it in the course's folder, or say --course"
+        f"no page in {course} has the exercises of this notebook: run it in the project's folder,"
+        " or set --course"
     )
 
 
+def _exercises(notebook: NotebookNode) -> list[tuple[NotebookNode, NotebookNode]]:
+    """Return the stub of each exercise and the check below it."""
+    pairs = zip(notebook.cells, notebook.cells[1:], strict=False)
+    return [pair for pair in pairs if STUB_TAG in pair[0].metadata.get("tags", [])]
+
+
 def _judge(exercise: str, check: NotebookNode, failure: str) -> Grade:
-    """Read what a check printed, or say why it printed nothing."""
-    lines = "".join(
-        output.text for output in check.outputs if output.output_type == "stream"
-    ).splitlines()
+    """Read what a check printed; `failure` is why it may have printed nothing."""
+    printed = "".join(output.get("text", "") for output in check.outputs).splitlines()
     errors = [output for output in check.outputs if output.output_type == "error"]
-    if errors:
-        lines.append(f"not yet: {errors[0].ename}: {errors[0].evalue}")
-    if not lines:
-        return Grade(exercise, False, f"not yet: {failure or 'the check said nothing'}")
-    wrong = [line for line in lines if not line.startswith(RIGHT)]
-    return Grade(exercise, not wrong, [*wrong, lines[-1]][0])
-
-
-def _reason(error: NotebookError) -> str:
-    """Return why an execution ended: the last line before the note on where it is stored."""
-    return str(error).splitlines()[-2]
-
-
-def _write(
-    pages: Iterable[Path], folder: Path, change: Callable[[NotebookNode], NotebookNode]
-) -> None:
-    for path in pages:
-        target = folder / path.name
-        if target.resolve() == path.resolve():
-            raise NotebookError(f"{path} would be overwritten: choose another --out")
-        store(change(read_notebook(path)), target)
-        print(target)
+    printed += [f"not yet: {error.ename}: {error.evalue}" for error in errors]
+    printed = printed or [f"not yet: {failure}"]
+    wrong = [line for line in printed if not line.startswith(RIGHT)]
+    return Grade(exercise, not wrong, [*wrong, printed[-1]][0])
 
 
 def _grade_all(files: Sequence[Path], course: Path, table: Path | None) -> None:
@@ -174,44 +143,37 @@ def _grade_all(files: Sequence[Path], course: Path, table: Path | None) -> None:
             rows.append((file, path.name, one.exercise, int(one.right), one.said))
     if table is not None:
         with table.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(("file", "page", "exercise", "right", "said"))
-            writer.writerows(rows)
+            csv.writer(stream).writerows([("file", "page", "exercise", "right", "said"), *rows])
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m horovod_lm.teaching.classroom",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in (
-        ("handout", "write pages without their solutions"),
-        ("solutions", "write pages whose exercises are solved; execute them to see the outputs"),
-    ):
-        writing = commands.add_parser(name, help=what)
-        writing.add_argument("files", nargs="+", type=Path, metavar="FILE")
-        writing.add_argument("--out", required=True, type=Path, metavar="FOLDER")
-    grading = commands.add_parser("grade", help="run the course's checks on answers handed in")
-    grading.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    grading.add_argument(
+    parser.add_argument("action", choices=("handout", "solutions", "grade"))
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write the pages")
+    parser.add_argument(
         "--course", type=Path, default=COURSE, metavar="FOLDER",
-        help="where the course's pages are (default: %(default)s)",
+        help="where the course's pages are, for grade (default: %(default)s)",
     )  # fmt: skip
-    grading.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each exercise")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code."""
-    arguments = build_parser().parse_args(argv)
-    if arguments.command == "grade":
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a row per graded exercise")
+    arguments = parser.parse_args(argv)
+    if arguments.action == "grade":
         _grade_all(arguments.files, arguments.course, arguments.csv)
-    else:
-        change = handout if arguments.command == "handout" else with_solutions
-        _write(arguments.files, arguments.out, change)
+        return 0
+    if arguments.out is None:
+        parser.error(f"{arguments.action} needs --out FOLDER")
+    change = handout if arguments.action == "handout" else with_solutions
+    for path in arguments.files:
+        target = arguments.out / path.name
+        if target.resolve() == path.resolve():
+            raise NotebookError(f"{path} would be overwritten: choose another --out")
+        store(change(read_notebook(path)), target)
+        print(target)
     return 0
 
 

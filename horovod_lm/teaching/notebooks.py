@@ -1,48 +1,45 @@
-"""Execute notebooks and store them, so that executing twice gives the same bytes; and check them.
+"""Execute notebooks and store them, so that executing twice gives the same bytes.
 
-    python -m horovod_lm.teaching.notebooks execute FILE --in-place     # run it, store its outputs
-    python -m horovod_lm.teaching.notebooks execute FILE --out OTHER    # run it, leave FILE alone
-    python -m horovod_lm.teaching.notebooks check FILE ...              # is what is stored whole?
+    python -m horovod_lm.teaching.notebooks FILE --in-place     # store the outputs in FILE
+    python -m horovod_lm.teaching.notebooks FILE --out OTHER    # leave FILE unchanged
 
-While a notebook runs, the terminal shows which part it has come to and what its cells print.
+While a notebook runs, the terminal shows the current section and what the cells print.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import psutil
-from ipykernel.kernelspec import get_kernel_dict
-from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
-from horovod_lm.teaching.notebook_checks import find_problems, headings, renew_table_of_contents
 from horovod_lm.utils.cli import run_cli
 from horovod_lm.utils.errors import UserError
 from horovod_lm.utils.progress import ProgressLine, format_seconds
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 CELL_TIMEOUT = 1800  # seconds; the longest cell trains for minutes, and machines differ
-PATIENCE = 5  # seconds that processes have to end by themselves
-_WHAT_ENDS_A_RUN = (
-    CellExecutionError,
-    CellTimeoutError,
-    DeadKernelError,
-    asyncio.CancelledError,
-)
+GRACE_PERIOD = 5  # seconds between SIGTERM and SIGKILL
+_FAILURES = (CellExecutionError, CellTimeoutError, DeadKernelError, asyncio.CancelledError)
+MAY_RAISE = "raises-exception"  # the tag of a cell that shows an error on purpose
+TOC_START, TOC_STOP = "<!-- toc -->", "<!-- tocstop -->"
+_FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+_HEADING = re.compile(r"^(#{1,6}) +(.+?)\s*$", re.MULTILINE)
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -52,59 +49,54 @@ class NotebookError(UserError):
 
 
 def execute(
-    path: str | Path,
-    out: str | Path,
-    timeout: int = CELL_TIMEOUT,
-    progress: ProgressLine | None = None,
+    path: str | Path, out: str | Path, timeout: int = CELL_TIMEOUT, quiet: bool = False
 ) -> NotebookNode:
-    """Run every cell of a notebook in a fresh kernel and store it with its outputs.
+    """Execute a notebook in a new kernel and store it with its outputs.
 
-    The kernel is the Python that runs this, whatever kernels are registered elsewhere, and its
-    commands come first on the PATH. Its working directory is the notebook's folder. Interrupted or
-    failing, it leaves no process behind, and the notebook on the disk as it was.
+    The kernel is this Python, whatever kernels are registered elsewhere, with this environment's
+    programs first on PATH. Its working directory is the notebook's folder. An interrupt or a
+    failing cell leaves no process behind and does not change the notebook at `path`.
 
     Args:
         path: the notebook.
-        out: where to store it; may be `path` itself.
-        timeout: seconds that a single cell may take.
-        progress: where to show what happens; the standard output if None.
+        out: where to store it; may be `path`.
+        timeout: seconds that a cell may take.
+        quiet: do not print progress.
 
     Returns:
         The executed notebook.
 
     Raises:
-        NotebookError: the notebook cannot be read, or a cell failed, died or took too long. What
-            was executed up to there is at `out`, unless that is `path`.
+        NotebookError: the notebook cannot be read, or a cell failed, died or took too long. The
+            partly executed notebook is stored at `out`, unless that is `path`.
     """
     path, out = Path(path), Path(out)
     notebook = read_notebook(path)
-    progress = progress or ProgressLine()
-    progress.say(f"{path}: {_count(notebook)} cells of code")
+    progress = ProgressLine(enabled=not quiet)
     started = time.monotonic()
     try:
-        asyncio.run(_Run(notebook, path, timeout, progress).to_its_end())
+        asyncio.run(_Run(notebook, path, timeout, progress).execute_all())
     except NotebookError as error:
         if out.resolve() == path.resolve():
             raise
         store(notebook, out)
-        raise NotebookError(f"{error}\nexecuted up to there: {out}") from None
+        raise NotebookError(f"{error}\nexecuted up to this cell: {out}") from None
     store(notebook, out)
     progress.say(f"executed in {format_seconds(time.monotonic() - started)}: {out}")
     return notebook
 
 
 def read_notebook(path: Path) -> NotebookNode:
-    """Return a notebook whose cells all have an id of their own.
+    """Return a notebook whose cells all have an id.
 
     Raises:
-        NotebookError: there is none, it is damaged, or a cell's id is missing.
+        NotebookError: the file cannot be read, is not a notebook, or a cell has no id.
     """
     try:
-        content = path.read_text(encoding="utf-8")
-        notebook = nbformat.reader.reads(content)
-        # nbformat would give them ids, but others at each execution.
+        notebook = nbformat.reader.reads(path.read_text(encoding="utf-8"))
+        # nbformat would add ids, but different ones at each execution.
         if not all("id" in cell for cell in notebook.cells):
-            raise NotebookError(f"{path} has cells without ids: save it as format 4.5 or newer")
+            raise NotebookError(f"{path} has cells without ids: save it in format 4.5 or newer")
         nbformat.validate(notebook)
     except OSError as error:
         raise NotebookError(f"{path} cannot be read: {error.strerror}") from None
@@ -115,8 +107,8 @@ def read_notebook(path: Path) -> NotebookNode:
 
 
 def store(notebook: NotebookNode, path: Path) -> None:
-    """Write a notebook without what differs from one execution to the next, whole or not at all."""
-    tidy(notebook)
+    """Write a notebook atomically, without what differs between executions."""
+    normalize(notebook)
     renew_table_of_contents(notebook)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -124,8 +116,8 @@ def store(notebook: NotebookNode, path: Path) -> None:
     temporary.replace(path)
 
 
-def tidy(notebook: NotebookNode) -> None:
-    """Take out times, widget states, and how the machine's kernel and terminal happen to be."""
+def normalize(notebook: NotebookNode) -> None:
+    """Remove times, widget states, and what depends on the kernel or the terminal."""
     notebook.metadata = nbformat.from_dict(
         {"kernelspec": KERNEL, "language_info": {"file_extension": ".py", "name": "python"}}
     )
@@ -138,196 +130,192 @@ def tidy(notebook: NotebookNode) -> None:
                 # A command after `!` runs on a terminal, whose lines end with a carriage return.
                 output.text = re.sub(r"\r+\n", "\n", output.text)
             else:
-                # A widget without its kernel is an error to readers; its picture or words stay.
+                # Without a kernel a widget is shown as an error; its picture or text stays.
                 output.get("data", {}).pop(WIDGET_VIEW, None)
 
 
+def headings(notebook: NotebookNode) -> list[tuple[int, int, str]]:
+    """Return every heading as (index of its cell, level from 1, text)."""
+    return [
+        (index, len(marks), text)
+        for index, cell in enumerate(notebook.cells)
+        if cell.cell_type == "markdown"
+        for marks, text in _HEADING.findall(_FENCED.sub("", cell.source))
+    ]
+
+
+def table_of_contents(notebook: NotebookNode) -> str:
+    """Return a list of links to every heading below the title."""
+    below = [
+        (level, text)
+        for index, level, text in headings(notebook)
+        # Not to the heading above the list itself.
+        if level > 1 and TOC_START not in notebook.cells[index].source
+    ]
+    return "\n".join(
+        # A heading's link in Jupyter is its text as shown, with dashes for spaces.
+        f"{'  ' * (level - 2)}- [{text}](#{re.sub('[`*]', '', text).replace(' ', '-')})"
+        for level, text in below
+    )
+
+
+def renew_table_of_contents(notebook: NotebookNode) -> None:
+    """Write the table of contents between its two marks, in the cells that have them."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and TOC_START in cell.source and TOC_STOP in cell.source:
+            before, rest = cell.source.split(TOC_START, 1)
+            after = rest.split(TOC_STOP, 1)[1]
+            contents = table_of_contents(notebook)
+            cell.source = f"{before}{TOC_START}\n{contents}\n{TOC_STOP}{after}"
+
+
 class _Run(NotebookClient):
-    """One execution: shows where it is, passes on what cells print, ends whatever it started."""
+    """One execution: shows progress, and ends every process that the cells started."""
 
     def __init__(
         self, notebook: NotebookNode, path: Path, timeout: int, progress: ProgressLine
     ) -> None:
+        # Without folders to search, the manager knows only the kernel of this Python.
+        this_python = KernelSpecManager(kernel_dirs=[])
         super().__init__(
             notebook,
-            km=AsyncKernelManager(kernel_name="python3", kernel_spec_manager=_ThisPython()),
+            km=AsyncKernelManager(kernel_name="python3", kernel_spec_manager=this_python),
             timeout=timeout,
             resources={"metadata": {"path": str(path.parent.resolve())}},
-            # Below errors, a kernel only says that it talks over an unencrypted local socket.
+            # The kernel's warnings are about its unencrypted local socket.
             extra_arguments=["--log-level=ERROR"],
             record_timing=False,
             store_widget_state=False,
             coalesce_streams=True,
-            on_notebook_start=self._listen_to_signals,
-            on_cell_execute=self._show_where,
-            on_cell_executed=self._finish_line,
+            on_notebook_start=self._handle_signals,
+            on_cell_execute=self._show_position,
+            on_cell_executed=self._flush_line,
         )
         self._path, self._progress = path, progress
-        self._parts = headings(notebook)
-        self._part = self._unfinished = ""
+        self._headings = headings(notebook)
+        self._code_cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        self._section = self._unfinished = ""
         self._started = time.monotonic()
-        self._stop_asked = False
+        self._interrupted = False
 
-    async def to_its_end(self) -> None:
-        """Execute the notebook; raise NotebookError or KeyboardInterrupt where it does not end."""
+    async def execute_all(self) -> None:
+        """Execute the notebook. Raises NotebookError or KeyboardInterrupt if it does not finish."""
         self._task = asyncio.current_task()
-        for cell in self.nb.cells:
-            if cell.cell_type == "code":
-                cell.outputs, cell.execution_count = [], None
+        self._progress.say(f"{self._path}: {len(self._code_cells)} code cells")
+        for cell in self._code_cells:
+            cell.outputs, cell.execution_count = [], None
+        programs = str(Path(sys.executable).parent)
+        env = os.environ | {
+            "PATH": os.pathsep.join([programs, os.environ.get("PATH", "")]),
+            "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else the debugger warns on stderr
+        }
         try:
-            await self.async_execute(env=_environment())
-        except _WHAT_ENDS_A_RUN as error:
-            if self._stop_asked:
+            await self.async_execute(env=env)
+        except _FAILURES as error:
+            if self._interrupted:  # nbclient may call a cancelled task a dead kernel
                 raise KeyboardInterrupt from None
             raise NotebookError(self._explain(error)) from None
         finally:
-            await self._end_family()
+            await self._end_process_tree()
 
-    # ---- what is shown --------------------------------------------------------------------------
+    # ---- progress -------------------------------------------------------------------------------
 
-    def _show_where(self, cell: NotebookNode, cell_index: int) -> None:
-        """Print the heading that a cell of code stands under, where it is another one."""
+    def _show_position(self, cell: NotebookNode, cell_index: int) -> None:
+        """Show the number of a code cell, and the heading above it where a section begins."""
         if cell.cell_type != "code":
             return
-        self._cell, self._cell_index = cell, cell_index
-        above = [text for index, _, text in self._parts if index < cell_index]
-        part = above[-1] if above else self._path.stem
+        self._cell = cell
+        above = [text for index, _, text in self._headings if index < cell_index]
+        section = above[-1] if above else self._path.stem
         elapsed = format_seconds(time.monotonic() - self._started)
-        if part != self._part:
-            self._part = part
-            self._progress.say(f"\n[{elapsed}] {part}")
-        self._progress.update(f"[{elapsed}] {_place(self.nb, cell_index)}", keep=False)
+        if section != self._section:
+            self._section = section
+            self._progress.say(f"\n[{elapsed}] {section}")
+        self._progress.update(f"[{elapsed}] {self._position()}")
+
+    def _position(self) -> str:
+        return f"cell {self._code_cells.index(self._cell) + 1} of {len(self._code_cells)}"
 
     def process_message(
         self, msg: dict, cell: NotebookNode, cell_index: int
     ) -> NotebookNode | None:
-        """Pass on what a cell prints as soon as a line of it is whole."""
+        """Print each line of a cell's output as soon as it is complete."""
         if msg["msg_type"] == "stream":
             *lines, self._unfinished = (self._unfinished + msg["content"]["text"]).split("\n")
             for line in lines:
                 self._progress.say(f"  {line.rstrip()}")
         return super().process_message(msg, cell, cell_index)
 
-    def _finish_line(self, cell: NotebookNode, cell_index: int, execute_reply: dict) -> None:
+    def _flush_line(self, cell: NotebookNode, cell_index: int, execute_reply: dict) -> None:
         if self._unfinished:
             self._progress.say(f"  {self._unfinished.rstrip()}")
         self._unfinished = ""
 
     def _explain(self, error: BaseException) -> str:
-        """Say which cell failed, with its code, and why."""
-        where = f"{self._path}, {_place(self.nb, self._cell_index)}, under {self._part!r}"
+        """Return which cell failed, with its source, and why."""
         if isinstance(error, CellTimeoutError):
-            why = f"it took longer than {self.timeout} s"
+            reason = f"the cell took longer than {self.timeout} s"
         elif isinstance(error, CellExecutionError):
-            why = _TERMINAL_CODES.sub("", f"{error.ename}: {error.evalue}")
+            reason = _TERMINAL_CODES.sub("", f"{error.ename}: {error.evalue}")
         else:
-            why = "its kernel died (out of memory, or killed)"
+            reason = "the kernel died (out of memory, or killed)"
         source = "".join(f"    {line}\n" for line in self._cell.source.splitlines())
-        return f"{where}:\n{source}{why}"
+        return f"{self._path}, {self._position()}, under {self._section!r}:\n{source}{reason}"
 
-    # ---- ends -----------------------------------------------------------------------------------
+    # ---- the end --------------------------------------------------------------------------------
 
-    def _listen_to_signals(self, notebook: NotebookNode) -> None:
-        """Let Ctrl-C and SIGTERM end the run; nbclient's handlers leave the cells' processes."""
+    def _handle_signals(self, notebook: NotebookNode) -> None:
+        """Let SIGINT and SIGTERM cancel the run; nbclient would end the kernel alone."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stop)
+            loop.add_signal_handler(number, self._interrupt)
 
-    def _stop(self) -> None:
-        self._stop_asked = True
+    def _interrupt(self) -> None:
+        self._interrupted = True
         if self._task is not None:
             self._task.cancel()
 
-    async def _end_family(self) -> None:
-        """End the kernel and every process that its cells have started and that still runs."""
+    async def _end_process_tree(self) -> None:
+        """End the kernel and every process that its cells started."""
         manager: Any = self.km
         if manager is None or not manager.has_kernel:
             return
         try:
-            family = psutil.Process(manager.provisioner.pid).children(recursive=True)
-        except psutil.NoSuchProcess:  # it died; nobody can say any more which were its children
-            family = []
+            tree = psutil.Process(manager.provisioner.pid).children(recursive=True)
+        except psutil.NoSuchProcess:  # the kernel died, and its children have another parent
+            tree = []
         if self.kc is not None:
             self.kc.stop_channels()
         await manager.shutdown_kernel(now=True)
-        for process in family:
-            _quietly(process.terminate)  # horovodrun ends its ranks when it is asked to end
-        _, alive = psutil.wait_procs(family, timeout=PATIENCE)
-        for process in alive:
-            _quietly(process.kill)
+        for process in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()  # horovodrun then ends its ranks
+        for process in psutil.wait_procs(tree, timeout=GRACE_PERIOD)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
-class _ThisPython(KernelSpecManager):
-    """Knows one kernel: the Python that runs this."""
-
-    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        return KernelSpec(**get_kernel_dict())
-
-
-def _environment() -> dict[str, str]:
-    """Return the kernel's environment: this Python's commands, such as horovodrun, come first."""
-    commands = str(Path(sys.executable).parent)
-    return {
-        **os.environ,
-        "PATH": os.pathsep.join([commands, os.environ.get("PATH", "")]),
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-    }
-
-
-def _quietly(end: Callable[[], None]) -> None:
-    try:
-        end()
-    except psutil.NoSuchProcess:
-        pass
-
-
-def _count(notebook: NotebookNode) -> int:
-    return sum(cell.cell_type == "code" for cell in notebook.cells)
-
-
-def _place(notebook: NotebookNode, cell_index: int) -> str:
-    before = sum(cell.cell_type == "code" for cell in notebook.cells[: cell_index + 1])
-    return f"cell {before} of {_count(notebook)}"
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m horovod_lm.teaching.notebooks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("execute", help="run notebooks and store their outputs")
-    running.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    where = running.add_mutually_exclusive_group(required=True)
-    where.add_argument("--in-place", action="store_true", help="store the outputs in FILE itself")
-    where.add_argument("--out", type=Path, metavar="OTHER", help="store the executed notebook here")
-    running.add_argument(
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--in-place", action="store_true", help="store the outputs in FILE")
+    target.add_argument("--out", type=Path, metavar="OTHER", help="store the executed FILE here")
+    parser.add_argument(
         "--timeout", type=int, default=CELL_TIMEOUT, metavar="SECONDS",
         help="end a cell that takes longer (default: %(default)s)",
     )  # fmt: skip
-    checking = commands.add_parser("check", help="say what is wrong with stored notebooks")
-    checking.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code."""
-    arguments = build_parser().parse_args(argv)
-    if arguments.command == "execute":
-        if arguments.out and len(arguments.files) > 1:
-            raise NotebookError("--out takes one notebook: use --in-place for several")
-        for file in arguments.files:
-            execute(file, arguments.out or file, arguments.timeout)
-        return 0
-    problems = [
-        f"{file}: {problem}"
-        for file in arguments.files
-        for problem in find_problems(read_notebook(file))
-    ]
-    print("\n".join(problems) or "every cell is executed, and nothing is wrong")
-    return 1 if problems else 0
+    arguments = parser.parse_args(argv)
+    if arguments.out and len(arguments.files) > 1:
+        parser.error("--out takes one FILE: use --in-place for several")
+    for file in arguments.files:
+        execute(file, arguments.out or file, arguments.timeout)
+    return 0
 
 
 if __name__ == "__main__":

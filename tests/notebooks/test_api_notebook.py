@@ -11,8 +11,7 @@ from nbformat import NotebookNode
 
 from horovod_lm.generate import generate_text
 from horovod_lm.models.transformer_lm import TransformerLM
-from horovod_lm.teaching.notebook_checks import headings
-from horovod_lm.teaching.notebooks import read_notebook
+from horovod_lm.teaching.notebooks import headings, read_notebook
 from horovod_lm.utils.config import Config
 from tests.conftest import ROOT
 

@@ -1,7 +1,8 @@
-"""The stored notebooks are whole, hold to the course's habits, and still run."""
+"""The stored notebooks are complete and follow the course's conventions; the example runs."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,13 +14,17 @@ from pathlib import Path
 import pytest
 from nbformat import NotebookNode
 
-from horovod_lm.teaching.notebook_checks import find_problems, headings
-from horovod_lm.teaching.notebooks import read_notebook
+from horovod_lm.jupyter.exercises import solutions
+from horovod_lm.teaching.notebooks import MAY_RAISE, headings, read_notebook, table_of_contents
 from tests.conftest import ROOT
 
 EXAMPLE = ROOT / "horovod_transformer.example.ipynb"
-PAGES = [*sorted(ROOT.glob("*.ipynb")), *sorted((ROOT / "notebooks").glob("*.ipynb"))]
+COURSE = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PAGES = [*sorted(ROOT.glob("*.ipynb")), *COURSE]
 NOT_COMPARED = {"nbval-ignore-output", "nbval-skip"}  # for times, process ids, a machine's name
+# A folder that exists on the author's machine only.
+PRIVATE_PATH = re.compile(r"(?<![\w.])/(?:home|Users|root|tmp|private|mnt|work\w*)/[\w.-]+")
+WORDS_PER_MINUTE = 200
 
 
 @pytest.fixture(scope="module", params=PAGES, ids=lambda path: path.name)
@@ -31,8 +36,29 @@ def code_of(page: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in page.cells if cell.cell_type == "code"]
 
 
+def assert_executed(page: NotebookNode) -> None:
+    """Check that a page was executed in order, and holds no error and no private path."""
+    cells = [cell for cell in code_of(page) if cell.source.strip()]
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+    for cell in page.cells:
+        texts = [cell.source]
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error" or MAY_RAISE in cell.metadata.get("tags", [])
+            data = output.get("data", {})
+            shown = {kind: value for kind, value in data.items() if "image" not in kind}
+            texts += [output.get("text", ""), json.dumps(shown), *output.get("traceback", [])]
+        assert PRIVATE_PATH.findall("\n".join(texts)) == [], cell.id
+
+
 def test_the_page_is_stored_executed_without_errors_or_private_paths(page):
-    assert find_problems(page) == []
+    assert_executed(page)
+
+
+def test_headings_nest_below_one_title_and_the_contents_are_up_to_date(page):
+    levels = [level for _, level, _ in headings(page)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(below <= above + 1 for above, below in zip(levels, levels[1:], strict=False))
+    assert page.cells[0].source.startswith("# ") and table_of_contents(page) in page.cells[0].source
 
 
 def test_ids_are_names_that_stay_and_no_cell_is_empty(page):
@@ -41,14 +67,6 @@ def test_ids_are_names_that_stay_and_no_cell_is_empty(page):
     # An id that an editor made up says nothing, and is made up anew when the cell is copied.
     assert [name for name in ids if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f-]{27})?", name)] == []
     assert [cell.id for cell in page.cells if not cell.source.strip()] == []
-
-
-def test_the_contents_link_to_every_part(page):
-    assert page.cells[0].source.startswith("# ")
-    for index, _, text in headings(page):
-        if index > 0:
-            shown = text.replace("`", "")  # a reader's page shows the words, not their marks
-            assert f"[{text}](#{shown.replace(' ', '-')})" in page.cells[0].source
 
 
 def test_cells_are_short_and_explained(page):
@@ -101,6 +119,28 @@ def test_the_readme_maps_every_page():
     assert mapped == {path.relative_to(ROOT).as_posix() for path in PAGES}
 
 
+def test_the_table_for_teachers_says_of_each_page_what_the_page_is():
+    text = (ROOT / "docs" / "teaching.md").read_text(encoding="utf-8")
+    row = r"^\| \[.*?\]\(\.\./notebooks/(.*?)\) \| (\d+) min \|[^|]*\| (\d+) \|"
+    rows = {name: tuple(map(int, numbers)) for name, *numbers in re.findall(row, text, re.M)}
+    assert rows.keys() == {path.name for path in COURSE}
+    for path in COURSE:
+        page, (minutes, exercises) = read_notebook(path), rows[path.name]
+        words = sum(len(cell.source.split()) for cell in page.cells if cell.cell_type == "markdown")
+        assert minutes == pytest.approx(words / WORDS_PER_MINUTE, abs=1.5), path.name
+        assert exercises == len(solutions(page)), path.name
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "kubernetes.yaml", "ray_job.py"])
+def test_each_line_of_a_job_file_that_page_09_explains_is_in_the_file(name):
+    cell = f"{re.split('[._]', name)[0]}-lines"
+    [table] = [one.source for one in read_notebook(COURSE[8]).cells if one.id == cell]
+    explained = re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)
+    assert len(explained) >= 6
+    text = (ROOT / "configs" / "jobs" / name).read_text()
+    assert [words for words in explained if words not in text] == []
+
+
 def test_the_files_that_the_example_names_exist():
     text = "\n".join(cell.source for cell in read_notebook(EXAMPLE).cells)
     named = set(re.findall(r"(?:configs|horovod_lm)/[\w/.]+\.(?:yaml|py)", text))
@@ -118,19 +158,19 @@ def test_the_example_runs_from_its_first_cell_to_its_last(tmp_path):
     shutil.copy(EXAMPLE, tmp_path)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     finished = subprocess.run(
-        [sys.executable, "-m", "horovod_lm.teaching.notebooks", "execute", EXAMPLE.name,
+        [sys.executable, "-m", "horovod_lm.teaching.notebooks", EXAMPLE.name,
          "--out", "executed.ipynb"],
         cwd=tmp_path, env={**os.environ, "HOROVOD_LM_FAST": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=480,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     for shown in (
-        "going on at step ",
+        "resuming at step ",
         "largest difference below 1e-10: True",
         "all losses equal to the last bit: True",
         "speed ",
         "executed in ",
     ):
         assert shown in finished.stdout
-    assert find_problems(read_notebook(tmp_path / "executed.ipynb")) == []
+    assert_executed(read_notebook(tmp_path / "executed.ipynb"))
     assert (tmp_path / "runs" / "example" / "example.png").stat().st_size > 10_000
