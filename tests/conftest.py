@@ -210,15 +210,15 @@ def pytest_terminal_summary(terminalreporter):
 # ---- several workers -----------------------------------------------------------------------------
 
 # Only one worker makes hosts of network namespaces at a time: each test sees that none are left.
-MAKE_HOSTS = ("test_hosts", "test_doctor_hosts", "test_job_files",
-              "test_hosts_page")  # fmt: skip
+MAKE_HOSTS = ("test_simulated_hosts", "test_doctor_hosts", "test_job_files", "test_links")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """With `-n 2 --dist loadgroup`, keep each file's tests together: they share what they made."""
     for item in items:
-        makes_hosts = item.path.stem in MAKE_HOSTS or "09_beyond_one_machine" in item.name
+        page_09 = "09_beyond_one_machine" in item.name or "page_09" in item.name
+        makes_hosts = item.path.stem in MAKE_HOSTS or page_09
         item.add_marker(pytest.mark.xdist_group("hosts" if makes_hosts else str(item.path)))
 
 

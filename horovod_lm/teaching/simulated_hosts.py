@@ -1,48 +1,82 @@
-"""Several hosts on this machine: what a cluster does, tried out where there is none.
+"""Simulate several hosts on this machine with Linux namespaces.
 
     with Hosts(2, rate="100mbit") as hosts:
         config = hosts.configure(load_config("configs/tiny.yaml"))
         print(hosts.horovodrun(config, ["python", "-m", "horovod_lm.train", ...]).stdout)
 
-Each host has a network, a name, processes and an sshd of its own, and a cable to a common switch
-whose rate can be changed, and which can be pulled out, while a job runs. They share this machine's
+Each host has its own network, name, process ids and sshd, and a link to a common switch. The rate
+of a link can be changed, and the link can be cut, while a job runs. The hosts share this machine's
 cores, memory and disk. Needs Linux and root; `why_not_here` says what is missing.
+
+A host is one process, the first of a process-id namespace with its own network, name and mounts
+(https://man7.org/linux/man-pages/man7/namespaces.7.html). When the first process of a namespace
+ends, the kernel ends all others in it, so nothing is left behind. It ends when its standard input
+closes, which also happens when its owner is killed.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
-import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from horovod_lm.launch.hosts import horovodrun_command, write_hostfile
-from horovod_lm.teaching.namespaces import (
-    HOST_SCRIPT,
-    INTERFACE,
-    SSH_PORT,
-    SWITCH_SCRIPT,
-    Namespaces,
-    environment,
-    join,
-    kernel_can_delay,
-    run,
-    why_not_here,
-)
 from horovod_lm.utils.config import Config
-from horovod_lm.utils.errors import DistributedError
-
-__all__ = ["Hosts", "kernel_can_delay", "why_not_here"]
+from horovod_lm.utils.errors import DistributedError, last_line
 
 FOLDER = "horovod-hosts-"
-NETWORK = "198.18.0"  # set aside for measuring networks by RFC 2544: no real one is hidden by it
-LONGEST_QUEUE = "500ms"  # what a switch holds back before it drops
-BURST_SECONDS = 0.01  # what may pass at once, unshaped; no less than a timer's tick needs
+NETWORK = "198.18.0"  # reserved for measuring networks (RFC 2544), so it hides no real one
+INTERFACE, SWITCH = "hv0", "switch"
+SSH_PORT = 2222
+LONGEST_QUEUE = "500ms"  # the switch drops packets that would wait longer
+BURST_SECONDS = 0.01  # a burst may pass unshaped; the kernel's timer needs at least one tick
+# Debian installs administrators' programs in folders that are not on every user's PATH.
+ADMIN_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+PACKAGES = {
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+    "ip": "iproute2",
+    "tc": "iproute2",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+    "sshd": "openssh-server",
+}
+UNSHARE = ("unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child")
 
+# The first process of the switch.
+SWITCH_SCRIPT = f"""
+set -e
+ip link add {SWITCH} type bridge
+ip link set {SWITCH} up
+echo ready
+exec cat
+"""
+# The first process of a host. $1: its name; $2: the folder with keys and settings; then pairs of a
+# folder and the path at which this host sees it. Only this host sees the mounts.
+HOST_SCRIPT = f"""
+set -e
+name=$1 folder=$2; shift 2
+echo "$name" > /proc/sys/kernel/hostname
+ip link set lo up
+mount --bind "$folder/$name.hosts" /etc/hosts
+mount --bind "$folder/ssh_config" /etc/ssh/ssh_config
+while [ $# -gt 0 ]; do mount --bind "$1" "$2"; shift 2; done
+mount -t tmpfs tmpfs /run
+mkdir /run/sshd
+"$(command -v sshd)" -D -e -f "$folder/sshd_config" 2> "$folder/$name.sshd.log" &
+until grep -q ':{SSH_PORT:04X} 00000000:0000 0A' /proc/net/tcp; do
+    kill -0 $! 2> /dev/null || {{ cat "$folder/$name.sshd.log"; exit 1; }}
+    sleep 0.02
+done
+echo ready
+cat
+"""
 SSHD_CONFIG = """
 Port {port}
 HostKey {folder}/host_key
@@ -66,21 +100,46 @@ ServerAliveCountMax 3
 """
 
 
+def why_not_here() -> str | None:
+    """Return in one sentence what is missing for simulated hosts on this machine, or None."""
+    if platform.system() != "Linux":
+        return "simulated hosts are made of Linux namespaces: this is not Linux"
+    missing = [tool for tool in PACKAGES if shutil.which(tool, path=ADMIN_PATH) is None]
+    if missing:
+        packages = " ".join(sorted({PACKAGES[tool] for tool in missing}))
+        return f"simulated hosts need {', '.join(missing)}: apt-get install {packages}"
+    if os.geteuid() != 0:
+        return "simulated hosts need root, which alone may create network namespaces"
+    add_bridge = ["ip", "link", "add", "trial", "type", "bridge"]
+    tried = _run([*UNSHARE, "--mount-proc", *add_bridge], check=False)
+    if tried.returncode:
+        return (
+            "simulated hosts need namespaces and bridges, which are not allowed here"
+            f" ({last_line(tried.stderr)}): start the container with --privileged"
+        )
+    return None
+
+
+@cache
+def kernel_can_delay() -> bool:
+    """Return whether the kernel has `netem`, which delays packets. Needs root."""
+    delay = ["tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"]
+    return _run([*UNSHARE, *delay], check=False).returncode == 0
+
+
 class Hosts:
-    """`count` hosts on this machine, called host0, host1 and so on; use it with `with`.
+    """`count` hosts on this machine, named host0, host1 and so on; a context manager.
 
     Args:
-        count: how many.
-        slots: ranks on each, one number for all or one per host.
-        rate: of every host's link in each direction, as `tc` writes it ("100mbit"); None: as fast
-            as the machine.
-        own_folders: folders of which each host sees one of its own, empty at first, as if they
-            lay on its own disk.
-        wrong_names: lines of `/etc/hosts` that come before the right ones, by the host that
-            holds them: `{"host1": "127.0.1.1 host1"}`.
+        count: number of hosts.
+        slots: ranks on each host, one number for all or one per host.
+        rate: rate of every host's link in each direction, as `tc` writes it ("100mbit"); None: not
+            limited.
+        own_folders: folders that each host sees as its own, initially empty, as if on its own disk.
+        wrong_names: lines to put first into a host's `/etc/hosts`: `{"host1": "127.0.1.1 host1"}`.
 
     Raises:
-        DistributedError: something is missing here; the sentence says what.
+        DistributedError: this machine cannot simulate hosts; the sentence says why.
     """
 
     def __init__(
@@ -97,9 +156,9 @@ class Hosts:
         self.names = [f"host{number}" for number in range(count)]
         self.addresses = {name: f"{NETWORK}.{n + 1}" for n, name in enumerate(self.names)}
         self.slots = [slots] * count if isinstance(slots, int) else list(slots)
-        remove_what_dead_owners_left()
+        _remove_folders_of_killed_owners()
         self.folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-"))
-        self._all: dict[str, Namespaces] = {}
+        self._all: dict[str, _Namespaces] = {}
         try:
             self._write_settings(wrong_names or {})
             self._start([Path(folder).resolve() for folder in own_folders])
@@ -116,35 +175,36 @@ class Hosts:
         self.close()
 
     def close(self) -> None:
-        """End every process of every host; hosts, network and keys are gone then."""
+        """End every process of every host, and delete the network and the keys."""
         for namespaces in self._all.values():
             namespaces.close()
         self._all.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    # ---- what runs on them ----------------------------------------------------------------------
+    # ---- running commands -----------------------------------------------------------------------
 
     def popen(self, command: Sequence[str], host: str = "host0", **options: Any) -> InHost:
-        """Start `command` on a host, in this process's folder, and return at once.
+        """Start `command` on a host, in the current directory, and return at once.
 
         Args:
-            command: its arguments.
-            host: the name of the host.
+            command: the program and its arguments.
+            host: the host's name.
             options: of `subprocess.Popen`.
         """
         call = self.enter(host, options.pop("cwd", None)) + list(command)
-        return InHost(call, **{"start_new_session": True, "env": environment(), **options})
+        env = {**os.environ, "PATH": ADMIN_PATH}
+        return InHost(call, **{"start_new_session": True, "env": env, **options})
 
     def enter(self, host: str = "host0", folder: str | Path | None = None) -> list[str]:
-        """Return what, put before a command, runs it on a host; None: in this process's folder."""
-        # A host has mounts of its own, so whatever enters it begins at /.
+        """Return the prefix that runs a command on a host; folder None: the current directory."""
+        # A host has its own mounts, so a command that enters it starts in /.
         in_folder = ["sh", "-c", 'cd "$0" && exec "$@"', str(folder or os.getcwd())]
-        return [*self._at(host).enter(), *in_folder]
+        return [*self._at(host).enter("net", "uts", "mount", "pid"), *in_folder]
 
     def run(
         self, command: Sequence[str], host: str = "host0", timeout: float = 60, **options: Any
     ) -> subprocess.CompletedProcess[str]:
-        """Run `command` on a host to its end, and return its code and what it said.
+        """Run `command` on a host and return its exit code and its output.
 
         Raises:
             DistributedError: it ran for longer than `timeout` seconds.
@@ -152,36 +212,30 @@ class Hosts:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with self.popen(command, host, **{**pipes, **options}) as process:
             try:
-                said, _ = process.communicate(timeout=timeout)
-            except subprocess.TimeoutExpired:
+                output, _ = process.communicate(timeout=timeout)
+            except BaseException as error:
                 process.kill()
-                raise DistributedError(
-                    f"{' '.join(command)} was still running on {host} after {timeout} s"
-                ) from None
-            except BaseException:
-                process.kill()
+                if isinstance(error, subprocess.TimeoutExpired):
+                    text = f"{' '.join(command)} was still running on {host} after {timeout} s"
+                    raise DistributedError(text) from None
                 raise
-        return subprocess.CompletedProcess(list(command), process.returncode, said)
+        return subprocess.CompletedProcess(list(command), process.returncode, output)
 
     def configure(self, config: Config) -> Config:
-        """Return `config` with its `distributed` section naming these hosts."""
-        return config.with_overrides({"distributed": self.distributed})
-
-    @property
-    def distributed(self) -> dict[str, Any]:
-        """What a configuration's `distributed` section says about these hosts."""
+        """Return `config` with these hosts in its `distributed` section."""
         pairs = zip(self.names, self.slots, strict=True)
-        return {
+        distributed = {
             "hosts": [{"name": name, "slots": slots} for name, slots in pairs],
             "interface": INTERFACE,
             "ssh_port": SSH_PORT,
             "ssh_identity_file": str(self.folder / "key"),
         }
+        return config.with_overrides({"distributed": distributed})
 
     def horovodrun_command(self, config: Config, command: Sequence[str]) -> list[str]:
-        """Return the call that, on host0, starts `command` on every slot of every host.
+        """Return the horovodrun command that, on host0, starts `command` on every slot.
 
-        A `config` that names hosts itself is taken as it is.
+        The hosts of `config`, where it names any, take the place of these hosts.
         """
         config = config if config.distributed.hosts else self.configure(config)
         hostfile = write_hostfile(config, self.folder / "hostfile")
@@ -193,78 +247,72 @@ class Hosts:
         """Run `command` on every slot of every host, started on host0; see `run`."""
         return self.run(self.horovodrun_command(config, command), timeout=timeout, **options)
 
-    # ---- what happens to them -------------------------------------------------------------------
+    # ---- links and power ------------------------------------------------------------------------
 
     def set_link(
-        self,
-        host: str | None = None,
-        rate: str | None = None,
-        delay: str | None = None,
-        loss: str | None = None,
+        self, host: str | None = None, rate: str | None = None, delay: str | None = None
     ) -> None:
-        """Shape what leaves a host, now and until it is called again.
+        """Shape the outgoing traffic of a host until the next call.
 
         Args:
             host: its name; None: every host.
-            rate: as `tc` writes it: "10mbit"; None: as fast as the machine.
-            delay: of each packet: "50ms".
-            loss: share of packets that are lost: "1%".
+            rate: as `tc` writes it ("10mbit"); None: not limited.
+            delay: of each packet ("50ms").
 
         Raises:
-            DistributedError: `tc` refuses it, or the kernel cannot delay.
+            DistributedError: `tc` rejects a value, or the kernel cannot delay packets.
         """
-        if (delay or loss) and not kernel_can_delay():
+        if delay and not kernel_can_delay():
             raise DistributedError(
-                "this machine's kernel has no netem: the rate of a link can be set, a delay or loss"
-                " cannot"
+                "this machine's kernel has no netem: a link can have a rate, but no delay"
             )
-        netem = ["netem", *(["delay", delay] if delay else []), *(["loss", loss] if loss else [])]
         for name in [host] if host else self.names:
             tc = [*self._at(name).enter("net"), "tc", "qdisc"]
-            run([*tc, "del", "dev", INTERFACE, "root"], check=False)  # there may be none
+            _run([*tc, "del", "dev", INTERFACE, "root"], check=False)  # there may be none
             if rate:
-                run([*tc, "add", "dev", INTERFACE, "root", "handle", "1:", *token_bucket(rate)])
-            if delay or loss:
+                _run([*tc, "add", "dev", INTERFACE, "root", "handle", "1:", *token_bucket(rate)])
+            if delay:
                 place = ["parent", "1:1"] if rate else ["root"]
-                run([*tc, "add", "dev", INTERFACE, *place, *netem])
+                _run([*tc, "add", "dev", INTERFACE, *place, "netem", "delay", delay])
 
     def unplug(self, host: str) -> None:
-        """Pull a host's cable out of the switch: packets vanish, and nobody is told."""
-        self._all["switch"].run("ip", "link", "set", self._at(host).name, "nomaster")
+        """Cut a host's link: packets are lost, and no side is told."""
+        self._switch("ip", "link", "set", self._at(host).name, "nomaster")
 
     def plug_in(self, host: str) -> None:
-        """Put a host's cable back."""
-        self._all["switch"].run("ip", "link", "set", self._at(host).name, "master", "switch")
+        """Restore a host's link."""
+        self._switch("ip", "link", "set", self._at(host).name, "master", SWITCH)
 
     def power_off(self, host: str) -> None:
-        """Lose a host as in a power cut: every process of it ends, and no packet says so."""
+        """End every process of a host without a packet to the others, as a power cut does."""
         self.unplug(host)
         self._all.pop(self._at(host).name).close()
 
     # ---- how they are made ----------------------------------------------------------------------
 
-    def _at(self, host: str) -> Namespaces:
+    def _at(self, host: str) -> _Namespaces:
         if host not in self.names or host not in self._all:
             there = ", ".join(name for name in self.names if name in self._all)
             raise DistributedError(f"there is no host {host}; there are {there or 'none'}")
         return self._all[host]
 
+    def _switch(self, *command: str) -> None:
+        _run([*self._all[SWITCH].enter("net"), *command])
+
     def _write_settings(self, wrong_names: Mapping[str, str]) -> None:
         folder = self.folder
         for key in ("key", "host_key"):
-            run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)])
-        settings = {"port": SSH_PORT, "folder": folder}
-        (folder / "sshd_config").write_text(SSHD_CONFIG.format(**settings))
-        (folder / "ssh_config").write_text(SSH_CONFIG.format(**settings))
-        public = (folder / "host_key.pub").read_text()
-        (folder / "known_hosts").write_text(f"* {public}")
+            _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)])
+        for name, text in (("sshd_config", SSHD_CONFIG), ("ssh_config", SSH_CONFIG)):
+            (folder / name).write_text(text.format(port=SSH_PORT, folder=folder))
+        (folder / "known_hosts").write_text(f"* {(folder / 'host_key.pub').read_text()}")
         lines = [f"{address} {name}" for name, address in self.addresses.items()]
         for name in self.names:
             own = [wrong_names.get(name, ""), "127.0.0.1 localhost", *lines]
             (folder / f"{name}.hosts").write_text("\n".join(own) + "\n")
 
     def _start(self, own_folders: Sequence[Path]) -> None:
-        self._all["switch"] = Namespaces(SWITCH_SCRIPT, [], "the switch")
+        self._all[SWITCH] = _Namespaces(SWITCH_SCRIPT, [], "the switch")
         for name in self.names:
             mounts: list[str] = []
             for number, place in enumerate(own_folders):
@@ -272,37 +320,88 @@ class Hosts:
                 own.mkdir()
                 place.mkdir(parents=True, exist_ok=True)
                 mounts += [str(own), str(place)]
-            arguments = [name, str(self.folder), *mounts]
-            self._all[name] = Namespaces(HOST_SCRIPT, arguments, name)
+            self._all[name] = _Namespaces(HOST_SCRIPT, [name, str(self.folder), *mounts], name)
         for namespaces in self._all.values():
             namespaces.wait_until_ready()
+        switch = str(self._all[SWITCH].first_process)
         for name in self.names:
-            join(self._all[name], self._all["switch"], self.addresses[name])
+            host = self._all[name]
+            _run(["ip", "link", "add", INTERFACE, "netns", str(host.first_process), "type", "veth",
+                 "peer", "name", name, "netns", switch])  # fmt: skip
+            self._switch("ip", "link", "set", name, "master", SWITCH, "up")
+            ip = [*host.enter("net"), "ip"]
+            _run([*ip, "address", "add", f"{self.addresses[name]}/24", "dev", INTERFACE])
+            _run([*ip, "link", "set", INTERFACE, "up"])
 
 
 class InHost(subprocess.Popen):
-    """A process on a host. A signal goes to its whole group, as Ctrl-C in a terminal does."""
+    """A process on a host. A signal goes to its process group, as Ctrl-C in a terminal does."""
 
     def send_signal(self, sig: int) -> None:
-        """Send `sig`; `nsenter`, which this process sees, would keep it to itself."""
+        """Send `sig` also to the children of `nsenter`, which is what this process runs."""
         if self.poll() is None:
             os.killpg(self.pid, sig)
 
-    def kill(self) -> None:
-        """Kill it and its group."""
-        self.send_signal(signal.SIGKILL)
+
+class _Namespaces:
+    """One set of namespaces, held by its first process.
+
+    Args:
+        script: what the first process runs; it prints "ready" and waits for its input to end.
+        arguments: of the script.
+        name: its name in errors.
+    """
+
+    def __init__(self, script: str, arguments: Sequence[str], name: str) -> None:
+        self.name = name
+        self._holder = subprocess.Popen(
+            [*UNSHARE, "--mount-proc", "sh", "-c", script, "sh", *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "PATH": ADMIN_PATH},
+            start_new_session=True,  # Ctrl-C is for the owner, not for the host
+        )  # fmt: skip
+        assert self._holder.stdin is not None and self._holder.stdout is not None
+        self._stdin, self._stdout = self._holder.stdin, self._holder.stdout
+
+    def wait_until_ready(self) -> None:
+        """Return when the script has printed "ready".
+
+        Raises:
+            DistributedError: the script ended before.
+        """
+        printed = ""
+        for line in self._stdout:
+            if line.strip() == "ready":
+                children = f"/proc/{self._holder.pid}/task/{self._holder.pid}/children"
+                self.first_process = int(Path(children).read_text().split()[0])
+                return
+            printed += line
+        raise DistributedError(f"{self.name} does not start: {last_line(printed)}")
+
+    def enter(self, *kinds: str) -> list[str]:
+        """Return the prefix that runs a command in these kinds of namespaces."""
+        return ["nsenter", f"--target={self.first_process}", *(f"--{kind}" for kind in kinds)]
+
+    def close(self) -> None:
+        """End the first process, and with it every other one."""
+        self._stdin.close()
+        try:
+            self._holder.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._holder.kill()  # --kill-child ends the first process too
+            self._holder.wait()
+        self._stdout.close()
 
 
 def token_bucket(rate: str) -> list[str]:
-    """Return `tc`'s words for a link of `rate`, for example "100mbit".
+    """Return the arguments of `tc` for a link of `rate`, for example "100mbit".
 
     Raises:
-        DistributedError: that is no rate.
+        DistributedError: `rate` is not a rate.
     """
     units = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-    number, unit = rate[:-4], rate[-4:]
     try:
-        bits = float(number) * units[unit]
+        bits = float(rate[:-4]) * units[rate[-4:]]
     except (KeyError, ValueError):
         bits = 0.0
     if not bits > 0:
@@ -311,8 +410,19 @@ def token_bucket(rate: str) -> list[str]:
     return ["tbf", "rate", rate, "burst", f"{burst}b", "latency", LONGEST_QUEUE]
 
 
-def remove_what_dead_owners_left() -> None:
-    """Delete the keys of hosts whose owner was killed; the hosts themselves ended with it."""
+def _run(command: Sequence[str], check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a command; with `check`, raise DistributedError with its last line if it fails."""
+    done = subprocess.run(
+        command, env={**os.environ, "PATH": ADMIN_PATH},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
+    if check and done.returncode:
+        raise DistributedError(f"{' '.join(command)} failed: {last_line(done.stderr)}")
+    return done
+
+
+def _remove_folders_of_killed_owners() -> None:
+    """Delete keys whose owner was killed; its hosts ended with it."""
     for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
         owner = folder.name.removeprefix(FOLDER).partition("-")[0]
         if owner.isdigit() and not Path("/proc", owner).exists():

@@ -14,8 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from horovod_lm.teaching.namespaces import INTERFACE
-from horovod_lm.teaching.simulated_hosts import Hosts
+from horovod_lm.teaching.simulated_hosts import INTERFACE, Hosts
 from horovod_lm.utils.config import load_config, save_config
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "tiny.yaml"

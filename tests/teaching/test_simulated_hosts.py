@@ -1,4 +1,4 @@
-"""Hosts of network namespaces: real sshd, real horovodrun, real links, every way to lose one."""
+"""Simulated hosts: real sshd, real horovodrun, real links, every way to lose a host."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ import pytest
 import torch
 
 from horovod_lm.teaching import simulated_hosts as hosts_module
-from horovod_lm.teaching.namespaces import INTERFACE, SSH_PORT
-from horovod_lm.teaching.simulated_hosts import Hosts, kernel_can_delay, token_bucket, why_not_here
+from horovod_lm.teaching.simulated_hosts import (
+    INTERFACE,
+    SSH_PORT,
+    Hosts,
+    kernel_can_delay,
+    token_bucket,
+    why_not_here,
+)
 from horovod_lm.training.checkpoint import read_checkpoint
 from horovod_lm.training.metrics import read_metrics
 from horovod_lm.utils.config import Config, load_config, save_config
@@ -31,17 +37,19 @@ from tests.elastic_runs import (
 )
 
 WHY_NOT = why_not_here()
-needs_hosts = pytest.mark.skipif(bool(WHY_NOT), reason=str(WHY_NOT))
-TIMEOUT = 5  # seconds of silence after which Gloo gives a connection up, in the tests of losses
-OUT = 3  # seconds that a cable hangs loose before it is put back
-TO_DETECT = 10  # seconds beyond that timeout in which a loss must have ended the job
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=str(WHY_NOT))
+TIMEOUT = 5  # Gloo's timeout in seconds, in the tests of losses
+OUT = 3  # seconds for which a link is cut
+TO_DETECT = 10  # seconds after that timeout in which the job must have ended
+PIPE = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+ENDLESS = [f"training.{name}=1000000" for name in ("max_steps", "num_epochs", "eval_interval")]
+TRAINING = "^[^ ]*python -m [h]orovod_lm.train"  # the ranks, for pgrep and pkill
 RANKS = """
 import os, horovod.torch as hvd, torch
 hvd.init()
 total = hvd.allreduce(torch.ones(3) * hvd.rank(), op=hvd.Sum)[0].item()
 print("AT", os.uname().nodename, hvd.rank(), hvd.local_rank(), hvd.cross_rank(), int(total))
 """
-pytestmark = [needs_hosts]
 
 
 @pytest.fixture(autouse=True)
@@ -84,17 +92,22 @@ def weights(project: Path, run: str) -> dict[str, torch.Tensor]:
     return read_checkpoint(project / "runs" / run / "checkpoints" / "final_model.pt")["model"]
 
 
-@pytest.mark.parametrize(("count", "slots"), [(2, [2, 1]), (3, 1)])
-def test_ranks_are_where_the_configuration_says(count, slots):
-    with Hosts(count, slots) as hosts:
+@pytest.mark.parametrize(
+    ("count", "slots", "where"),  # host, rank, local rank, cross rank, sum of the ranks
+    [
+        (2, [2, 1], ["host0 0 0 0 3", "host0 1 1 0 3", "host1 2 0 1 3"]),
+        (3, 1, ["host0 0 0 0 3", "host1 1 0 1 3", "host2 2 0 2 3"]),
+    ],
+)
+def test_ranks_are_where_the_configuration_says(count, slots, where):
+    names = [f"host{number}" for number in range(count)]
+    own_name_is_loopback = {name: f"127.0.1.1 {name}" for name in names}  # as Debian sets it up
+    with Hosts(count, slots, wrong_names=own_name_is_loopback) as hosts:
         done = hosts.horovodrun(Config(), [sys.executable, "-c", RANKS])
     assert done.returncode == 0, done.stdout
-    said = sorted(line.partition("AT ")[2] for line in done.stdout.splitlines() if "AT " in line)
-    wanted = {  # host, rank, local rank, cross rank, sum of the ranks
-        2: ["host0 0 0 0 3", "host0 1 1 0 3", "host1 2 0 1 3"],
-        3: ["host0 0 0 0 3", "host1 1 0 1 3", "host2 2 0 2 3"],
-    }
-    assert said == wanted[count]
+    assert where == sorted(
+        line.partition("AT ")[2] for line in done.stdout.splitlines() if "AT " in line
+    )
 
 
 def test_two_hosts_with_disks_of_their_own_train_what_one_host_does(tiny_project, start):
@@ -117,67 +130,45 @@ def test_two_hosts_with_disks_of_their_own_train_what_one_host_does(tiny_project
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("rate", ["10mbit", "100mbit"])
-def test_a_link_has_the_rate_that_it_was_given_and_takes_another_one_meanwhile(rate):
+def test_a_link_has_its_rate_and_delay_and_both_can_change():
     megabytes = 2
     receive = (
-        "import socket as s; c = s.create_server(('', 5000)).accept()[0]\n"
-        f"left = {megabytes * 1_000_000}\nwhile left: left -= len(c.recv(65536))\nc.send(b'k')"
+        "import socket as s; server = s.create_server(('', 5000)); print('ready', flush=True)\n"
+        f"c = server.accept()[0]; left = {megabytes * 1_000_000}\n"
+        "while left: left -= len(c.recv(65536))\nc.send(b'k')"
     )
     send = (
         "import socket as s, time; c = s.create_connection(('host1', 5000)); t = time.time();"
         f" c.sendall(bytes({megabytes * 1_000_000})); c.recv(1); print(time.time() - t)"
     )
+    connect = (
+        "import socket, time; t = time.time(); socket.create_connection(('host1', 2222));"
+        " print(time.time() - t)"
+    )
     with Hosts(2, rate="1gbit") as hosts:
-        hosts.set_link(rate=rate)
-        with hosts.popen([sys.executable, "-c", receive], "host1"):
-            time.sleep(1)
-            seconds = float(hosts.run([sys.executable, "-c", send]).stdout)
-    expected = megabytes * 8 / float(rate.removesuffix("mbit"))
-    assert expected * 0.85 < seconds < expected * 1.25
+        for megabits in (10, 100):
+            hosts.set_link(rate=f"{megabits}mbit")
+            with hosts.popen([sys.executable, "-c", receive], "host1", **PIPE) as receiver:
+                assert receiver.stdout.readline() == "ready\n"
+                seconds = float(hosts.run([sys.executable, "-c", send]).stdout)
+            expected = megabytes * 8 / megabits
+            assert expected * 0.85 < seconds < expected * 1.25
+        if kernel_can_delay():
+            hosts.set_link(rate="10mbit", delay="50ms")
+            assert float(hosts.run([sys.executable, "-c", connect]).stdout) >= 0.1
+        else:
+            with pytest.raises(DistributedError, match="kernel has no netem"):
+                hosts.set_link(delay="50ms")
 
 
-@pytest.mark.skipif(not WHY_NOT and not kernel_can_delay(), reason="this kernel has no netem")
-def test_a_link_delays_and_training_over_it_ends_well(tiny_project):
-    with Hosts(2) as hosts:
-        hosts.set_link(rate="10mbit", delay="50ms")
-        ping = hosts.run(
-            [sys.executable, "-c", "import socket, time; t = time.time();"
-             " socket.create_connection(('host1', 2222)); print(time.time() - t)"]
-        )  # fmt: skip
-        assert float(ping.stdout) >= 0.1
-        done = hosts.horovodrun(
-            config_of(tiny_project), train("training.max_steps=3"), cwd=tiny_project
-        )
-    assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.skipif(not WHY_NOT and kernel_can_delay(), reason="this kernel has netem")
-def test_a_kernel_that_cannot_delay_is_a_sentence():
-    with Hosts(1) as hosts, pytest.raises(DistributedError, match="kernel has no netem"):
-        hosts.set_link(delay="50ms")
-
-
-def test_training_over_ten_megabits_equals_training_over_a_fast_link(tiny_project):
-    config, command = config_of(tiny_project), train("training.max_steps=5")
-    with Hosts(2) as hosts:
-        for run, rate in (("fast", None), ("slow", "10mbit")):
-            hosts.set_link(rate=rate)
-            done = hosts.horovodrun(config, [*command, "--run-name", run], cwd=tiny_project)
-            assert done.returncode == 0, done.stdout
-    fast, slow = weights(tiny_project, "fast"), weights(tiny_project, "slow")
-    assert all(torch.equal(fast[name], slow[name]) for name in fast)
-
-
-def test_a_cable_that_is_put_back_in_time_costs_time_and_nothing_else(tiny_project):
+def test_a_slow_link_that_is_cut_for_a_while_costs_time_and_nothing_else(tiny_project):
     config = config_of(tiny_project, gloo_timeout_seconds=30)
     with Hosts(2) as hosts:
         done = hosts.horovodrun(config, [*train(), "--run-name", "steady"], cwd=tiny_project)
         assert done.returncode == 0, done.stdout
-        hosts.set_link(rate="2mbit")  # so that it still trains when the cable is pulled
+        hosts.set_link(rate="2mbit")  # so that it still trains when the link is cut
         call = hosts.horovodrun_command(config, [*train(), "--run-name", "pulled-out"])
-        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with hosts.popen(call, cwd=tiny_project, **pipe) as job:
+        with hosts.popen(call, cwd=tiny_project, **PIPE) as job:
             said = until("step 5/", job)
             hosts.unplug("host1")
             time.sleep(OUT)
@@ -205,35 +196,29 @@ def ranks_left(hosts: Hosts) -> str:
         time.sleep(0.2)
 
 
-def kill_the_rank(hosts: Hosts) -> None:
-    hosts.run(["pkill", "-KILL", "-x", "python"], "host1")
-
-
-def freeze_the_rank(hosts: Hosts) -> None:
-    hosts.run(["pkill", "-STOP", "-f", "^[^ ]*python -m [h]orovod_lm.train"], "host1")
-
-
-LOSSES: dict[str, tuple[Callable[[Hosts], None], str]] = {
-    "power-cut": (lambda hosts: hosts.power_off("host1"), "lost host1 (rank 1: "),
-    "cable": (lambda hosts: hosts.unplug("host1"), "lost host1 (rank 1: "),
-    "killed": (kill_the_rank, "rank 1 on host1 was killed ("),
-    "frozen": (freeze_the_rank, "rank 1 on host1 did not answer any more, and the machine does"),
+LOSSES: dict[str, tuple[Callable[[Hosts], object], str]] = {
+    "power-cut": (lambda hosts: hosts.power_off("host1"), "cannot reach host1 ("),
+    "cable": (lambda hosts: hosts.unplug("host1"), "cannot reach host1 ("),
+    "killed": (
+        lambda hosts: hosts.run(["pkill", "-KILL", "-x", "python"], "host1"),
+        "rank 1 on host1 failed first, with exit code 255 (killed",
+    ),
+    "frozen": (
+        lambda hosts: hosts.run(["pkill", "-STOP", "-f", TRAINING], "host1"),
+        "rank 1 on host1 stopped responding, but the machine answers",
+    ),
 }
 
 
 @pytest.mark.parametrize("how", LOSSES)
 def test_a_lost_host_ends_the_job_and_is_named(how, tiny_project, note_fault):
     lose, sentence = LOSSES[how]
-    never = ("max_steps", "num_epochs", "eval_interval")
-    endless = [f"training.{name}=1000000" for name in never]
-    endless.append(f"distributed.gloo_timeout_seconds={TIMEOUT}")
+    timeout = f"distributed.gloo_timeout_seconds={TIMEOUT}"
     run = f"lost-{how}"
     with Hosts(2) as hosts:
         config = hosts.configure(config_of(tiny_project))
-        command = explained(hosts, config, [*train(*endless), "--run-name", run])
-        job = hosts.popen(
-            command, cwd=tiny_project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        command = explained(hosts, config, [*train(*ENDLESS, timeout), "--run-name", run])
+        job = hosts.popen(command, cwd=tiny_project, **PIPE)
         try:
             said = until("step 10/", job)
             lost = time.monotonic()
@@ -252,30 +237,23 @@ def test_a_lost_host_ends_the_job_and_is_named(how, tiny_project, note_fault):
 
 
 def test_a_stopped_job_saves_what_it_has_and_leaves_nothing_on_any_host(tiny_project):
-    endless = [f"training.{name}=1000000" for name in ("max_steps", "num_epochs", "eval_interval")]
-    command = [*train(*endless), "--run-name", "stopped"]
+    command = [*train(*ENDLESS), "--run-name", "stopped"]
     with Hosts(2) as hosts:
-        job = hosts.popen(
-            explained(hosts, hosts.configure(config_of(tiny_project)), command),
-            cwd=tiny_project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        config = hosts.configure(config_of(tiny_project))
+        job = hosts.popen(explained(hosts, config, command), cwd=tiny_project, **PIPE)
         said = until("step 10/", job)
         # As Slurm and Kubernetes do: to the command, not to its group.
         hosts.run(["pkill", "-TERM", "-f", "^[^ ]*python -m [h]orovod_lm.launch.hosts"])
         said += job.communicate(timeout=TO_DETECT + TIMEOUT)[0]
-        deadline = time.monotonic() + TO_DETECT
-        while hosts.run(["pgrep", "-f", "[h]orovod_lm.train"], "host1").returncode == 0:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        assert ranks_left(hosts) == ""
     assert list((tiny_project / "runs" / "stopped" / "checkpoints").glob("*.pt")), said
-    assert "to go on: horovodrun -np 2 -H host0:1,host1:1 python -m horovod_lm.train" in said
+    assert "to resume: horovodrun -np 2 -H host0:1,host1:1 python -m horovod_lm.train" in said
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_elastic_training_goes_on_without_a_host_that_loses_power(count, tiny_project, note_fault):
-    with Hosts(count) as hosts:
+def test_elastic_training_goes_on_without_a_host_that_loses_power(tiny_project, note_fault):
+    with Hosts(3) as hosts:
         run = ElasticRun(
-            tiny_project, f"elastic-{count}-hosts", count,
+            tiny_project, "elastic-hosts", 3,
             hosts=hosts.names, enter=hosts.enter(folder=tiny_project), interface=INTERFACE,
             ssh_port=SSH_PORT, ssh_identity_file=hosts.folder / "key",
         )  # fmt: skip
@@ -289,10 +267,10 @@ def test_elastic_training_goes_on_without_a_host_that_loses_power(count, tiny_pr
             run.command.kill()
         left = ranks_left(hosts)
     assert finished.code == 0, finished.output[-6000:]
-    assert (world["ranks_before"], world["ranks"]) == (count, count - 1)
+    assert (world["ranks_before"], world["ranks"]) == (3, 2)
     note_fault(world["time"] - lost, what_was_said(finished.output, world))
     assert world["time"] - lost <= GLOO_TIMEOUT + TO_DETECT
-    assert f"a rank was lost: {count} -> {count - 1} ranks" in finished.output
+    assert "a rank was lost: 3 -> 2 ranks" in finished.output
     assert_nothing_was_lost(run, tiny_project)
     assert left == ""
 
@@ -310,69 +288,53 @@ def until(words: str, job: subprocess.Popen[str]) -> str:
 
 
 @pytest.fixture
-def how_it_ends(note_fault):
-    """Start a command on every host, which must end as a user's error in time; return the error."""
+def last_line_of(note_fault):
+    """Run `true` on every host, which must fail in time as a user's error; return the error."""
 
-    def start(hosts: Hosts, changes: dict | None = None, limit: float = 20) -> str:
+    def start(hosts: Hosts, changes: dict | None = None) -> str:
         config = hosts.configure(Config()).with_overrides({"distributed": changes or {}})
         started = time.monotonic()
         done = hosts.run(explained(hosts, config, ["true"]), timeout=60)
         seconds = time.monotonic() - started
         note_fault(seconds, done.stdout)
-        assert done.returncode == 2 and seconds < limit, done.stdout
+        assert done.returncode == 2 and seconds < 20, done.stdout
         assert "Traceback" not in done.stdout
         return done.stdout.splitlines()[-1]
 
     return start
 
 
-def test_a_wrong_key_names_the_host(how_it_ends):
+def test_a_wrong_key_user_name_or_address_is_a_sentence_that_names_the_host(last_line_of):
     with Hosts(2) as hosts:
-        wrong = hosts.folder / "host_key"  # a key, and nobody's who may log in
-        said = how_it_ends(hosts, {"ssh_identity_file": str(wrong)})
-    assert said.startswith("error: host1 does not let ssh in (") and "Permission denied" in said
-
-
-def test_a_wrong_host_name_is_named(how_it_ends):
-    with Hosts(2) as hosts:
-        said = how_it_ends(hosts, {"hosts": [{"name": "host0"}, {"name": "hots1"}]})
-    assert said.startswith("error: hots1 has no address known here")
-
-
-def test_another_host_that_means_this_machine_is_refused(how_it_ends):
-    # horovodrun would start both ranks on host0, and nobody would notice.
+        key = {"ssh_identity_file": str(hosts.folder / "host_key")}  # of nobody who may log in
+        for changes in (key, {"ssh_user": "nobody"}):
+            said = last_line_of(hosts, changes)
+            assert said.startswith("error: cannot reach host1 (") and "Permission denied" in said
+        said = last_line_of(hosts, {"hosts": [{"name": "host0"}, {"name": "hots1"}]})
+        assert said.startswith("error: hots1 has no address known here")
+    # horovodrun would start both ranks on host0 without a word.
     with Hosts(2, wrong_names={"host0": "127.0.1.1 host1"}) as hosts:
-        said = how_it_ends(hosts)
-    assert said.startswith("error: host0 and host1 both mean this machine (host1 is 127.0.1.1")
+        said = last_line_of(hosts)
+    assert said.startswith("error: host0 and host1 are both this machine (host1 has the address")
 
 
-def test_a_host_whose_own_name_is_loopback_works_as_debian_sets_it_up():
-    names = {"host0": "127.0.1.1 host0", "host1": "127.0.1.1 host1"}
-    with Hosts(2, wrong_names=names) as hosts:
-        done = hosts.horovodrun(Config(), [sys.executable, "-c", RANKS])
-    assert done.returncode == 0, done.stdout
-    assert "AT host1 1 0 1 1" in done.stdout
-
-
-def test_the_user_and_variables_of_one_host_and_of_all_reach_the_ranks(how_it_ends):
+def test_the_user_and_variables_of_one_host_and_of_all_reach_the_ranks():
     show = (
         "import os; print('AT', os.uname().nodename,"
         " *(os.environ[name] for name in ('OF_ALL', 'CUDA_VISIBLE_DEVICES', 'MINE')))"
     )
     changes = {
         "ssh_user": "root",
-        # Horovod keeps the second one from other hosts.
+        # Horovod does not pass the second one to other hosts.
         "environment": {"OF_ALL": "a b", "CUDA_VISIBLE_DEVICES": "2,3", "MINE": "no"},
         "hosts": [{"name": "host0"}, {"name": "host1", "environment": {"MINE": "it's $HOME"}}],
     }
     with Hosts(2) as hosts:
         config = hosts.configure(Config()).with_overrides({"distributed": changes})
         done = hosts.horovodrun(config, [sys.executable, "-c", show])
-        said = how_it_ends(hosts, {"ssh_user": "nobody"})
     assert done.returncode == 0, done.stdout
     assert "AT host0 a b 2,3 no" in done.stdout, done.stdout
     assert "AT host1 a b 2,3 it's $HOME" in done.stdout, done.stdout
-    assert said.startswith("error: host1 does not let ssh in (")
 
 
 # ---- the hosts themselves ------------------------------------------------------------------------
@@ -399,22 +361,16 @@ def test_an_owner_that_is_killed_leaves_no_process_and_the_next_one_tidies_its_f
         assert folders_of(owner.pid) == []
 
 
-def test_what_is_missing_is_a_sentence(monkeypatch):
-    monkeypatch.setitem(hosts_module.why_not_here.__globals__["PACKAGES"], "no-such-tool", "wanted")
+def test_a_missing_tool_right_host_or_unit_is_a_sentence(monkeypatch):
+    monkeypatch.setitem(hosts_module.PACKAGES, "no-such-tool", "wanted")
     with pytest.raises(DistributedError, match="need no-such-tool: apt-get install wanted"):
         Hosts(2)
     monkeypatch.undo()
+    with Hosts(1) as hosts, pytest.raises(DistributedError, match="no host host7; there are host0"):
+        hosts.run(["true"], "host7")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(DistributedError, match="need root"):
         Hosts(2)
-
-
-@pytest.mark.parametrize("rate", ["10", "fast", "-1mbit", "0mbit", "10mbps"])
-def test_a_rate_that_is_none_is_a_sentence(rate):
-    with pytest.raises(DistributedError, match="a link's rate is written as"):
-        token_bucket(rate)
-
-
-def test_a_host_that_is_not_there_is_a_sentence():
-    with Hosts(2) as hosts, pytest.raises(DistributedError, match="no host host7; there are host0"):
-        hosts.run(["true"], "host7")
+    for rate in ("10", "fast", "-1mbit", "0mbit", "10mbps"):
+        with pytest.raises(DistributedError, match="a link's rate is written as"):
+            token_bucket(rate)
