@@ -1,19 +1,18 @@
-"""Elastic jobs: the file of hosts, and horovodrun's call that follows it while it changes.
+"""Elastic jobs: a file of hosts, and the horovodrun command that follows its changes.
 
-    python -m horovod_lm.launch.elastic_hosts runs/hosts --workers 2  # writes it, prints the call
+    python -m horovod_lm.launch.elastic_hosts runs/hosts --workers 2  # write it, print the command
 
-The file is plain text, `name:slots` a line. horovodrun runs a discovery script once a second to
-learn which hosts there are; ours prints that file. A line more lets a worker join, a line less
-lets one leave.
+Each line of the file is `name:slots`. horovodrun runs a discovery script once a second to learn the
+hosts; ours prints the file. An added line lets a worker join, a deleted line lets one leave.
 
-horovodrun gives up a *host*, not a process: after one failure on a host it starts nothing there
-again, and on one machine the first death would end the job. So on one machine each worker gets a
-name of its own for it (`localhost`, `127.0.0.1`, `127.0.0.01`, ...), and horovodrun takes them for
-as many hosts. To let a worker join after one has died, add a name that was not used before.
+After one failure on a host, horovodrun starts nothing there again. On one machine the first failure
+would end the job, so each worker gets its own name of the machine (`localhost`, `127.0.0.1`,
+`127.0.0.01`, ...), and horovodrun takes the names for different hosts. To let a worker join after
+one has died, add a name that was not used before.
 
-On several hosts, horovodrun counts a rank among those of the next world for as long as its ssh
-lives. A host that loses power ends no connection: `~/.ssh/config` on the first host must let ssh
-ask (`ServerAliveInterval 2`, `ServerAliveCountMax 3`).
+On several hosts, horovodrun counts a rank as alive while its ssh connection is open, and a host
+that loses power closes no connection. Set `ServerAliveInterval 2` and `ServerAliveCountMax 3` in
+`~/.ssh/config` on the first host.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import psutil
 
+from horovod_lm.launch.hosts import training_command
 from horovod_lm.utils.cli import add_config_arguments, program, run_cli
 from horovod_lm.utils.config import load_config
 from horovod_lm.utils.errors import ConfigError
@@ -36,16 +36,16 @@ _HOST = re.compile(r"([\w.-]+)\s*(?::\s*([1-9][0-9]*))?")
 
 
 def loopback_name(number: int) -> str:
-    """Return a name of this machine that differs from those for other numbers, counted from 0."""
+    """Return the name of this machine with this number, counted from 0; no two are equal."""
     # The last byte of an address may have leading zeros: all these mean 127.0.0.1.
     return f"127.0.0.{'1':0>{number}}" if number else "localhost"
 
 
 def write_hosts(path: str | Path, hosts: Sequence[str]) -> Path:
-    """Write the file of hosts, whole or not at all: horovodrun reads it at any time.
+    """Write a file of hosts atomically, because horovodrun may read it at any time.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; its folder is created.
         hosts: `name:slots` each.
     """
     path = Path(path)
@@ -57,7 +57,7 @@ def write_hosts(path: str | Path, hosts: Sequence[str]) -> Path:
 
 
 def read_hosts(path: str | Path) -> dict[str, int]:
-    """Return the slots of each host in a file of hosts; comments (`#`) and blank lines are fine.
+    """Return the slots of each host in a file of hosts; it may have `#` comments and blank lines.
 
     Raises:
         ConfigError: the file cannot be read, or a line is not `name:slots`.
@@ -80,10 +80,10 @@ def read_hosts(path: str | Path) -> dict[str, int]:
 
 
 def write_discovery_script(hosts_file: str | Path) -> Path:
-    """Write, beside the file of hosts, the script with which horovodrun reads it."""
+    """Write, beside a file of hosts, the script with which horovodrun reads it."""
     hosts_file = Path(hosts_file).resolve()
     script = hosts_file.with_name(f"{hosts_file.name}.discovery.sh")
-    # horovodrun fails on comments and blank lines. A shell starts at once; Python would not.
+    # horovodrun fails on comments and blank lines. A shell starts faster than Python.
     clean = f"sed -e 's/#.*//' -e 's/[[:space:]]//g' -e '/^$/d' {shlex.quote(str(hosts_file))}"
     script.write_text(f"#!/bin/sh\nexec {clean}\n", encoding="utf-8")
     script.chmod(0o755)
@@ -95,28 +95,25 @@ def elastic_command(
     hosts_file: str | Path,
     min_np: int = 1,
     max_np: int | None = None,
-    np: int | None = None,
     timeout_seconds: int = 75,
     interface: str | None = None,
     ssh_port: int | None = None,
     ssh_identity_file: str | Path | None = None,
 ) -> list[str]:
-    """Return horovodrun's call that starts `command` on ranks that may come and go.
+    """Return the horovodrun command that starts `command` on ranks that may leave and join.
 
     Args:
         command: what each rank runs, for example `["python", "-m", "horovod_lm.train",
             "--elastic", "--config", "configs/tiny.yaml"]`.
         hosts_file: see `write_hosts`; horovodrun follows its changes.
         min_np: with fewer ranks training saves and ends.
-        max_np: more ranks are never started; None: as many as the file has slots.
-        np: ranks at the start; None: as many as the file has slots now.
+        max_np: the largest number of ranks; None: as many as the file has slots.
         timeout_seconds: how long horovodrun waits for enough slots before it ends all ranks: longer
             than the ranks' own `training.elastic_timeout_seconds`, after which they save and end.
-            The job has ended when this time is over.
-        interface: network interface for all traffic; None: the loopback's, if every host is a name
-            of this machine as `loopback_name` gives it, else horovodrun's choice.
-        ssh_port: of the other hosts; None: as ssh itself is set up.
-        ssh_identity_file: the private key for them; None: as ssh itself is set up.
+        interface: network interface for all traffic; None: the loopback interface if every host is
+            a name of this machine (`loopback_name`), else horovodrun's choice.
+        ssh_port: of the other hosts; None: ssh's own setting.
+        ssh_identity_file: the private key for them; None: ssh's own setting.
 
     Raises:
         ConfigError: the file cannot be read, a line of it is not `name:slots`, or it has no host.
@@ -124,27 +121,21 @@ def elastic_command(
     hosts = read_hosts(hosts_file)
     if not hosts:
         raise ConfigError(f"{hosts_file} has no host: write a line NAME:SLOTS for each")
-    if interface is None and all(is_loopback(host) for host in hosts):
-        interface = loopback_interface()  # horovodrun looks for others, and then for two hosts
-    call = [program("horovodrun"), "-np", str(np or sum(hosts.values()))]
-    call += ["--min-np", str(min_np)]
-    if max_np is not None:
-        call += ["--max-np", str(max_np)]
-    # horovodrun gives both the script and the key to a shell as they are.
+    if interface is None and all(h == "localhost" or h.startswith("127.0.0.") for h in hosts):
+        interface = loopback_interface()  # else horovodrun looks for one that the hosts share
+    call = [program("horovodrun"), "-np", str(sum(hosts.values())), "--min-np", str(min_np)]
+    # horovodrun passes both the script and the key to a shell without quotes.
     call += ["--host-discovery-script", shlex.quote(str(write_discovery_script(hosts_file)))]
     call += ["--elastic-timeout", str(timeout_seconds)]
-    if interface is not None:
-        call += ["--network-interfaces", interface]
-    if ssh_port is not None:
-        call += ["--ssh-port", str(ssh_port)]
-    if ssh_identity_file is not None:
-        call += ["--ssh-identity-file", shlex.quote(str(ssh_identity_file))]
+    key = None if ssh_identity_file is None else shlex.quote(str(ssh_identity_file))
+    for option, value in (
+        ("--max-np", max_np),
+        ("--network-interfaces", interface),
+        ("--ssh-port", ssh_port),
+        ("--ssh-identity-file", key),
+    ):
+        call += [] if value is None else [option, str(value)]
     return [*call, *command]
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether a host is one of `loopback_name`'s."""
-    return host == "localhost" or host.startswith("127.0.0.")
 
 
 def loopback_interface() -> str:
@@ -157,36 +148,32 @@ def loopback_interface() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write a file of hosts for workers on this machine; print the call that follows it."""
+    """Write a file of hosts for workers on this machine; print the command that follows it."""
     parser = argparse.ArgumentParser(
         prog="python -m horovod_lm.launch.elastic_hosts",
-        description="Write a file of hosts, and print the call of an elastic job that follows it.",
+        description="Write a file of hosts, and print the command of an elastic job that follows"
+        " its changes. Interface and ssh come from the configuration's distributed section.",
     )
-    parser.add_argument("hosts_file", help="name:slots a line; kept if it is there")
+    parser.add_argument("hosts_file", help="name:slots a line; an existing file is not changed")
     add_config_arguments(parser, default="configs/tiny.yaml")
     parser.add_argument("--workers", type=int, default=2, help="on this machine (default: 2)")
-    parser.add_argument("--min-np", type=int, default=1, help="with fewer, save and end")
-    parser.add_argument("--max-np", type=int, help="never start more")
-    parser.add_argument("--interface", help="the network interface that other hosts share")
-    parser.add_argument("--ssh-port", type=int, help="of other hosts")
-    parser.add_argument("--ssh-identity-file", help="the private key for other hosts")
+    parser.add_argument("--min-np", type=int, default=1, help="with fewer ranks, save and end")
+    parser.add_argument("--max-np", type=int, help="the largest number of ranks")
     arguments = parser.parse_args(argv)
-    load_config(arguments.config, arguments.overrides)  # else each rank would report the error
+    config = load_config(arguments.config, arguments.overrides)
     if not Path(arguments.hosts_file).exists():
         names = [f"{loopback_name(number)}:1" for number in range(arguments.workers)]
         write_hosts(arguments.hosts_file, names)
-    training = [program("python"), "-m", "horovod_lm.train", "--elastic"]
-    training += ["--config", arguments.config]
-    for override in arguments.overrides:
-        training += ["--set", override]
+    settings = config.distributed
+    key = settings.ssh_identity_file
     call = elastic_command(
-        training,
+        training_command(arguments, "--elastic"),
         arguments.hosts_file,
         arguments.min_np,
         arguments.max_np,
-        interface=arguments.interface,
-        ssh_port=arguments.ssh_port,
-        ssh_identity_file=arguments.ssh_identity_file,
+        interface=settings.interface,
+        ssh_port=settings.ssh_port,
+        ssh_identity_file=config.resolve(key) if key else None,
     )
     print(shlex.join(call))
     return 0

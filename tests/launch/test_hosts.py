@@ -1,4 +1,4 @@
-"""Hostfiles and calls that horovodrun itself reads as they were meant."""
+"""Hostfiles and commands as horovodrun itself reads them, and why a job failed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from horovod_lm.launch import hosts as cluster
+from horovod_lm.launch import hosts as launcher
 from horovod_lm.utils.config import Config, config_from_dict, load_config
 from horovod_lm.utils.errors import ConfigError
 from tests.conftest import ROOT
@@ -36,7 +36,7 @@ def test_horovods_own_parsers_read_the_hostfile(tmp_path_factory, hosts):
     parsers = pytest.importorskip("horovod.runner.common.util.hosts")
     path = tmp_path_factory.mktemp("hosts") / "below" / "hostfile"
     config = with_hosts(hosts)
-    assert cluster.write_hostfile(config, path) == path
+    assert launcher.write_hostfile(config, path) == path
     text = parsers.parse_host_files(str(path))
     wanted = [(host["name"], host["slots"]) for host in hosts]
     assert [(host.hostname, host.slots) for host in parsers.parse_hosts(text)] == wanted
@@ -45,13 +45,12 @@ def test_horovods_own_parsers_read_the_hostfile(tmp_path_factory, hosts):
     assert len(parsers.get_host_assignments(parsers.parse_hosts(text), ranks)) == ranks
 
 
-def test_horovodrun_reads_the_call_as_it_was_meant(monkeypatch, tmp_path):
+def test_horovodrun_reads_the_command_as_it_was_meant(monkeypatch, tmp_path):
     launch = pytest.importorskip("horovod.runner.launch")
     config = with_hosts(TWO, interface="eth0", ssh_port=2222, ssh_identity_file="/keys/id")
-    hostfile = cluster.write_hostfile(config, tmp_path / "hostfile")
+    hostfile = launcher.write_hostfile(config, tmp_path / "hostfile")
     command = ["python", "-m", "horovod_lm.train", "--set", "seed=1"]
-    call = cluster.horovodrun_command(config, command, hostfile)
-    monkeypatch.setattr(sys, "argv", call)
+    monkeypatch.setattr(sys, "argv", launcher.horovodrun_command(config, command, hostfile))
     read = launch.parse_args()
     assert read.num_proc == 6 and read.hostfile == str(hostfile)
     assert set(read.nics) == {"eth0"}
@@ -59,46 +58,33 @@ def test_horovodrun_reads_the_call_as_it_was_meant(monkeypatch, tmp_path):
     assert read.command == command
 
 
-def test_variables_that_horovodrun_keeps_from_other_hosts_are_set_by_each_rank():
+def test_variables_that_horovodrun_does_not_pass_on_are_set_by_each_rank():
     env = pytest.importorskip("horovod.runner.common.util.env")
-    assert set(cluster._NOT_PASSED_ON.pattern.split("|")) == env.IGNORE_REGEXES
+    assert set(launcher._NOT_PASSED_ON.pattern.split("|")) == env.IGNORE_REGEXES
     config = with_hosts(TWO, environment={"A": "1", "CUDA_VISIBLE_DEVICES": "2"})
-    call = cluster.horovodrun_command(config, ["true"])
+    call = launcher.horovodrun_command(config, ["true"])
     assert call[:3] == ["env", "A=1", "horovodrun"]
     assert call[-3:] == ["env", "CUDA_VISIBLE_DEVICES=2", "true"]
 
 
-def test_what_is_not_set_is_left_to_horovodrun():
-    call = cluster.horovodrun_command(with_hosts(TWO), ["true"], "hosts")
-    assert call == [
-        "horovodrun", "-np", "6", "--disable-cache", "--hostfile", str(ROOT / "hosts"), "true"
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize(
-    ("hosts", "says"),
+    ("hosts", "command", "hostfile", "sentence"),
     [
-        ([], "distributed.hosts is empty"),
-        ([*TWO, TWO[0]], "names node1 2 times"),
+        ([], ["true"], "hosts", "distributed.hosts is empty"),
+        ([*TWO, TWO[0]], ["true"], "hosts", "names node1 2 times"),
+        (TWO, [], "hosts", "needs a command"),
+        (TWO, ["true"], "/dev/null/hosts", "the hostfile .* cannot be written: "),
     ],
 )
-def test_hosts_that_cannot_work_are_a_sentence(hosts, says):
-    for use in (cluster.hostfile_text, lambda config: cluster.horovodrun_command(config, ["true"])):
-        with pytest.raises(ConfigError, match=says):
-            use(with_hosts(hosts))
-
-
-def test_a_call_without_a_command_and_a_file_that_cannot_be_written_are_sentences(tmp_path):
-    with pytest.raises(ConfigError, match="needs a command"):
-        cluster.horovodrun_command(with_hosts(TWO), [])
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="the hostfile .* cannot be written: "):
-        cluster.write_hostfile(with_hosts(TWO), tmp_path / "file" / "hostfile")
+def test_what_cannot_work_is_a_sentence(hosts, command, hostfile, sentence, tmp_path):
+    with pytest.raises(ConfigError, match=sentence):
+        launcher.horovodrun_command(with_hosts(hosts), command)
+        launcher.write_hostfile(with_hosts(hosts), tmp_path / hostfile)
 
 
 def test_a_host_without_an_address_is_named():
     hosts = [{"name": "localhost"}, {"name": "there.is.no.such.host.invalid"}]
-    assert cluster.unknown_hosts(with_hosts(hosts)) == ["there.is.no.such.host.invalid"]
+    assert launcher.unknown_hosts(with_hosts(hosts)) == ["there.is.no.such.host.invalid"]
 
 
 def test_the_shipped_cluster_is_the_model_of_config_yaml_on_several_hosts():
@@ -109,7 +95,7 @@ def test_the_shipped_cluster_is_the_model_of_config_yaml_on_several_hosts():
     assert len(shipped.distributed.hosts) > 1 and shipped.distributed.interface
 
 
-def test_the_command_line_writes_the_hostfile_and_prints_a_call_but_starts_nothing(tmp_path):
+def test_the_command_line_writes_the_hostfile_and_prints_a_command_but_starts_nothing(tmp_path):
     hostfile = tmp_path / "hostfile"
     hosts = "distributed.hosts=[{name: localhost, slots: 2}]"
     done = subprocess.run(
@@ -124,34 +110,26 @@ def test_the_command_line_writes_the_hostfile_and_prints_a_call_but_starts_nothi
         "--network-interfaces", "eth0", "--ssh-port", "22",
         "python", "-m", "horovod_lm.train", "--config", "configs/cluster.yaml", "--set", hosts,
     ]  # fmt: skip
-    one = cluster.build_parser().parse_args(["--", "python", "mine.py", "--fast"])
-    assert one.command == ["python", "mine.py", "--fast"]
 
 
-# ---- why a job ended -----------------------------------------------------------------------------
+# ---- why a job failed ----------------------------------------------------------------------------
 
 LOST = "[{0}]<stderr>:error: rank {0} lost another rank after step 7; saved x.pt"
+WATCHDOG = "[4]<stderr>:rank 4 (process 117) stood still for 7 s: it was killed, so that"
 
 
-def ended(*lines: str, blamed: int, code: int) -> str:
-    from horovod_lm.launch.hosts import explain
-
-    said = [*lines, f"horovodrun: process {blamed} was the first to fail, with exit code {code}"]
-    return explain(with_hosts(TWO), 1, said, {})
-
-
-def test_a_frozen_rank_is_named_and_not_the_survivor_that_ended_first():
-    lost = [LOST.format(rank) for rank in (0, 1, 2, 3, 5)]
-    said = ended(*lost, blamed=0, code=2)
-    assert said.startswith("rank 4 on 10.0.0.2 did not answer any more, and the machine does")
-
-
-def test_a_rank_that_its_watchdog_ended_stood_still_and_was_killed_by_nobody_else():
-    watchdog = "[4]<stderr>:rank 4 (process 117) stood still for 7 s: it was killed, so that"
-    said = ended(LOST.format(0), watchdog, blamed=4, code=255)
-    assert said.startswith("rank 4 on 10.0.0.2 did not answer any more, and the machine does")
-
-
-def test_a_rank_with_an_error_of_its_own_is_named_with_it():
-    said = ended(LOST.format(0), "[5]<stderr>:error: no disk left", blamed=5, code=2)
-    assert said.startswith("rank 5 on 10.0.0.2 ended with exit code 2: no disk left")
+@pytest.mark.parametrize(
+    ("lines", "rank", "code", "sentence"),
+    [
+        ([LOST.format(rank) for rank in (0, 1, 2, 3, 5)], 0, 2, "rank 4 on 10.0.0.2 stopped resp"),
+        ([LOST.format(0), WATCHDOG], 4, 255, "rank 4 on 10.0.0.2 stopped responding"),
+        ([LOST.format(0), "[5]<stderr>:error: no disk left"], 5, 2,
+         "rank 5 on 10.0.0.2 failed first, with exit code 2: see above"),
+        ([], 3, -9, "rank 3 on node1 failed first, with exit code -9 (killed"),
+    ],
+)  # fmt: skip
+def test_the_rank_that_hung_or_failed_is_named_and_not_a_survivor_that_ended_first(
+    lines, rank, code, sentence
+):
+    first = f"horovodrun: process {rank} was the first to fail, with exit code {code}"
+    assert launcher.explain(with_hosts(TWO), [*lines, first], {}).startswith(sentence)

@@ -1,4 +1,4 @@
-"""The job files of other people's schedulers: what of them can be run here is run."""
+"""Job files for schedulers: the parts that can run here are run on simulated hosts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,6 @@ from tests.conftest import ROOT
 JOBS = ROOT / "configs" / "jobs"
 WHY_NOT = why_not_here()
 needs_hosts = pytest.mark.skipif(bool(WHY_NOT), reason=str(WHY_NOT))
-
-
-def launcher() -> tuple[dict, str]:
-    job = yaml.safe_load((JOBS / "kubernetes.yaml").read_text())
-    [container] = job["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"]
-    assert container["command"] == ["bash", "-c"]
-    [command] = container["args"]
-    return job, command
 
 
 @pytest.fixture
@@ -67,7 +59,9 @@ def test_the_slurm_script_trains_on_the_hosts_that_slurm_names(project, tmp_path
 
 @needs_hosts
 def test_the_launcher_of_kubernetes_trains_on_the_hosts_of_its_file(project):
-    _, command = launcher()
+    [container] = pods_of_kubernetes()[0]["containers"]
+    assert container["command"] == ["bash", "-c"]
+    [command] = container["args"]
     with Hosts(2) as hosts:
         log_in_as_clusters_do(hosts)
         (hosts.folder / "hostfile").write_text("host0 slots=1\nhost1 slots=1\n")
@@ -77,16 +71,18 @@ def test_the_launcher_of_kubernetes_trains_on_the_hosts_of_its_file(project):
     assert "2 ranks on the CPU, 1 thread each" in done.stdout
 
 
+def pods_of_kubernetes() -> list[dict]:
+    """Return the pods of the launcher and of the workers."""
+    replicas = yaml.safe_load((JOBS / "kubernetes.yaml").read_text())["spec"]["mpiReplicaSpecs"]
+    return [replicas[role]["template"]["spec"] for role in ("Launcher", "Worker")]
+
+
 def test_workers_and_launcher_of_kubernetes_are_one_image_with_one_disk_for_checkpoints():
-    job, _ = launcher()
-    replicas = job["spec"]["mpiReplicaSpecs"]
-    pods = [replicas[role]["template"]["spec"] for role in ("Launcher", "Worker")]
+    pods = pods_of_kubernetes()
     images = {pod["containers"][0]["image"] for pod in pods}
     claims = {volume["persistentVolumeClaim"]["claimName"] for pod in pods
               for volume in pod["volumes"] if volume["name"] == "runs"}  # fmt: skip
     assert len(images) == len(claims) == 1
-    gpus = pods[1]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
-    assert gpus == job["spec"]["slotsPerWorker"]
 
 
 def test_scripts_are_whole():
