@@ -1,7 +1,7 @@
 """Read Horovod's timeline: which tensor was in which phase, and when.
 
     spans = read_timeline("timeline.json")        # recorded with horovodrun --timeline-filename
-    for phase, seconds in seconds_by_phase(reduction(spans, 3)).items(): ...
+    busy_seconds(span for span in reduction(spans, 3) if span.phase == "GLOO_ALLREDUCE")
 
 Horovod writes the events of rank 0 in the format of Chrome's trace viewer (chrome://tracing or
 https://ui.perfetto.dev). A killed job leaves truncated JSON, and even a normal end may lose the
@@ -97,15 +97,6 @@ def busy_seconds(spans: Iterable[Span]) -> float:
         busy += max(0.0, span.end - max(span.start, reached))
         reached = max(reached, span.end)
     return busy
-
-
-def seconds_by_phase(spans: Iterable[Span]) -> dict[str, float]:
-    """Return the time in which any tensor was in each phase, longest first."""
-    by_phase: dict[str, list[Span]] = defaultdict(list)
-    for span in spans:
-        by_phase[span.phase].append(span)
-    seconds = {phase: busy_seconds(of_phase) for phase, of_phase in by_phase.items()}
-    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 def _ordered(spans: list[Span]) -> list[Span]:

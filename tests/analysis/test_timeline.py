@@ -1,10 +1,7 @@
-"""Horovod's timeline: complete, truncated, and of a real job."""
+"""Horovod's timeline, complete and truncated. tests/horovod reads the timeline of a real job."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,6 @@ from horovod_lm.analysis.timeline import (
     busy_seconds,
     read_timeline,
     reduction,
-    seconds_by_phase,
 )
 from horovod_lm.utils.errors import DataError
 
@@ -37,18 +33,6 @@ WHOLE = """[
 {"ph": "B", "name": "GLOO_ALLREDUCE", "ts": 56, "pid": 2},{"ph": "E", "ts": 90, "pid": 1},\
 {"ph": "E", "ts": 90, "pid": 2},{"ph": "E", "ts": 95, "pid": 1, "args": {"shape": "[3, 4]"}},\
 {"ph": "E", "ts": 99, "pid": 2, "args": {"dtype": "float32", "shape": "[3]"}}]
-"""
-ON_EACH_RANK = """
-import time
-import torch
-import horovod.torch as hvd
-hvd.init()
-for step in range(3):
-    handles = [hvd.allreduce_async(torch.ones(1000), name=name) for name in ("weight", "bias")]
-    for handle in handles:
-        hvd.synchronize(handle)
-time.sleep(1)  # Horovod: what its writer has not written when it is shut down, it drops
-hvd.shutdown()
 """
 
 
@@ -114,29 +98,3 @@ def test_a_reduction_is_a_negotiation_and_what_follows_it():
     both = spans_at(0) + spans_at(10) + cut_off
     assert reduction(both, 0) == spans_at(0) and reduction(both, 1) == spans_at(10)
     assert reduction(both, 2) == []
-    assert seconds_by_phase(both) == {
-        REDUCTION: 10, "GLOO_ALLREDUCE": 6, f"{NEGOTIATION}ALLREDUCE": 5
-    }  # fmt: skip
-
-
-@pytest.mark.horovod
-def test_a_real_job_is_read_tensor_by_tensor(tmp_path):
-    horovodrun = Path(sys.executable).with_name("horovodrun")
-    if not horovodrun.exists():
-        pytest.skip("Horovod is not installed: run python -m horovod_lm.setup.install_horovod")
-    subprocess.run(
-        [horovodrun, "-np", "2", "--timeline-filename", tmp_path / "timeline.json",
-         sys.executable, "-c", ON_EACH_RANK],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=120,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    spans = read_timeline(tmp_path / "timeline.json")
-    for name in ("allreduce.weight", "allreduce.bias"):
-        of_tensor = [span for span in spans if span.tensor == name]
-        assert sum(span.phase == REDUCTION for span in of_tensor) == 3
-        assert sum(span.phase.startswith(NEGOTIATION) for span in of_tensor) == 3
-        for number in range(3):
-            steps = [span for span in of_tensor if span in reduction(spans, number)]
-            outer = next(span for span in steps if span.phase == REDUCTION)
-            inner = [span for span in steps if span.phase == "GLOO_ALLREDUCE"]
-            assert inner and all(outer.start <= one.start <= one.end <= outer.end for one in inner)

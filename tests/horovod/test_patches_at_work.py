@@ -1,4 +1,4 @@
-"""The patches of Horovod at work, on real processes: each test fails without its patch."""
+"""The effect of Horovod's patches on real processes: each test fails without its patch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import re
 import socket
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import psutil
 import pytest
+
+from horovod_lm.analysis.timeline import NEGOTIATION, REDUCTION, read_timeline, reduction
+from tests.conftest import Command, Finished
 
 pytestmark = [
     pytest.mark.horovod,
@@ -22,46 +24,32 @@ pytestmark = [
         reason="Horovod is not installed: python -m horovod_lm.setup.install_horovod",
     ),
 ]
-
-HOROVODRUN = Path(sys.executable).parent / "horovodrun"
+HOROVODRUN = str(Path(sys.executable).with_name("horovodrun"))
 
 
 @pytest.fixture
-def run_ranks(tmp_path):
-    """Run a script on two ranks under horovodrun, every process gone when the test ends."""
+def run(tmp_path):
+    """Run a command to its end in an empty folder; at the time limit its processes are killed."""
 
-    def run(script: str, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        path = tmp_path / "rank.py"
-        path.write_text(script)
-        command = [str(HOROVODRUN), "-np", "2", "--gloo", *options, sys.executable, str(path)]
-        return run_to_the_end(command, **variables)
+    def run(*command: str, timeout: float = 60, **variables: str) -> Finished:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
+        # 15-no-proxy: without it, every job of horovod.run() and every elastic job fails.
+        env |= {"OMP_NUM_THREADS": "1", "http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+        return Command(command, tmp_path, env | variables).wait(timeout)
 
     return run
 
 
-def run_to_the_end(
-    command: list[str], timeout: float = 60, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """Like subprocess.run; at the time limit the children are killed too, and the test fails."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
-    # 15-no-proxy: without it, every job of horovod.run() and every elastic job fails.
-    env |= {"OMP_NUM_THREADS": "1", "http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
-    process = subprocess.Popen(
-        command,
-        env=env | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    family = psutil.Process(process.pid)
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        for member in [*family.children(recursive=True), family]:
-            member.kill()
-        out, err = process.communicate()
-        pytest.fail(f"still running after {timeout} s; it said:\n{out[-2000:]}{err[-2000:]}")
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+@pytest.fixture
+def run_ranks(tmp_path, run):
+    """Run a script on two ranks under horovodrun."""
+
+    def run_script(script: str, *options: str, **variables: str) -> Finished:
+        (tmp_path / "rank.py").write_text(script)
+        command = [HOROVODRUN, "-np", "2", "--gloo", *options, sys.executable, "rank.py"]
+        return run(*command, **variables)
+
+    return run_script
 
 
 RANK_1_STAYS_AWAY = """
@@ -81,10 +69,9 @@ def test_a_missing_rank_is_named_and_ends_the_job(run_ranks):
     # 06-stall-check: without it this hangs until the time limit of the helper.
     times = "--stall-check-warning-time-seconds 1 --stall-check-shutdown-time-seconds 2".split()
     done = run_ranks(RANK_1_STAYS_AWAY, *times)
-    said = done.stdout + done.stderr
-    assert done.returncode != 0
-    assert re.search(r"1!?: \[allreduce\.rank 1 is missing\]", said), said
-    assert "is stalled for longer than 2 seconds. Will shutdown." in said, said
+    assert done.code != 0
+    assert re.search(r"1!?: \[allreduce\.rank 1 is missing\]", done.output), done.output
+    assert "is stalled for longer than 2 seconds. Will shutdown." in done.output, done.output
 
 
 SOCKETS_OF_THIS_RANK = """
@@ -121,9 +108,9 @@ def test_every_socket_of_a_rank_is_on_the_chosen_interface(run_ranks):
     # a set) listen at the address that the host's name resolves to.
     interface, addresses = interface_that_the_host_name_does_not_name()
     done = run_ranks(SOCKETS_OF_THIS_RANK.format(interface=interface))
-    assert done.returncode == 0, done.stderr
-    lines = re.findall(r"SOCKETS (.*)", done.stdout)
-    assert len(lines) == 2, done.stdout
+    assert done.code == 0, done.output
+    lines = re.findall(r"SOCKETS (.*)", done.output)
+    assert len(lines) == 2, done.output
     for of_rank in map(json.loads, lines):
         assert of_rank and set(of_rank) <= addresses, (interface, addresses, lines)
 
@@ -176,17 +163,16 @@ if __name__ == "__main__":
 """
 
 
-def test_idle_ranks_of_horovod_run_do_not_burn_a_core(tmp_path):
+def test_idle_ranks_of_horovod_run_do_not_use_a_whole_core(tmp_path, run):
     # 09-run-settings. Measured on two cores, quiet or with three busy loops beside: 0.05 to 0.15
     # of a core per rank, and 0.4 to 1.0 with what the release exports. The minimum of five, because
     # a shared machine can only add to it; and without the timeline, whose writer alone keeps a core
     # of rank 0 busy.
-    script = tmp_path / "idle.py"
-    script.write_text(IDLE_RANKS)
-    done = run_to_the_end([sys.executable, str(script)])
-    assert done.returncode == 0, done.stderr
-    assert "RAISED process 0 was the first to fail, with exit code 1" in done.stdout
-    ranks = json.loads(re.search(r"IDLE (.*)", done.stdout).group(1))
+    (tmp_path / "idle.py").write_text(IDLE_RANKS)
+    done = run(sys.executable, "idle.py")
+    assert done.code == 0, done.output
+    assert "RAISED process 0 was the first to fail, with exit code 1" in done.output
+    ranks = json.loads(re.search(r"IDLE (.*)", done.output).group(1))
     for exported, _, _ in ranks:
         assert all(float(value) >= 0 for value in exported.values()), exported
     as_it_is, as_released = (sum(rank[i] for rank in ranks) for i in (1, 2))
@@ -242,8 +228,8 @@ def test_a_process_can_start_horovod_again(run_ranks, times):
     # 10-second-init: without it a segmentation fault. 24-finished-scopes: without it "Connection
     # refused" in five of eight such runs.
     done = run_ranks(SECOND_INIT, *times.split())
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("EIGHT WORLDS") == 2
+    assert done.code == 0, done.output
+    assert done.output.count("EIGHT WORLDS") == 2
 
 
 MANY_EVENTS = """
@@ -251,37 +237,43 @@ import horovod.torch as hvd
 import torch
 
 hvd.init()
-waiting = [hvd.allreduce_async(torch.ones(1), name=f"number {i}") for i in range(300)]
-for handle in waiting:
-    hvd.synchronize(handle)
+for step in range(3):
+    waiting = [hvd.allreduce_async(torch.ones(1), name=f"number {i}") for i in range(100)]
+    for handle in waiting:
+        hvd.synchronize(handle)
 """
 
 
 def test_the_timeline_of_a_process_that_ends_is_whole(run_ranks, tmp_path):
     # 23-timeline-end: without it the last events are missing, on a busy machine all of them.
-    timeline = tmp_path / "timeline.json"
-    done = run_ranks(MANY_EVENTS, "--timeline-filename", str(timeline))
-    assert done.returncode == 0, done.stderr
-    events = json.loads(timeline.read_text())
-    number = {
-        event["pid"]: event["args"]["name"]
-        for event in events
-        if event.get("name") == "process_name" and event["pid"]
-    }
-    begun, ended = (
-        Counter(number[event["pid"]] for event in events if event["ph"] == phase) for phase in "BE"
-    )
-    assert len(begun) == 300 and begun == ended
+    done = run_ranks(MANY_EVENTS, "--timeline-filename", str(tmp_path / "timeline.json"))
+    assert done.code == 0, done.output
+    json.loads((tmp_path / "timeline.json").read_text())  # not truncated
+    spans = read_timeline(tmp_path / "timeline.json")
+    assert len({span.tensor for span in spans}) == 100
+    assert reduction(spans, 3) == []
+    for number in range(3):
+        by_tensor: dict[str, list] = {}
+        for span in reduction(spans, number):
+            by_tensor.setdefault(span.tensor, []).append(span)
+        assert len(by_tensor) == 100
+        for of_tensor in by_tensor.values():
+            assert sum(span.phase.startswith(NEGOTIATION) for span in of_tensor) == 1
+            [outer] = [span for span in of_tensor if span.phase == REDUCTION]
+            inner = [span for span in of_tensor if span.phase == "GLOO_ALLREDUCE"]
+            assert inner and all(outer.start <= one.start <= one.end <= outer.end for one in inner)
 
 
 ONE_RANK_STAYS_AWAY_FROM_INIT = """
 import os
+import pathlib
 import time
 import horovod.torch as hvd
 
-os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = "3"
+os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = "2"
 if os.environ["HOROVOD_RANK"] == "1":
-    time.sleep(12)
+    while not pathlib.Path("tried").exists():
+        time.sleep(0.1)
 else:
     for attempt in range(2):
         try:
@@ -289,14 +281,15 @@ else:
         except ValueError:
             print("INIT FAILED", flush=True)
         hvd.shutdown()
+    pathlib.Path("tried").touch()
 """
 
 
 def test_a_failing_init_raises_and_can_be_tried_again(run_ranks):
     # 11-failing-init: without it the process aborts.
     done = run_ranks(ONE_RANK_STAYS_AWAY_FROM_INIT)
-    assert done.stdout.count("INIT FAILED") == 2, done.stdout + done.stderr
-    assert done.returncode == 0, done.stderr
+    assert done.output.count("INIT FAILED") == 2, done.output
+    assert done.code == 0, done.output
 
 
 BYTES_OF_ANY_KIND = """
@@ -312,13 +305,12 @@ sys.exit(3 if os.environ["HOROVOD_RANK"] == "1" else 0)
 def test_a_failed_job_ends_with_one_sentence_and_all_output(run_ranks):
     # 14-one-sentence, 17-any-bytes, 18-home.
     done = run_ranks(BYTES_OF_ANY_KIND, HOME=os.devnull, PYTHONIOENCODING="ascii")
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == (
-        "horovodrun: process 1 was the first to fail, with exit code 3"
-    )
-    assert "[1]<stdout>:before \\ufffd after\n" in done.stdout
-    assert "[1]<stdout>:caf\\xe9\n" in done.stdout
+    assert done.code == 1
+    assert "Traceback" not in done.output
+    last = done.output.splitlines()[-1]
+    assert last == "horovodrun: process 1 was the first to fail, with exit code 3"
+    assert "[1]<stdout>:before \\ufffd after\n" in done.output
+    assert "[1]<stdout>:caf\\xe9\n" in done.output
 
 
 @pytest.mark.parametrize(
@@ -327,19 +319,14 @@ def test_a_failed_job_ends_with_one_sentence_and_all_output(run_ranks):
         ("--check-build", 0, "[X] Gloo"),
         ("-np 3 -H localhost:2 true", 1, "horovodrun: Requested more processes (3)"),
         ("-np 1 --hostfile no-such-file true", 1, "horovodrun: [Errno 2] No such file"),
-        (
-            "-np 3 -H localhost:2 --log-level DEBUG true",
-            1,
-            "Traceback (most recent call last)",
-        ),
+        ("-np 3 -H localhost:2 --log-level DEBUG true", 1, "Traceback (most recent call last)"),
     ],
 )
-def test_horovodrun_says_why_it_cannot_start_a_job(options, code, said):
+def test_horovodrun_says_why_it_cannot_start_a_job(run, options, code, said):
     # 14-one-sentence.
-    done = run_to_the_end([str(HOROVODRUN), *options.split()])
-    assert done.returncode == code
-    assert said in done.stdout + done.stderr
-    assert ("Traceback" in done.stderr) == ("DEBUG" in options)
+    done = run(HOROVODRUN, *options.split())
+    assert done.code == code and said in done.output
+    assert ("Traceback" in done.output) == ("DEBUG" in options)
 
 
 ELASTIC = """
@@ -364,8 +351,8 @@ def test_an_elastic_job_runs_behind_a_proxy(run_ranks, tmp_path):
     discovery.chmod(0o755)
     options = ["--min-np", "2", "--host-discovery-script", str(discovery)]
     done = run_ranks(ELASTIC, *options, "--network-interface", "lo")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("TRAINED BY 2") == 2
+    assert done.code == 0, done.output
+    assert done.output.count("TRAINED BY 2") == 2
 
 
 SECOND_SIGNAL = """
@@ -391,10 +378,9 @@ print("ENDED", event.is_set(), len(sent))
 """
 
 
-def test_a_second_signal_does_not_hang_horovodrun():
+def test_a_second_signal_does_not_hang_horovodrun(run):
     # 16-second-signal.
-    done = run_to_the_end([sys.executable, "-c", SECOND_SIGNAL], timeout=20)
-    assert done.stdout == "ENDED True 1\n", done.stderr
+    assert run(sys.executable, "-c", SECOND_SIGNAL, timeout=20).output == "ENDED True 1\n"
 
 
 def test_the_extension_finds_its_libraries_in_any_environment():
