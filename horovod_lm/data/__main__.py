@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from horovod_lm.data.prepare import prepare_data
-from horovod_lm.data.sources import open_corpus
 from horovod_lm.utils.cli import add_config_arguments, run_cli
-from horovod_lm.utils.config import Config, load_config
+from horovod_lm.utils.config import load_config
 from horovod_lm.utils.progress import ProgressLine
 
 DESCRIPTION = """\
@@ -29,7 +27,6 @@ The tokens are written to data.data_dir. If they exist and nothing has changed, 
 EXAMPLES = """\
 examples:
   python -m horovod_lm.data --config configs/tiny.yaml
-  python -m horovod_lm.data --config configs/tiny.yaml --show 3
   python -m horovod_lm.data --config configs/laptop.yaml --set data.source=files \\
       --set data.path=my_book.txt"""
 
@@ -43,14 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_config_arguments(parser)
-    add = parser.add_argument
-    add("--force", action="store_true", help="prepare again even if nothing has changed")
-    add("--show", type=int, metavar="N", help="print the beginning of N documents and exit")
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
-    if arguments.show is not None:
-        show_documents(config, arguments.show)
-        return 0
     line, phases = ProgressLine(), []
 
     def show(phase: str, done: float) -> None:
@@ -58,19 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         phases.append(phase)
 
     started = time.perf_counter()
-    metadata = prepare_data(config, force=arguments.force, progress=show)
+    metadata = prepare_data(config, show)
     seconds = time.perf_counter() - started
     line.say(f"prepared in {seconds:.1f} s" if phases else "nothing has changed: the data exist")
     print(summary(metadata, config.resolve(config.data.data_dir)))
     return 0
-
-
-def show_documents(config: Config, count: int, width: int = 500) -> None:
-    """Print the first `width` characters of the first `count` documents."""
-    for document in islice(open_corpus(config).documents(), count):
-        text = next(iter(document.pieces()), "")
-        print(f"--- {document.name} ({document.size:,} bytes)")
-        print(text[:width].rstrip() + (" ..." if document.size > width else ""))
 
 
 def summary(metadata: dict[str, Any], data_dir: Path) -> str:

@@ -16,8 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,9 @@ from horovod_lm.data.split import (
     TRAIN,
     VAL,
     CorpusStats,
-    DocumentSplit,
-    Split,
     SplitText,
     choose_split,
+    split_by_number,
 )
 from horovod_lm.data.synthetic.stories import story_count, story_entropy
 from horovod_lm.data.tokenizers import Tokenizer, make_tokenizer, train_bpe
@@ -50,49 +48,56 @@ Progress = Callable[[str, float], None]
 """Called with the current phase and its completed fraction, from 0 to 1."""
 
 
-@dataclass
-class PartSummary:
-    """Content of one of the two token files."""
+def prepare_data(config: Config, progress: Progress | None = None) -> dict[str, Any]:
+    """Make the token files of `config` in `config.data.data_dir`, unless they exist.
 
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    sha256: str = ""
-
-
-class TokenWriter:
-    """Appends documents to a file of token ids, counts and hashes them.
+    Any number of processes may call this at once: one prepares, the others wait and then find the
+    data. If a preparation is killed, the earlier data remain.
 
     Args:
-        path: the file.
-        dtype: NumPy dtype of an id.
-        eot_id: written before the first document and after every one.
+        config: the settings; `data`, `seed`, `model.vocab_size` and `model.max_seq_len` are used.
+        progress: called with the progress.
+
+    Returns:
+        The content of `metadata.json`.
+
+    Raises:
+        DataError: the text cannot be read, is too small, or does not fit the model's vocabulary.
     """
+    data_dir = config.resolve(config.data.data_dir)
+    corpus = open_corpus(config)
+    inputs = {"format": FORMAT, "settings": data_settings(config), "corpus": corpus.fingerprint}
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
-    def __init__(self, path: Path, dtype: str, eot_id: int) -> None:
-        self.dtype, self.eot_id = dtype, eot_id
-        self.summary = PartSummary()
-        self._digest = hashlib.sha256()
-        self._file = path.open("wb")
-        self._append([eot_id])
+    def unchanged() -> dict[str, Any] | None:
+        metadata = read_metadata(data_dir)
+        return metadata if metadata and metadata["inputs"] == digest else None
 
-    def write(self, ids: list[int], size: int, ends_document: bool) -> None:
-        """Append a piece of a document: its ids, its size in bytes, and whether it is the last."""
-        self._append([*ids, self.eot_id] if ends_document else ids)
-        self.summary.bytes += size
-        self.summary.documents += ends_document
+    if metadata := unchanged():
+        return metadata  # without the lock: the folder may be read-only
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(data_dir / ".lock"):
+            # Another process may have prepared them while this one waited.
+            return unchanged() or _prepare(
+                config, corpus, digest, data_dir, progress or (lambda *_: None)
+            )
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"the data cannot be written to {data_dir}: {reason}") from None
 
-    def close(self) -> PartSummary:
-        """Close the file and return a summary."""
-        self._file.close()
-        self.summary.sha256 = self._digest.hexdigest()
-        return self.summary
 
-    def _append(self, ids: list[int]) -> None:
-        data = np.asarray(ids, dtype=self.dtype).tobytes()
-        self._file.write(data)
-        self._digest.update(data)
-        self.summary.tokens += len(ids)
+def data_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that the prepared data depend on, by their dotted names."""
+    data = config.data
+    names = ["source", "tokenizer", "val_fraction", "max_bytes"]
+    names += {"stories": ["num_stories"], "python": [], "files": ["path"]}.get(
+        data.source, ["hub_dataset", "hub_config", "hub_text_field"]
+    )
+    settings = {f"data.{name}": getattr(data, name) for name in names}
+    if data.tokenizer == "bpe":
+        settings["model.vocab_size"] = config.model.vocab_size
+    return {**settings, "model.max_seq_len": config.model.max_seq_len, "seed": config.seed}
 
 
 def read_metadata(data_dir: Path) -> dict[str, Any] | None:
@@ -118,64 +123,32 @@ def publish(partial: Path, data_dir: Path) -> None:
     sync_folder(data_dir)
 
 
-def prepare_data(
-    config: Config, force: bool = False, progress: Progress | None = None
-) -> dict[str, Any]:
-    """Make the token files of `config` in `config.data.data_dir`, unless they exist.
-
-    Any number of processes may call this at once: one prepares, the others wait and then find the
-    data. If a preparation is killed, the earlier data remain.
+class TokenWriter:
+    """A file of token ids that counts and hashes what it gets.
 
     Args:
-        config: the settings; `data`, `seed`, `model.vocab_size` and `model.max_seq_len` are used.
-        force: prepare again even if nothing has changed.
-        progress: called with the progress.
-
-    Returns:
-        The content of `metadata.json`.
-
-    Raises:
-        DataError: the text cannot be read, is too small, or does not fit the model's vocabulary.
+        path: the file.
+        dtype: NumPy dtype of an id.
     """
-    data_dir = config.resolve(config.data.data_dir)
-    corpus = open_corpus(config)
-    inputs = _fingerprint(config, corpus)
-    if not force and (metadata := _unchanged(data_dir, inputs)):
-        return metadata  # without the lock: the folder may be read-only
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(data_dir / ".lock"):
-            # Another process may have prepared them while this one waited.
-            if not force and (metadata := _unchanged(data_dir, inputs)):
-                return metadata
-            return _prepare(config, corpus, inputs, data_dir, progress or (lambda *_: None))
-    except OSError as error:
-        reason = error.strerror or error
-        raise DataError(f"the data cannot be written to {data_dir}: {reason}") from None
 
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.dtype = dtype
+        self.documents = self.tokens = self.bytes = 0
+        self._digest = hashlib.sha256()
+        self._file = path.open("wb")
 
-def data_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that the prepared data depend on, by their dotted names."""
-    data = config.data
-    names = ["source", "tokenizer", "val_fraction", "max_bytes"]
-    names += {"stories": ["num_stories"], "python": [], "files": ["path"]}.get(
-        data.source, ["hub_dataset", "hub_config", "hub_text_field"]
-    )
-    settings = {f"data.{name}": getattr(data, name) for name in names}
-    if data.tokenizer == "bpe":
-        settings["model.vocab_size"] = config.model.vocab_size
-    return {**settings, "model.max_seq_len": config.model.max_seq_len, "seed": config.seed}
+    def append(self, ids: list[int]) -> None:
+        """Write ids at the end of the file."""
+        data = np.asarray(ids, dtype=self.dtype).tobytes()
+        self._file.write(data)
+        self._digest.update(data)
+        self.tokens += len(ids)
 
-
-def _unchanged(data_dir: Path, inputs: str) -> dict[str, Any] | None:
-    """Return the metadata of complete data with the same inputs, else None."""
-    metadata = read_metadata(data_dir)
-    return metadata if metadata is not None and metadata["inputs"] == inputs else None
-
-
-def _fingerprint(config: Config, corpus: Corpus) -> str:
-    inputs = {"format": FORMAT, "settings": data_settings(config), "corpus": corpus.fingerprint}
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    def close(self) -> dict[str, Any]:
+        """Close the file and return its summary."""
+        self._file.close()
+        counts = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
+        return {**counts, "sha256": self._digest.hexdigest()}
 
 
 def _prepare(
@@ -185,29 +158,44 @@ def _prepare(
     progress("reading", 0.0)
     stats = CorpusStats.of(corpus.documents(), config.seed)
     validation = CorpusStats.of(corpus.validation(), config.seed)
+    total_bytes = stats.bytes + validation.bytes
     if not stats.documents:
         raise DataError(
             f"{corpus.description} contains no text: choose another data.path or source"
         )
-    if validation.documents:
-        split: Split = DocumentSplit(config.seed, 0.0, "the dataset's own validation split")
-    else:
-        split = choose_split(stats, config.seed, config.data.val_fraction)
-    total_bytes = stats.bytes + validation.bytes
-    tokenizer = _make_tokenizer(config, corpus, split, total_bytes, progress)
+    # If there is a validation split, its own documents are the only ones for validation.
+    description, split = choose_split(stats, config.seed, config.data.val_fraction)
+
+    def texts() -> Iterator[SplitText]:
+        if not validation.documents:
+            yield from split(corpus.documents())
+            return
+        yield from split_by_number(corpus.documents(), seed=config.seed, threshold=0.0)
+        yield from split_by_number(corpus.validation(), seed=config.seed, threshold=1.0)
+
+    tokenizer = _make_tokenizer(config, texts(), total_bytes, progress)
     partial = data_dir / ".partial"
     shutil.rmtree(partial, ignore_errors=True)  # from a killed preparation
     partial.mkdir()
     try:
         dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-        writers = {
-            part: TokenWriter(partial / f"{part}.bin", dtype, tokenizer.eot_id)
-            for part in (TRAIN, VAL)
-        }
-        _encode(_split_texts(corpus, split), tokenizer, writers, total_bytes, progress)
-        parts = {part: writer.close() for part, writer in writers.items()}
+        parts = _encode(texts(), tokenizer, partial, dtype, total_bytes, progress)
         _check_size(config, corpus, parts)
-        metadata = _describe(config, corpus, inputs, split, tokenizer, dtype, parts)
+        metadata = {
+            "format": FORMAT,
+            "inputs": inputs,
+            "settings": data_settings(config),
+            "corpus": corpus.description,
+            "split": "the dataset's own validation split" if validation.documents else description,
+            "tokenizer": {
+                "name": tokenizer.name,
+                "vocab_size": tokenizer.vocab_size,
+                "eot_id": tokenizer.eot_id,
+            },
+            "dtype": dtype,
+            "block_length": config.model.max_seq_len,
+            **_statistics(config, parts),
+        }
         (partial / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
         content = json.dumps(metadata, indent=2, ensure_ascii=False)
         (partial / METADATA).write_text(content + "\n", encoding="utf-8")
@@ -217,19 +205,14 @@ def _prepare(
     return metadata
 
 
-def _split_texts(corpus: Corpus, split: Split) -> Iterator[SplitText]:
-    yield from split.assign(corpus.documents())
-    yield from DocumentSplit(seed=0, threshold=1.0).assign(corpus.validation())
-
-
 def _make_tokenizer(
-    config: Config, corpus: Corpus, split: Split, total_bytes: int, progress: Progress
+    config: Config, texts: Iterable[SplitText], total_bytes: int, progress: Progress
 ) -> Tokenizer:
     """Return the tokenizer of `config`; a BPE is trained on training text only."""
     if config.data.tokenizer == "bpe":
         wanted = min(total_bytes, BPE_TRAINING_BYTES)
-        texts = _training_texts(_split_texts(corpus, split), wanted, progress)
-        tokenizer: Tokenizer = train_bpe(texts, config.model.vocab_size)
+        training_texts = _training_texts(texts, wanted, progress)
+        tokenizer: Tokenizer = train_bpe(training_texts, config.model.vocab_size)
     else:
         tokenizer = make_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -255,18 +238,26 @@ def _training_texts(texts: Iterable[SplitText], wanted: int, progress: Progress)
 def _encode(
     texts: Iterable[SplitText],
     tokenizer: Tokenizer,
-    writers: Mapping[str, TokenWriter],
+    folder: Path,
+    dtype: str,
     total_bytes: int,
     progress: Progress,
-) -> None:
-    """Encode the texts in batches and append each to the file of its part."""
+) -> dict[str, dict[str, Any]]:
+    """Write the token files of both parts and return a summary of each."""
+    writers = {part: TokenWriter(folder / f"{part}.bin", dtype) for part in (TRAIN, VAL)}
     done = 0
     for batch in _batches(texts):
         encoded = tokenizer.encode_batch([text.text for text in batch])
         for text, ids in zip(batch, encoded, strict=True):
-            writers[text.part].write(ids, text.size, text.ends_document)
+            writer = writers[text.part]
+            writer.append([tokenizer.eot_id, *ids] if text.starts_document else ids)
+            writer.documents += text.starts_document
+            writer.bytes += text.size
             done += text.size
         progress("encoding", done / total_bytes)
+    for writer in writers.values():
+        writer.append([tokenizer.eot_id])
+    return {part: writer.close() for part, writer in writers.items()}
 
 
 def _batches(texts: Iterable[SplitText]) -> Iterator[list[SplitText]]:
@@ -283,54 +274,30 @@ def _batches(texts: Iterable[SplitText]) -> Iterator[list[SplitText]]:
         yield batch
 
 
-def _check_size(config: Config, corpus: Corpus, parts: dict[str, PartSummary]) -> None:
-    block_length = config.model.max_seq_len
-    if parts[TRAIN].tokens < block_length:
+def _check_size(config: Config, corpus: Corpus, parts: dict[str, dict[str, Any]]) -> None:
+    block_length, tokens = config.model.max_seq_len, parts[TRAIN]["tokens"]
+    if tokens < block_length:
         raise DataError(
-            f"{corpus.description} gives {parts[TRAIN].tokens} training tokens, fewer than one "
+            f"{corpus.description} gives {tokens} training tokens, fewer than one "
             f"block of {block_length}: use more text or a smaller model.max_seq_len"
         )
-    if parts[VAL].tokens < 2:
+    if not parts[VAL]["documents"]:
         raise DataError(
             f"{corpus.description} leaves no text for validation: "
             "use more text or a larger data.val_fraction"
         )
 
 
-def _describe(
-    config: Config,
-    corpus: Corpus,
-    inputs: str,
-    split: Split,
-    tokenizer: Tokenizer,
-    dtype: str,
-    parts: dict[str, PartSummary],
-) -> dict[str, Any]:
-    """Return the content of `metadata.json`."""
-    summaries = parts.values()
-    tokens, size = sum(part.tokens for part in summaries), sum(part.bytes for part in summaries)
-    metadata = {
-        "format": FORMAT,
-        "inputs": inputs,
-        "settings": data_settings(config),
-        "corpus": corpus.description,
-        "split": split.description,
-        "tokenizer": {
-            "name": tokenizer.name,
-            "vocab_size": tokenizer.vocab_size,
-            "eot_id": tokenizer.eot_id,
-        },
-        "dtype": dtype,
-        "block_length": config.model.max_seq_len,
-        "bytes_per_token": round(size / tokens, 4),
-        TRAIN: asdict(parts[TRAIN]),
-        VAL: asdict(parts[VAL]),
-    }
+def _statistics(config: Config, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the part of `metadata.json` that describes the amount of text."""
+    documents, tokens, size = (
+        sum(part[unit] for part in parts.values()) for unit in ("documents", "tokens", "bytes")
+    )
+    statistics = {"bytes_per_token": round(size / tokens, 4), **parts}
     if config.data.source == "stories":
-        documents = sum(part.documents for part in summaries)
-        metadata["stories"] = {
+        statistics["stories"] = {
             "entropy_nats_per_story": story_entropy(),
             "different_stories": story_count(),
             "tokens_per_story": round((tokens - 2) / documents, 4),
         }
-    return metadata
+    return statistics

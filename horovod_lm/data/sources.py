@@ -7,18 +7,19 @@ streams, so a corpus may be larger than memory.
 from __future__ import annotations
 
 import codecs
-import glob
+import fnmatch
 import hashlib
 import itertools
 import os
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from horovod_lm.data.synthetic.stories import RULES, generate_stories
 from horovod_lm.data.tokenizers import check_reachable
@@ -64,17 +65,26 @@ def open_corpus(config: Config) -> Corpus:
         DataError: the text does not exist or cannot be read.
     """
     sources = {"stories": _stories, "python": _python, "files": _files, "hub": _hub}
-    corpus = sources[config.data.source](config)
+    with _as_data_error():
+        corpus = sources[config.data.source](config)
     limit = config.data.max_bytes
     if limit is None:
         return corpus
+    val_limit = max(1, round(limit * config.data.val_fraction))
     return replace(
         corpus,
         documents=lambda: _first_bytes(corpus.documents(), limit),
-        validation=lambda: _first_bytes(
-            corpus.validation(), max(1, round(limit * config.data.val_fraction))
-        ),
+        validation=lambda: _first_bytes(corpus.validation(), val_limit),
     )
+
+
+@contextmanager
+def _as_data_error() -> Iterator[None]:
+    """Raise DataError, which names the file, for what the system does not allow."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def text_document(name: str, text: str) -> Document:
@@ -95,11 +105,7 @@ def _stories(config: Config) -> Corpus:
 
 def _python(config: Config) -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = []
-    for folder, folders, names in os.walk(root):
-        # Pruned, not filtered: site-packages may contain a hundred thousand files.
-        folders[:] = [name for name in folders if name not in EXCLUDED_FOLDERS]
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    files = [file for folder in _folders(root, EXCLUDED_FOLDERS) for file in folder.glob("*.py")]
     if not files:
         raise DataError(
             f"the standard library has no source files in {root}; use data.source=stories instead"
@@ -114,18 +120,59 @@ def _files(config: Config) -> Corpus:
 
 
 def _matching_files(config: Config, pattern: str) -> list[Path]:
-    """Return the files of a path, a folder or a glob; at least one."""
+    """Return the files of a path, a folder or a glob; at least one.
+
+    The longest beginning of the path that exists is taken literally, whatever its characters.
+    """
     path = config.resolve(pattern)
     if path.is_file():
         return [path]
-    wanted = str(path / "**" / "*") if path.is_dir() else str(path)
-    names = map(Path, glob.glob(wanted, recursive=True))  # without hidden files
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    parts = path.relative_to(existing).parts or ("**", "*")
     data_dir = config.resolve(config.data.data_dir)
-    files = [name for name in names if name.is_file() and name.parent != data_dir]
+    files = [file for file in _matches(existing, parts) if file.parent != data_dir]
     if not files:
-        problem = "the folder is empty" if path.is_dir() else "no such file, and no file matches it"
+        problem = "the folder has no files" if path == existing else "no such file or match"
         raise DataError(f"data.path {pattern}: {problem} ({path})")
     return files
+
+
+def _matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """Yield the files in `folder` that match the parts of a glob, without hidden ones."""
+    first, *rest = parts
+    if first == "**":
+        for below in _folders(folder):
+            yield from _matches(below, rest or ["*"])
+        return
+    for path in folder.iterdir():
+        is_hidden = path.name.startswith(".") and not first.startswith(".")
+        if is_hidden or not fnmatch.fnmatchcase(path.name, first):
+            continue
+        if rest and path.is_dir():
+            yield from _matches(path, rest)
+        elif not rest and path.is_file():
+            yield path
+
+
+def _folders(folder: Path, excluded: Collection[str] = ()) -> Iterator[Path]:
+    """Yield a folder and those below it, once each, without hidden and excluded ones.
+
+    Links are followed, but not to a folder that was visited or that contains `folder`.
+    """
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    visited = {str(parent) for parent in folder.resolve().parents}
+    for name, below, _ in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(name)
+        if real in visited:
+            below.clear()
+            continue
+        visited.add(real)
+        # Pruned, not filtered: site-packages may contain a hundred thousand files.
+        below[:] = [one for one in below if one not in excluded and not one.startswith(".")]
+        yield Path(name)
 
 
 def _file_corpus(description: str, files: list[Path], root: Path) -> Corpus:
@@ -133,7 +180,9 @@ def _file_corpus(description: str, files: list[Path], root: Path) -> Corpus:
 
     def documents() -> Iterator[Document]:
         for file in files:
-            if size := file.stat().st_size:
+            with _as_data_error():
+                size = file.stat().st_size
+            if size:
                 yield Document(str(file), size, partial(read_text_file, file))
 
     return Corpus(description, documents, {"files": _listing(files, root)})
@@ -159,37 +208,27 @@ def read_text_file(file: Path, piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
         DataError: a byte is not UTF-8 (the message has the file and the byte's offset), or the
             file cannot be read.
     """
-    incomplete_line = ""
-    for text in _decode(file, piece_bytes):
-        text = incomplete_line + text
-        cut = text.rfind("\n") + 1 or len(text)
-        if text[:cut]:
-            yield text[:cut]
-        incomplete_line = text[cut:]
-    if incomplete_line:
-        yield incomplete_line
-
-
-def _decode(file: Path, piece_bytes: int) -> Iterator[str]:
-    """Yield the text of a UTF-8 file, block by block."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    offset = 0
+    offset, data = 0, b""  # of the file: what precedes `data`, and what is not yet decoded
     try:
-        with file.open("rb") as stream:
+        with _as_data_error(), file.open("rb") as stream:
             while block := stream.read(piece_bytes):
-                yield decoder.decode(block)
-                offset += len(block)
-            yield decoder.decode(b"", final=True)
+                data += block
+                if not offset and data.startswith(codecs.BOM_UTF8):
+                    offset, data = len(codecs.BOM_UTF8), data.removeprefix(codecs.BOM_UTF8)
+                cut = data.rfind(b"\n") + 1 or len(data)
+                # Without a line's end, the cut may be inside a character, which stays in `data`.
+                text, used = codecs.utf_8_decode(data[:cut], "strict", False)
+                if text:
+                    yield text
+                offset, data = offset + used, data[used:]
+            if data:
+                yield data.decode("utf-8")
     except UnicodeDecodeError as error:
-        # The decoder may have buffered the first bytes of a character cut by a block's end.
-        buffered = len(error.object) - len(block)
         raise DataError(
             f"{file} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset "
-            f"{offset - buffered + error.start} ({error.reason}); "
+            f"{offset + error.start} ({error.reason}); "
             "save it as UTF-8, or exclude it with a glob such as 'folder/**/*.txt'"
         ) from None
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def _hub(config: Config) -> Corpus:
@@ -234,12 +273,12 @@ def _join_articles(rows: Iterator[str]) -> Iterator[str]:
     first non-empty row is such a heading is joined into articles.
     """
     first = next(filter(None, rows), "")
+    rows = itertools.chain([first], rows)
     if not ARTICLE_HEADING.fullmatch(first):
-        yield from filter(None, [first])
         yield from filter(None, rows)
         return
     lines: list[str] = []
-    for row in itertools.chain([first], rows):
+    for row in rows:
         if lines and ARTICLE_HEADING.fullmatch(row):
             yield "".join(lines)
             lines = []

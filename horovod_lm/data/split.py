@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 from horovod_lm.data.sources import Document
 
@@ -20,12 +20,16 @@ TRAIN, VAL = "train", "val"
 
 @dataclass(frozen=True)
 class SplitText:
-    """A piece of text, its part, its size in UTF-8 bytes, and whether it ends its document."""
+    """A piece of text, its part, its size in UTF-8 bytes, and whether it starts a document."""
 
     part: str
     text: str
     size: int
-    ends_document: bool
+    starts_document: bool
+
+
+Split = Callable[[Iterable[Document]], Iterator[SplitText]]
+"""Yields the text of documents, in order, with its part."""
 
 
 @dataclass(frozen=True)
@@ -49,77 +53,55 @@ class CorpusStats:
         return cls(count, size, smallest, largest)
 
 
-class Split(Protocol):
-    """A rule that assigns text to training and validation."""
-
-    @property
-    def description(self) -> str:
-        """A short description, for `metadata.json`."""
-        ...
-
-    def assign(self, documents: Iterable[Document]) -> Iterator[SplitText]:
-        """Yield the text of the documents, in order, with its part."""
-        ...
-
-
 def document_number(text: str, seed: int) -> float:
     """Return a number in [0, 1), uniform over texts, determined by text and seed."""
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=str(seed).encode()).digest()
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 
 
-def choose_split(stats: CorpusStats, seed: int, val_fraction: float) -> Split:
-    """Return the split of a corpus: by document, or within the document if there is only one.
+def choose_split(stats: CorpusStats, seed: int, val_fraction: float) -> tuple[str, Split]:
+    """Return the split of a corpus and its description for `metadata.json`.
 
-    The threshold is `val_fraction`, adjusted where necessary so that each part gets at least one
-    document.
+    Documents are split whole; a single one (or copies of one) is cut. The threshold is
+    `val_fraction`, adjusted where necessary so that each part gets at least one document.
     """
     if stats.smallest < stats.largest:
         threshold = min(max(val_fraction, math.nextafter(stats.smallest, 1.0)), stats.largest)
-        return DocumentSplit(seed, threshold)
-    return TailSplit(round(stats.bytes / max(stats.documents, 1) * (1 - val_fraction)))
+        return "by document", partial(split_by_number, seed=seed, threshold=threshold)
+    train_bytes = round(stats.bytes / max(stats.documents, 1) * (1 - val_fraction))
+    description = "the end of the one document is for validation"
+    return description, partial(split_at, train_bytes=train_bytes)
 
 
-@dataclass(frozen=True)
-class DocumentSplit:
-    """Whole documents: those with a number below `threshold` are for validation."""
-
-    seed: int
-    threshold: float
-    description: str = "by document"
-
-    def assign(self, documents: Iterable[Document]) -> Iterator[SplitText]:
-        for document in documents:
-            part = ""
-            for text, is_last in _with_last(document.pieces()):
-                if not part:
-                    part = VAL if document_number(text, self.seed) < self.threshold else TRAIN
-                yield SplitText(part, text, len(text.encode("utf-8")), is_last)
+def split_by_number(
+    documents: Iterable[Document], seed: int, threshold: float
+) -> Iterator[SplitText]:
+    """Yield whole documents: those with a number below `threshold` are for validation."""
+    for document in documents:
+        part = ""
+        for text in document.pieces():
+            starts = not part
+            if starts:
+                part = VAL if document_number(text, seed) < threshold else TRAIN
+            yield SplitText(part, text, len(text.encode("utf-8")), starts)
 
 
-@dataclass(frozen=True)
-class TailSplit:
-    """For a corpus of one document: the text after `train_bytes` bytes is for validation.
+def split_at(documents: Iterable[Document], train_bytes: int) -> Iterator[SplitText]:
+    """Yield documents whose text after about `train_bytes` bytes is for validation.
 
     The cut is at the end of a nearby line, or else of a word.
     """
-
-    train_bytes: int
-    description: str = "the end of the one document is for validation"
-
-    def assign(self, documents: Iterable[Document]) -> Iterator[SplitText]:
-        for document in documents:
-            room, part = self.train_bytes, TRAIN
-            for text, is_last in _with_last(document.pieces()):
+    for document in documents:
+        room, part, starts = train_bytes, TRAIN, True
+        for text in document.pieces():
+            size = len(text.encode("utf-8"))
+            if part == TRAIN and size > room:
+                if cut := _cut_position(text, room):
+                    yield SplitText(TRAIN, text[:cut], len(text[:cut].encode("utf-8")), starts)
+                part, text, starts = VAL, text[cut:], True
                 size = len(text.encode("utf-8"))
-                if part == TRAIN and size > room:
-                    cut = _cut_position(text, room)
-                    if cut:
-                        yield SplitText(TRAIN, text[:cut], len(text[:cut].encode("utf-8")), True)
-                    part, text = VAL, text[cut:]
-                    size = len(text.encode("utf-8"))
-                room -= size
-                yield SplitText(part, text, size, is_last)
+            yield SplitText(part, text, size, starts)
+            room, starts = room - size, False
 
 
 def _cut_position(text: str, size: int) -> int:
@@ -131,14 +113,3 @@ def _cut_position(text: str, size: int) -> int:
         if position >= 0:
             return position + len(separator)
     return middle
-
-
-def _with_last(pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Yield each piece and whether it is the last one."""
-    previous: str | None = None
-    for piece in pieces:
-        if previous is not None:
-            yield previous, False
-        previous = piece
-    if previous is not None:
-        yield previous, True

@@ -94,9 +94,9 @@ def grammars(draw: st.DrawFn) -> Grammar:
         for letter in "pqr"
     ]
     heads = st.sampled_from(["{one=noun}", "{verb}{one=noun}"])
-    tails = st.sampled_from(["{one}", "{one.echo}", "{two.echo}{one.echo}", "{verb}"])
+    tails = st.sampled_from(["{one}", "{one.echo}", "{two.echo}{one.echo}", "{verb}", "{act}"])
     story = [
-        Alternative(f"{letter}{draw(heads)}-{{two=noun}}-{draw(tails)}", draw(weights))
+        Alternative(f"{letter}{draw(heads)}-{{two=noun}}{{act=verb}}-{draw(tails)}", draw(weights))
         for letter in "xy"
     ]
     return Grammar(
@@ -125,10 +125,7 @@ def test_an_ambiguous_grammar_is_detected():
     ("rules", "sentence"),
     [
         ({"story": ["{a}"], "a": ["{story}"]}, "the rules have a cycle"),
-        ({"story": ["{nobody}"]}, "'nobody' is neither a symbol nor a stored draw"),
         ({"story": ["{hero=nobody}"]}, "no symbol 'nobody'"),
-        ({"story": ["{one=a} {one}"], "a": ["{b}"], "b": ["x", "y"]}, "slots would draw again"),
-        ({"story": ["{one=a} {one.kind}"], "a": ["x"]}, "'x' has no feature 'kind'"),
         ({"story": []}, "needs alternatives"),
         ({"story": [Alternative("x", 0)]}, "weights above 0"),
     ],

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import sysconfig
-from itertools import islice
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,15 +17,12 @@ from hypothesis import strategies as st
 from horovod_lm.data.prepare import prepare_data
 from horovod_lm.data.sources import _join_articles, open_corpus, read_text_file
 from horovod_lm.data.synthetic.stories import generate_stories
+from horovod_lm.utils.config import config_from_dict
 from horovod_lm.utils.errors import DataError
 
 
 def texts(config) -> list[str]:
     return ["".join(document.pieces()) for document in open_corpus(config).documents()]
-
-
-def names(config) -> list[str]:
-    return [Path(document.name).name for document in open_corpus(config).documents()]
 
 
 # ---- stories ------------------------------------------------------------------------------------
@@ -36,10 +33,11 @@ def test_stories_follow_from_the_seed(make_config):
     assert texts(make_config(num_stories=20, seed=8)) != texts(make_config(num_stories=20))
 
 
-def test_a_corpus_can_be_read_twice(make_config):
-    corpus = open_corpus(make_config(num_stories=5))
+@pytest.mark.parametrize("source", ["stories", "python"])
+def test_a_corpus_can_be_read_twice(make_config, source):
+    corpus = open_corpus(make_config(source=source, num_stories=5, max_bytes=100_000))
     first, second = (["".join(one.pieces()) for one in corpus.documents()] for _ in range(2))
-    assert first == second
+    assert first == second != []
 
 
 # ---- the Python standard library ----------------------------------------------------------------
@@ -104,27 +102,73 @@ def test_prepared_data_inside_the_folder_are_excluded(make_config, library):
     assert texts(config) == ["first", "second", "third"]
 
 
+NAMES = ["[2024] books", "x*?", "Chapter 1: {a}", "it's #1", " blank ", "本\n\x85", "-rf", "**"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, os.fsdecode(b"not UTF-8: \xff")], ids=ascii)
+def test_every_character_of_a_name_is_taken_literally(tmp_path, name):
+    (tmp_path / name / "texts" / name).mkdir(parents=True)
+    (tmp_path / name / "texts" / name / f"{name}.txt").write_text("text")
+    paths = ["texts", "texts/*/*.txt", "texts/**/*.txt", "te[x]ts/**"]
+    if "UTF-8" not in name:
+        paths += [f"texts/{name}", f"texts/{name}/{name}.txt", f"texts/{name}/*.txt"]
+    for path in paths:
+        config = config_from_dict({"data": {"source": "files", "path": path}}, tmp_path / name)
+        assert texts(config) == ["text"]
+
+
+def test_links_are_followed_and_each_folder_is_read_once(make_config, library, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "d.txt").write_text("fourth")
+    for link, target in {"link": "../elsewhere", "again": "../elsewhere", "up": "..", "loop": ".",
+                         "more/up": "..", "broken": "nowhere", "self": "self"}.items():  # fmt: skip
+        (library / link).symlink_to(target)
+    for path in ("library", "library/**/*"):
+        assert sorted(texts(make_config(source="files", path=path))) == [
+            "first", "fourth", "second", "third",
+        ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [
-        ("nowhere.txt", "data.path nowhere.txt: no such file"),
-        ("nowhere/*.txt", r"data.path nowhere/\*.txt: no such file"),
-        (["library", "nowhere.txt"], "data.path nowhere.txt: no such file"),
-        ("nothing", "data.path nothing: the folder is empty"),
+        ("nowhere.txt", "data.path nowhere.txt: no such file or match"),
+        ("nowhere/*.txt", r"data.path nowhere/\*.txt: no such file or match"),
+        (["library/b.txt", "nowhere.txt"], "data.path nowhere.txt: no such file or match"),
+        ("nothing", "data.path nothing: the folder has no files"),
+        ("library/b.txt/x", "b.txt cannot be read: Not a directory"),
+        ("x" * 300, "xxx cannot be read: File name too long"),
+        ("secret", "secret cannot be read: Permission denied"),
+        ("secret/a.txt", "secret/a.txt cannot be read: Permission denied"),
+        ("library/secret*/*", "secret cannot be read: Permission denied"),
+        ("hidden.txt", "hidden.txt cannot be read: Permission denied"),
     ],
 )
-def test_a_path_without_files_is_a_sentence(make_config, library, path, sentence):
-    (library.parent / "nothing").mkdir()
+def test_text_that_cannot_be_read_is_a_sentence(unprivileged, path, sentence):
     with pytest.raises(DataError, match=sentence) as caught:
-        open_corpus(make_config(source="files", path=path))
+        texts(config_from_dict({"data": {"source": "files", "path": path}}, unprivileged))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read every file")
-def test_a_file_that_may_not_be_read_is_a_sentence(make_config, library):
-    (library / "b.txt").chmod(0)
-    with pytest.raises(DataError, match="b.txt cannot be read: Permission denied"):
-        texts(make_config(source="files", path="library"))
+@pytest.fixture
+def unprivileged():
+    """A folder with files that this process may not read, also if the tests run as root."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        for below in ("library", "library/secret", "nothing", "secret"):
+            (folder / below).mkdir()
+        for file in ("library/b.txt", "secret/a.txt", "hidden.txt"):
+            (folder / file).write_text("text")
+        for closed in ("library/secret", "secret", "hidden.txt"):
+            (folder / closed).chmod(0)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # nobody
+        yield folder
+        os.seteuid(user)
+        for closed in ("library/secret", "secret"):
+            (folder / closed).chmod(0o755)
 
 
 @settings(deadline=None)
@@ -206,27 +250,33 @@ def test_the_hub_without_its_library_is_a_sentence(make_config, monkeypatch):
 
 
 @pytest.fixture
-def local_dataset(tmp_path):
-    """Two rows of text, as JSON lines and as saved by the library."""
+def write_dataset(tmp_path):
+    """Write rows of text as a local dataset in `folder`: JSON lines, or as the library saves it."""
     datasets = pytest.importorskip("datasets")
-    (tmp_path / "json").mkdir()
-    (tmp_path / "json" / "train.jsonl").write_text(
-        '{"text": "first"}\n{"text": ""}\n{"text": "second"}\n'
-    )
-    rows = datasets.load_dataset(
-        str(tmp_path / "json"), split="train", cache_dir=tmp_path / "cache"
-    )
-    rows.save_to_disk(tmp_path / "saved")
-    return tmp_path
+
+    def write(folder: str, splits: dict[str, list[str]], saved: bool = False) -> None:
+        (tmp_path / folder).mkdir()
+        for name, rows in splits.items():
+            lines = [json.dumps({"text": row}) + "\n" for row in rows]
+            (tmp_path / folder / f"{name}.jsonl").write_text("".join(lines))
+        if saved:
+            loaded = datasets.load_dataset(str(tmp_path / folder), cache_dir=tmp_path / "cache")
+            shutil.rmtree(tmp_path / folder)
+            (loaded if len(splits) > 1 else loaded["train"]).save_to_disk(tmp_path / folder)
+
+    return write
 
 
-@pytest.mark.parametrize("folder", ["json", "saved"])
-def test_a_local_copy_of_a_dataset_is_read(make_config, local_dataset, folder):
-    config = make_config(source="hub", hub_dataset=folder)
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_local_copy_of_a_dataset_is_read(make_config, tmp_path, write_dataset, saved):
+    write_dataset("rows", {"train": ["first", "", "second"]}, saved)
+    config = make_config(source="hub", hub_dataset="rows")
     assert texts(config) == ["first", "second"]
     before = open_corpus(config).fingerprint
-    (local_dataset / folder / "another.jsonl").write_text('{"text": "third"}')
+    (tmp_path / "rows" / "another.jsonl").write_text('{"text": "third"}')
     assert open_corpus(config).fingerprint != before
+    with pytest.raises(DataError, match="no field 'story': set data.hub_text_field to one of text"):
+        texts(make_config(source="hub", hub_dataset="rows", hub_text_field="story"))
 
 
 WIKITEXT = {
@@ -240,17 +290,9 @@ WIKITEXT = {
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_rows_of_wikitext_are_joined_to_articles_and_its_validation_split_is_used(
-    make_config, tmp_path, saved
+    make_config, write_dataset, saved
 ):
-    datasets = pytest.importorskip("datasets")
-    (tmp_path / "wiki").mkdir()
-    for name, rows in WIKITEXT.items():
-        lines = [json.dumps({"text": row}) + "\n" for row in rows]
-        (tmp_path / "wiki" / f"{name}.jsonl").write_text("".join(lines))
-    if saved:
-        splits = datasets.load_dataset(str(tmp_path / "wiki"), cache_dir=tmp_path / "cache")
-        shutil.rmtree(tmp_path / "wiki")
-        splits.save_to_disk(tmp_path / "wiki")
+    write_dataset("wiki", WIKITEXT, saved)
     config = make_config(source="hub", hub_dataset="wiki", max_seq_len=16)
     corpus = open_corpus(config)
     assert texts(config) == [
@@ -280,12 +322,6 @@ def test_only_rows_after_a_first_row_that_is_a_heading_are_joined(rows, expected
     assert list(_join_articles(iter(rows))) == expected
 
 
-def test_a_missing_field_is_a_sentence_with_the_fields_there_are(make_config, local_dataset):
-    config = make_config(source="hub", hub_dataset="json", hub_text_field="story")
-    with pytest.raises(DataError, match="no field 'story': set data.hub_text_field to one of text"):
-        texts(config)
-
-
 def test_a_dataset_that_cannot_be_loaded_is_a_sentence(make_config, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # no server
@@ -293,5 +329,5 @@ def test_a_dataset_that_cannot_be_loaded_is_a_sentence(make_config, monkeypatch)
     with pytest.raises(
         DataError, match="the dataset nobody/no-such-dataset cannot be read"
     ) as caught:
-        list(islice(open_corpus(config).documents(), 1))
+        next(open_corpus(config).documents())
     assert "\n" not in str(caught.value)

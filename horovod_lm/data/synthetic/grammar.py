@@ -95,7 +95,6 @@ class Grammar:
         every = itertools.chain.from_iterable(self.rules.values())
         texts = {text for one in every for text in (one.text, *one.features.values())}
         self._parts = {text: self._split(text) for text in ("", *texts)}
-        self._check_recalls()
         self._check_no_cycle()
 
     def sample(self, generator: random.Random) -> str:
@@ -221,24 +220,6 @@ class Grammar:
             position = match.end()
         return (*parts, *([text[position:]] if position < len(text) else []))
 
-    def _check_recalls(self) -> None:
-        """Raise ValueError if a slot repeats something that is not stored or draws again."""
-        slots = list(itertools.chain.from_iterable(self._parts.values()))
-        stored: dict[str, list[Alternative]] = {}
-        for slot in slots:
-            if isinstance(slot, Draw) and slot.name:
-                stored.setdefault(slot.name, []).extend(self.rules[slot.symbol])
-        for slot in slots:
-            if not isinstance(slot, Recall):
-                continue
-            if slot.name not in stored:
-                raise ValueError(f"{slot.name!r} is neither a symbol nor a stored draw")
-            for one in stored[slot.name]:
-                if slot.feature not in ("text", *one.features):
-                    raise ValueError(f"{one.text!r} has no feature {slot.feature!r}")
-                if slot.feature == "text" and "{" in one.text:
-                    raise ValueError(f"{one.text!r} cannot be repeated: its slots would draw again")
-
     def _check_no_cycle(self) -> None:
         leads_to: dict[str, set[str]] = {}
         for symbol, alternatives in self.rules.items():
@@ -252,6 +233,8 @@ class Grammar:
 
 
 def _only_draws(alternative: Alternative) -> Alternative:
-    """Return a stored draw without its fixed texts: only features that draw affect the entropy."""
-    features = {name: text if "{" in text else "" for name, text in alternative.features.items()}
-    return Alternative("", features=features)
+    """Return a stored draw without its fixed texts: only texts that draw affect the entropy."""
+    text, *features = (
+        text if "{" in text else "" for text in (alternative.text, *alternative.features.values())
+    )
+    return Alternative(text, features=dict(zip(alternative.features, features, strict=True)))
