@@ -1,20 +1,17 @@
-"""The time of an allreduce against the size of its message, over links of three rates.
+"""The time of an allreduce over the size of its message, on links of three rates.
 
-    python tests/benchmarks/allreduce_over_links.py --csv tests/benchmarks/allreduce_over_links.csv
+    python tests/benchmarks/allreduce_over_links.py > tests/benchmarks/allreduce_over_links.csv
 
-Hosts of network namespaces, one rank each; every host's link is shaped to the rate in both
-directions. Each row is one size: the fastest of several allreduces, since whatever else the machine
-does can only add to a link's time, and what the ring's formula says, 2(N-1)/N x bytes / rate
-(horovod_lm/analysis/scaling.py). Needs Linux and root; a few minutes.
+Simulated hosts, one rank each; every link has the rate in both directions. Each row is one size:
+the fastest of several allreduces, because other load can only add time, and the ring's formula,
+2(N-1)/N x bytes / rate (horovod_lm/analysis/scaling.py). Needs Linux and root; a few minutes.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import sys
-from pathlib import Path
 
 from horovod_lm.teaching.simulated_hosts import Hosts
 from horovod_lm.utils.config import Config
@@ -42,12 +39,12 @@ for size, repeats in json.loads(sys.argv[1]):
 
 
 def formula(workers: int, size: int, megabits: float) -> float:
-    """Seconds in which the ring sums `size` bytes, if nothing but the rate costs time."""
+    """Return the seconds of a ring allreduce of `size` bytes if only the rate costs time."""
     return 2 * (workers - 1) / workers * size * 8 / (megabits * 1e6)
 
 
 def measure(workers: int, megabits: int) -> list[dict[str, float]]:
-    """Return one row for each size that is worth its time at this rate."""
+    """Return one row for each size that does not take too long at this rate."""
     sizes = [size for size in SIZES if formula(workers, size, megabits) <= SECONDS_AT_MOST]
     plan = [(size, 11 if formula(workers, size, megabits) < 0.3 else 5) for size in sizes]
     with Hosts(workers, rate=f"{megabits}mbit") as hosts:
@@ -64,24 +61,10 @@ def measure(workers: int, megabits: int) -> list[dict[str, float]]:
     ]  # fmt: skip
 
 
-def main() -> None:
-    """Measure everything, print it, and keep it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--csv", type=Path, help="where to keep the table")
-    arguments = parser.parse_args()
-    rows = []
+if __name__ == "__main__":
+    writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
+    writer.writeheader()
     for workers in WORKERS:
         for megabits in RATES:
-            for row in measure(workers, megabits):
-                ratio = row["seconds"] / row["formula_seconds"]
-                print(*(f"{value:>10}" for value in row.values()), f"{ratio:7.2f}", flush=True)
-                rows.append(row)
-    if arguments.csv:
-        with open(arguments.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-if __name__ == "__main__":
-    main()
+            writer.writerows(measure(workers, megabits))
+            sys.stdout.flush()

@@ -1,14 +1,15 @@
-"""How long a `%%horovodrun` cell takes to show its first line, and a cluster to be ready.
+"""Time until a `%%horovodrun` cell prints its first line, and until a cluster is ready.
 
     python tests/benchmarks/cell_start.py [--pairs 15]
 
-Each against plain horovodrun, in turns, so that whatever else the machine does meets all of them:
-the medians, and the median ratios.
+Compared with plain horovodrun, in turns, so that other load affects all of them; medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import statistics
 import subprocess
 import sys
@@ -23,44 +24,37 @@ HOROVODRUN = Path(sys.executable).with_name("horovodrun")
 
 
 def plain() -> float:
-    """Seconds until `horovodrun -np 2 python -c "print(1)"` shows its first line."""
+    """Return the seconds until `horovodrun -np 2 python -c "print(1)"` prints its first line."""
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [HOROVODRUN, "-np", "2", sys.executable, "-c", "print(1)"],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    process.stdout.readline()
-    seconds = time.perf_counter() - started
-    process.communicate()
+    command = [HOROVODRUN, "-np", "2", sys.executable, "-c", "print(1)"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.readline()
+        seconds = time.perf_counter() - started
+        process.communicate()
     return seconds
 
 
-class FirstLine:
-    """A standard output that notes when something is written to it first."""
+class FirstWrite(io.StringIO):
+    """A standard output that notes the time of the first write."""
 
-    def __init__(self) -> None:
-        self.at: float | None = None
+    at: float | None = None
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         self.at = self.at or time.perf_counter()
-
-    def flush(self) -> None:
-        """Nothing is held back."""
+        return len(text)
 
 
 def cell(shell: InteractiveShell) -> float:
-    """Seconds until a cell with `print(1)` shows its first line."""
-    before, sys.stdout = sys.stdout, FirstLine()
+    """Return the seconds until a cell with `print(1)` prints its first line."""
     started = time.perf_counter()
-    try:
+    with contextlib.redirect_stdout(FirstWrite()) as output:
         shell.run_cell("%%horovodrun -np 2\nprint(1)")
-        return sys.stdout.at - started
-    finally:
-        sys.stdout = before
+    return output.at - started
 
 
 def cluster() -> float:
-    """Seconds until two live ranks are ready for their first cell."""
+    """Return the seconds until two live ranks are ready for their first cell."""
     started = time.perf_counter()
     with HorovodCluster(n=2):
         return time.perf_counter() - started

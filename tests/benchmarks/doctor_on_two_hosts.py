@@ -1,14 +1,13 @@
-"""What the doctor says of two hosts, one of which is broken, and what it says after the cure.
+"""The doctor's findings on two hosts, one of them broken, and after the repair.
 
-    python tests/benchmarks/doctor_on_two_hosts.py --json tests/benchmarks/doctor_on_two_hosts.json
+    python tests/benchmarks/doctor_on_two_hosts.py > tests/benchmarks/doctor_on_two_hosts.json
 
-notebooks/09_beyond_one_machine.ipynb does the same, and reads this report where a machine allows no
-network namespaces. Needs Linux and root; ten seconds.
+notebooks/09_beyond_one_machine.ipynb does the same, and reads this report where hosts cannot be
+simulated. Needs Linux and root; ten seconds.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -23,12 +22,11 @@ RENAME = "ip link set {0} down; ip link set {0} name {1}; ip link set {1} up"
 
 
 def examine() -> dict[str, list[dict[str, str]]]:
-    """Return the doctor's findings while an interface has another name, and when it has not."""
+    """Return the doctor's findings with a renamed interface, and with its right name."""
     report = {}
     with tempfile.TemporaryDirectory() as project, Hosts(2) as hosts:
-        path = save_config(
-            hosts.configure(load_config(CONFIG)), Path(project, "configs", "cluster.yaml")
-        )
+        path = Path(project, "configs", "cluster.yaml")
+        save_config(hosts.configure(load_config(CONFIG)), path)
         command = [sys.executable, "-m", "horovod_lm.setup.doctor", "--hosts", str(path), "--json"]
         for state, names in (
             ("broken", (INTERFACE, OTHER_NAME)),
@@ -39,16 +37,5 @@ def examine() -> dict[str, list[dict[str, str]]]:
     return report
 
 
-def main() -> None:
-    """Examine, print, and keep the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="where to keep the report")
-    arguments = parser.parse_args()
-    text = json.dumps(examine(), indent=1) + "\n"
-    print(text, end="")
-    if arguments.json:
-        arguments.json.write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps(examine(), indent=1))

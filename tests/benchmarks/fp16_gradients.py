@@ -1,4 +1,4 @@
-"""What casting gradients to float16 changes: the cost of `distributed.compression=fp16`.
+"""The error of gradients in float16, which `distributed.compression=fp16` sends.
 
 python tests/benchmarks/fp16_gradients.py
 """
