@@ -13,8 +13,6 @@ BOOTSTRAP = $(if $(shell command -v "$(PYTHON)"),"$(PYTHON)" horovod_lm/setup/bo
 	$(error no $(PYTHON) was found; install Python (on Debian or Ubuntu: apt-get install python3 \
 	python3-venv python3-dev), or name the one to use: make PYTHON=/path/to/python3))
 SETUP = $(BOOTSTRAP) --venv "$(VENV)" --horovod-options="$(HOROVOD_OPTIONS)"
-# Says how to use the environment from the folder in which make was called.
-NEXT := --next $(if $(subst $(CURDIR),,$(PWD)),--cd)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup example lab notebooks test doctor machines gpu clean
@@ -26,12 +24,12 @@ help:  ## list the commands
 	@echo "JOBS=2 (tests at a time), PYTHON=python3.12, TORCH_INDEX_URL=URL (an index with torch), HOROVOD_OPTIONS=--mpi"
 
 setup:  ## make the environment: torch, this package, Horovod built for it
-	@$(SETUP) $(if $(filter setup,$(MAKECMDGOALS)),$(NEXT))
+	@$(SETUP) $(if $(filter setup,$(MAKECMDGOALS)),--next)
 
 example: setup  ## train a GPT on two Horovod ranks on real text, and let it talk
 	@$(RUN) -m horovod_lm.teaching.notebooks horovod_transformer.example.ipynb \
 		--out runs/example/horovod_transformer.example.ipynb
-	@$(SETUP) $(NEXT)
+	@$(SETUP) --next
 
 lab: setup  ## open JupyterLab on the course
 	@$(RUN) -m jupyterlab
@@ -45,7 +43,7 @@ test: setup  ## run every test
 	@$(RUN) -m mypy
 	@$(RUN) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadgroup)
 
-doctor:  ## say what works on this machine, and how to mend what does not; needs no set-up
+doctor:  ## check this machine, and say how to fix what does not work; needs no set-up
 	@$(if $(shell "$(VENV)/bin/python" -c "" >/dev/null 2>&1 && echo runs),\
 		"$(VENV)/bin/python" -m horovod_lm.setup.doctor,$(BOOTSTRAP) doctor --venv "$(VENV)")
 

@@ -62,13 +62,11 @@ def test_help_lists_every_command_of_the_makefile():
         assert re.search(rf"^ *{target} +\w+", shown.stdout, re.MULTILINE), target
 
 
-def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run make as from a shell, also when these tests were started by make."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     command = ["make", "--no-print-directory", "-C", str(ROOT), *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env=env | {"PWD": str(cwd)}, capture_output=True, text=True
-    )
+    return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -84,11 +82,7 @@ def words(tmp_path) -> str:
 def test_a_folder_with_blanks_reaches_the_set_up_whole(words, venv, folder):
     said = make("setup", f"PYTHON={words}", f"VENV={venv}").stdout.splitlines()
     assert said[said.index("--venv") + 1] == folder
-    assert "--next" in said and "--cd" not in said
-
-
-def test_who_calls_make_from_another_folder_is_told_to_change_it(words, tmp_path):
-    assert "--cd" in make("setup", f"PYTHON={words}", cwd=tmp_path).stdout.splitlines()
+    assert "--next" in said
 
 
 def test_without_python_make_ends_with_one_sentence():

@@ -1,41 +1,30 @@
-"""Make a Horovod wheel: fetch the source, patch it, compile it, try it, keep it.
+"""Build a Horovod wheel: fetch the source, patch it, compile it, try it, keep it.
 
-While it compiles, the percentage is shown; the output goes to a log. A failed build shows the
+The percentage is shown during compilation; the output goes to a log. A failed build shows the
 compiler's own error and, where it is known, the fix.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import tarfile
 import tempfile
-import time
 import zipfile
 from pathlib import Path
-from typing import TextIO
 
 from horovod_lm.setup.cuda import build_variables
 from horovod_lm.setup.patches import HOROVOD_VERSION, SDIST_SHA256, apply_patches
+from horovod_lm.setup.steps import pip_command, run_step
 from horovod_lm.setup.toolchain import Toolchain, find_cmake
-from horovod_lm.setup.trial import (
-    TrialError,
-    environment_without_horovod,
-    time_allreduce,
-    try_one_rank,
-)
+from horovod_lm.setup.trial import TrialError, environment_without_horovod, try_horovod
 from horovod_lm.utils.cli import command
 from horovod_lm.utils.errors import UserError, last_line
 from horovod_lm.utils.machine import available_cores, container_memory
 
-BYTES_PER_COMPILER = 1.5e9  # what one compiler may hold while it reads torch's headers
-PERCENT = re.compile(r"\[\s*(\d{1,3})%\] (?:Building|Linking|Built)")
+BYTES_PER_COMPILER = 1.5e9  # memory of one compiler that reads torch's headers
 ERROR = re.compile(
     r"\berror\s*:|CMake Error|\bfatal\s*:|undefined reference|cannot find -l|Error: "
     r"|No space left on device|[Cc]annot allocate memory|Killed"
@@ -44,8 +33,8 @@ NOISE = re.compile(r"subprocess-exited|metadata-generation-failed|ERROR: Failed|
 SOURCE_LINE = re.compile(r"\s*\d* +\| ")  # GCC's copy of the source, with a caret below
 BLOCKS_SHOWN, LINES_OF_A_BLOCK = 3, 8
 
-# (what the log says, what to do about it); the first that is found is shown.
-CURES = (
+# (a pattern of the log, what to do about it); the first that is found is shown.
+FIXES = (
     (
         r"No space left on device",
         "free some disk space, or put the cache elsewhere: HOROVOD_LM_CACHE=/a/larger/disk",
@@ -54,7 +43,6 @@ CURES = (
         r"Killed signal|internal compiler error|[Cc]annot allocate memory|out of memory",
         "the compiler ran out of memory: run again with --jobs 1",
     ),
-    (r"Python\.h: No such file", "Python's headers are missing: apt-get install python3-dev"),
     (r"Could NOT find NCCL", "NCCL's library was not found: set HOROVOD_NCCL_HOME, or --no-nccl"),
     (r"Could NOT find MPI", "MPI does not compile: install libopenmpi-dev, or leave out --mpi"),
     (
@@ -67,8 +55,8 @@ CURES = (
         "the C++ compiler is too old for this torch: install a newer one and name it in CXX",
     ),
     (r"CMake \d\S* or higher is required", "CMake is too old: python -m pip install -U cmake"),
+    ("", "no fix is known for this error; another compiler, named in CXX, may not have it"),
 )
-OTHERWISE = "no fix is known for this error; another compiler, named in CXX, may not have it"
 
 
 def kept_wheel(cache: Path, key: str) -> Path | None:
@@ -77,22 +65,19 @@ def kept_wheel(cache: Path, key: str) -> Path | None:
 
 
 def build_wheel(toolchain: Toolchain, cache: Path, jobs: int) -> Path:
-    """Build the wheel and put it in the cache, which never holds half of one.
-
-    Everything happens in a temporary folder beside the final place; the last step renames it.
+    """Build the wheel and put it in the cache atomically.
 
     Raises:
-        UserError: the source cannot be had, does not compile, or the result does not work.
+        UserError: the source cannot be fetched, does not compile, or the result does not work.
     """
     source = fetch_source(cache)
-    for stale in cache.glob("building-*"):  # of a killed build: nobody else holds the lock
+    for stale in cache.glob("building-*"):  # of a killed build: this process holds the lock
         shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="building-", dir=cache) as folder:
         wheel = compile_wheel(toolchain, source, Path(folder), cache / "logs", jobs)
         finished = Path(folder) / "finished"
         finished.mkdir()
         wheel.rename(finished / wheel.name)
-        (finished / "toolchain.json").write_text(json.dumps(toolchain.described, indent=2) + "\n")
         place = cache / "wheels" / toolchain.key
         shutil.rmtree(place, ignore_errors=True)
         place.parent.mkdir(exist_ok=True)
@@ -105,12 +90,12 @@ def build_into(toolchain: Toolchain, target: Path, source: Path, jobs: int) -> N
 
     Args:
         toolchain: what to build.
-        target: the folder; an earlier build in it is replaced (see `check_target`).
+        target: a new or empty folder, or one with an earlier build, which is replaced.
         source: Horovod's source distribution.
-        jobs: how many compilers run at once.
+        jobs: the number of compilers at a time.
 
     Raises:
-        UserError: the source is another one, does not compile, or the result does not work.
+        UserError: wrong source, a failed compilation, or a result that does not work.
     """
     check_source(source)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -120,48 +105,35 @@ def build_into(toolchain: Toolchain, target: Path, source: Path, jobs: int) -> N
         (Path(folder) / "unpacked").rename(target)
 
 
-def check_target(target: Path) -> None:
-    """Check that a folder is new or empty, or holds an earlier build.
-
-    Raises:
-        UserError: it holds something else.
-    """
-    ours = {target / "horovod", *target.glob("horovod-*.dist-info")}
-    if target.exists() and not (target.is_dir() and ours.issuperset(target.iterdir())):
-        raise UserError(f"{target} is not empty and not a build of Horovod; name a new folder")
-
-
 def fetch_source(cache: Path) -> Path:
-    """Return the source distribution, from the cache or pip's index, after a check of its hash.
+    """Return the source distribution, from the cache or pip's index, after checking its hash.
 
     Raises:
-        UserError: it cannot be had, or is not the file that was released.
+        UserError: it cannot be downloaded, or is not the released file.
     """
     kept = cache / "sdist" / f"horovod-{HOROVOD_VERSION}.tar.gz"
-    if kept.is_file():
-        check_source(kept)
-        return kept
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-        requirement = Path(folder) / "requirement.txt"
-        requirement.write_text(f"horovod=={HOROVOD_VERSION} --hash=sha256:{SDIST_SHA256}\n")
-        command = pip_command("download --no-deps --no-binary horovod --no-build-isolation")
-        command += ["--require-hashes", "--requirement", str(requirement), "--dest", folder]
-        done = subprocess.run(command, capture_output=True, text=True)
-        fetched = Path(folder) / kept.name
-        if done.returncode != 0 or not fetched.is_file():
-            said = last_line(done.stderr or done.stdout)
-            raise UserError(
-                f"pip could not download horovod {HOROVOD_VERSION} ({said}); "
-                f"run this again with a network, or put its source distribution at {kept}"
-            )
-        check_source(fetched)
-        fetched.rename(kept)
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            requirement = Path(folder) / "requirement.txt"
+            requirement.write_text(f"horovod=={HOROVOD_VERSION} --hash=sha256:{SDIST_SHA256}\n")
+            options = "--no-deps --no-binary horovod --no-build-isolation --require-hashes".split()
+            options += ["--requirement", str(requirement), "--dest", folder]
+            done = subprocess.run(pip_command("download", *options), capture_output=True, text=True)
+            fetched = Path(folder) / kept.name
+            if done.returncode != 0 or not fetched.is_file():
+                raise UserError(
+                    f"pip could not download horovod {HOROVOD_VERSION} "
+                    f"({last_line(done.stderr or done.stdout)}); run this again with a network, or"
+                    f" put its source distribution at {kept}"
+                )
+            fetched.rename(kept)
+    check_source(kept)
     return kept
 
 
 def check_source(sdist: Path) -> None:
-    """Check that a source distribution is, byte for byte, the one that was released.
+    """Check that a source distribution is the released file.
 
     Raises:
         UserError: it is another file.
@@ -175,16 +147,17 @@ def check_source(sdist: Path) -> None:
 
 
 def compile_wheel(toolchain: Toolchain, sdist: Path, folder: Path, logs: Path, jobs: int) -> Path:
-    """Unpack, patch, compile and try out; every file of it stays inside `folder`.
+    """Unpack, patch, compile and try out; all files except the log are in `folder`.
 
     Returns:
-        The wheel; what it holds is in `folder`/unpacked.
+        The wheel; its content is in `folder`/unpacked.
 
     Raises:
         UserError: with the compiler's errors, what to do, and the log's path.
     """
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"horovod-{toolchain.key}.log"
+    log.write_text("")
     print(f"building Horovod {HOROVOD_VERSION} for torch {toolchain.torch}, {toolchain.summary}:")
     minutes = 6 if toolchain.nccl else 3.5
     print(
@@ -195,16 +168,17 @@ def compile_wheel(toolchain: Toolchain, sdist: Path, folder: Path, logs: Path, j
         archive.extractall(folder)
     source = folder / f"horovod-{HOROVOD_VERSION}"
     apply_patches(source)
-    command = pip_command("wheel --verbose --no-deps --no-build-isolation --use-pep517")
-    command += ["--wheel-dir", str(folder), str(source)]
+    options = "--verbose --no-deps --no-build-isolation --use-pep517 --wheel-dir".split()
     env = build_environment(toolchain, jobs)
     if toolchain.cuda:
         env |= build_variables(toolchain.cuda, folder / "links")
-    run_with_progress(command, env=env, log=log, title="Horovod")
+    command = pip_command("wheel", *options, str(folder), str(source))
+    if not run_step("Horovod", command, log, env=env):
+        raise UserError(explain_failure(log))
     wheel = next(folder.glob("horovod-*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "unpacked")
-    try_out(toolchain, folder / "unpacked")
+    try_build(toolchain, folder / "unpacked")
     return wheel
 
 
@@ -213,9 +187,9 @@ def build_environment(toolchain: Toolchain, jobs: int) -> dict[str, str]:
 
     Args:
         toolchain: what the build is to contain.
-        jobs: how many compilers run at once.
+        jobs: the number of compilers at a time.
     """
-    # A stray HOROVOD_WITH_... of the user's would make a wheel that its key does not describe.
+    # A HOROVOD_WITH_... of the user would make a wheel that its key does not describe.
     env = environment_without_horovod() | {
         "HOROVOD_WITH_PYTORCH": "1",
         "HOROVOD_WITHOUT_TENSORFLOW": "1",
@@ -235,7 +209,7 @@ def build_environment(toolchain: Toolchain, jobs: int) -> dict[str, str]:
     return env
 
 
-def try_out(toolchain: Toolchain, folder: Path | None = None) -> None:
+def try_build(toolchain: Toolchain, folder: Path | None = None) -> None:
     """Check that a build works and contains what it should.
 
     Args:
@@ -246,12 +220,12 @@ def try_out(toolchain: Toolchain, folder: Path | None = None) -> None:
         UserError: it does not.
     """
     try:
-        built = try_one_rank(folder)
+        built = try_horovod(folder=folder).built
         lacking = [feature for feature in toolchain.features if not built[feature]]
         if lacking:
             raise TrialError(f"{' and '.join(lacking)} is not in this build")
         if toolchain.nccl:
-            time_allreduce(size=4000, folder=folder)
+            try_horovod(ranks=2, folder=folder)
     except TrialError as error:
         raise UserError(
             f"Horovod is built but does not work ({error}); build it again from nothing: "
@@ -260,7 +234,7 @@ def try_out(toolchain: Toolchain, folder: Path | None = None) -> None:
 
 
 def available_jobs() -> int:
-    """Return as many compilers as there are cores, but no more than memory holds."""
+    """Return as many compilers as there are cores, but no more than fit in memory."""
     import psutil
 
     limits = [psutil.virtual_memory().available, container_memory()]
@@ -268,64 +242,10 @@ def available_jobs() -> int:
     return max(1, min(available_cores(), int(memory // BYTES_PER_COMPILER)))
 
 
-def pip_command(arguments: str) -> list[str]:
-    """Return a call of this environment's pip."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    return [*pip, *arguments.split()]
-
-
-def run_with_progress(
-    command: list[str], env: dict[str, str], log: Path, title: str, stream: TextIO | None = None
-) -> None:
-    """Run a build to its end, show its percentage, and write all its output to `log`.
-
-    Args:
-        command: the build; an interrupt ends it and every process that it started.
-        env: its environment variables.
-        log: the file for its output.
-        title: what is built.
-        stream: where the percentage is shown: one changing line on a terminal, elsewhere a line
-            for each tenth; None is stdout.
-
-    Raises:
-        UserError: it failed; with its errors, what to do, and the path of the log.
-    """
-    stream = stream or sys.stdout
-    started, shown = time.monotonic(), -1
-    start, end = ("\r\x1b[K", "") if stream.isatty() else ("", "\n")
-
-    def show(state: str, end: str = "\n") -> None:
-        minutes, seconds = divmod(int(time.monotonic() - started), 60)
-        stream.write(f"{start}  {title}: {state} after {minutes}m{seconds:02d}s{end}")
-        stream.flush()
-
-    with log.open("w", encoding="utf-8") as kept:
-        process = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True, text=True, errors="replace",
-        )  # fmt: skip
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                kept.write(line)
-                found = PERCENT.search(line)
-                # Parallel compilers finish out of order: the percentage only rises.
-                if found and int(found[1]) // (1 if start else 10) > shown:
-                    shown = int(found[1]) // (1 if start else 10)
-                    show(f"{found[1]} % compiled", end)
-            code = process.wait()
-        except BaseException:
-            _stop_group(process)
-            show("stopped")
-            raise
-    show("built" if code == 0 else "failed")
-    if code != 0:
-        raise UserError(explain_failure(log))
-
-
 def explain_failure(log: Path) -> str:
     """Return the errors of a failed build as its tools printed them, what to do, and the log."""
-    lines = log.read_text(encoding="utf-8").splitlines()
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines()
     blocks: list[list[str]] = []
     for number, line in enumerate(lines):
         if ERROR.search(line) and not NOISE.search(line):
@@ -337,23 +257,10 @@ def explain_failure(log: Path) -> str:
                 block.append(after)
             blocks.append(block)
     chosen = sum(blocks[:BLOCKS_SHOWN], []) or lines[-15:]
-    said = "\n".join(f"  | {line}" for line in chosen if line.strip())
-    text = "\n".join(lines)
-    cure = next((cure for pattern, cure in CURES if re.search(pattern, text)), OTHERWISE)
-    return f"the build failed:\n{said}\nWhat to do: {cure}\nThe full log: {log}"
+    output = "\n".join(f"  | {line}" for line in chosen if line.strip())
+    fix = next(fix for pattern, fix in FIXES if re.search(pattern, text))
+    return f"the build failed:\n{output}\nWhat to do: {fix}\nThe full log: {log}"
 
 
 def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
-
-
-def _stop_group(process: subprocess.Popen[str]) -> None:
-    """End the build and every compiler that it started."""
-    try:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=10)
-    except ProcessLookupError:
-        pass
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()

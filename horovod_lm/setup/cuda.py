@@ -1,8 +1,8 @@
 """What Horovod's GPU operations are built with: CUDA's compiler, and NCCL.
 
 torch from PyPI brings NCCL with its headers, but no compiler. For CUDA 13 and later NVIDIA's
-compiler is on PyPI too, in four packages that are put together here as a folder of links; for
-CUDA 12 it has to be installed on the system.
+compiler is on PyPI too, in four packages that are combined here into a folder of links; for CUDA
+12 it has to be installed on the system.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from horovod_lm.setup.steps import pip_command
 from horovod_lm.utils.errors import UserError, last_line
 from horovod_lm.utils.machine import driver_cuda, has_gpu_driver
 
 COMPILER_PACKAGES = "nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl".split()
 OLDEST_ON_PYPI = 13  # the first major version of CUDA whose nvcc PyPI has
-# Without a GPU to ask: those that torch's own packages support.
+# Where there is no GPU: those that torch's own packages support.
 COMMON_ARCHITECTURES = "75,80,86,89,90"
-SYSTEM_CUDA, SYSTEM_FOLDERS = "/usr/local/cuda", ("/usr/local", "/usr")
 NEWER_ARCHITECTURES = ",100,120"  # known to nvcc since 12.8
+SYSTEM_CUDA, SYSTEM_FOLDERS = "/usr/local/cuda", ("/usr/local", "/usr")
 
 
 @dataclass(frozen=True)
 class Cuda:
-    """What a build with NCCL is made with.
+    """The compiler and the libraries of a build with NCCL.
 
     Attributes:
         release: the version of CUDA's compiler, for example "13.0".
         nccl: the version of NCCL.
         architectures: the compute capabilities to compile for, for example "80,90".
-        toolkit: the folder of the system's CUDA toolkit; None takes the compiler from PyPI.
-        nccl_home: the folder that holds NCCL's include and lib.
+        toolkit: the folder of the system's CUDA toolkit; None: the compiler comes from PyPI.
+        nccl_home: the folder with NCCL's include and lib.
     """
 
     release: str
@@ -87,10 +87,22 @@ def find_cuda(torch_cuda: str | None) -> Cuda:
             f" NVIDIA's CUDA toolkit {torch_cuda}, and name its folder in CUDA_HOME"
         )
     toolkit, release = found or (None, torch_cuda)
-    home = find_nccl()
-    text = (home / "include" / "nccl.h").read_text(encoding="utf-8")
+    # torch's own NCCL first.
+    named = [os.environ.get("HOROVOD_NCCL_HOME"), os.environ.get("CONDA_PREFIX")]
+    chosen, conda = ([Path(name)] if name else [] for name in named)
+    homes = [*chosen, *(folder / "nccl" for folder in _nvidia()), *conda]
+    homes += map(Path, SYSTEM_FOLDERS)
+    headers = (Path(home, "include", "nccl.h") for home in homes)
+    header = next((header for header in headers if header.is_file()), None)
+    if header is None:
+        raise UserError(
+            "NCCL's header nccl.h was not found; install the package nvidia-nccl of torch's CUDA"
+            " version, or name the folder with include/nccl.h in HOROVOD_NCCL_HOME"
+        )
+    text = header.read_text(encoding="utf-8")
     numbers = re.findall(r"^#define NCCL_(?:MAJOR|MINOR|PATCH) (\d+)", text, re.MULTILINE)
-    return Cuda(release, ".".join(numbers), gpu_architectures(release), toolkit, home)
+    nccl, architectures = ".".join(numbers), gpu_architectures(release)
+    return Cuda(release, nccl, architectures, toolkit, header.parents[1])
 
 
 def find_toolkit(torch_cuda: str, same_minor: bool) -> tuple[Path, str] | None:
@@ -104,10 +116,10 @@ def find_toolkit(torch_cuda: str, same_minor: bool) -> tuple[Path, str] | None:
     compilers = [shutil.which(str(Path(home, "bin/nvcc"))) for home in homes if home]
     compilers += [shutil.which("nvcc"), shutil.which(f"{SYSTEM_CUDA}/bin/nvcc")]
     for nvcc in filter(None, compilers):
-        # nvcc on PATH may be a link, or a script that calls it: it knows its own folder.
+        # nvcc on PATH may be a link or a wrapper script; nvcc itself prints its own folder.
         command = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
-        top = re.search(r"^#\$ TOP=(.+)$", _said(command), re.MULTILINE)
-        release = re.search(r"release (\d+\.\d+)", _said([nvcc, "--version"]))
+        top = re.search(r"^#\$ TOP=(.+)$", _output(command), re.MULTILINE)
+        release = re.search(r"release (\d+\.\d+)", _output([nvcc, "--version"]))
         if top is None or release is None:
             continue
         home = Path(top[1].strip()).resolve()
@@ -118,28 +130,10 @@ def find_toolkit(torch_cuda: str, same_minor: bool) -> tuple[Path, str] | None:
     return None
 
 
-def find_nccl() -> Path:
-    """Return the folder that holds NCCL's include/nccl.h: torch's own NCCL first.
-
-    Raises:
-        UserError: there is none.
-    """
-    named = [os.environ.get("HOROVOD_NCCL_HOME"), os.environ.get("CONDA_PREFIX")]
-    chosen, conda = ([Path(name)] if name else [] for name in named)
-    system = [Path(folder) for folder in SYSTEM_FOLDERS]
-    for home in [*chosen, *(folder / "nccl" for folder in _nvidia()), *conda, *system]:
-        if (home / "include" / "nccl.h").is_file():
-            return home
-    raise UserError(
-        "NCCL's header nccl.h was not found; install the package nvidia-nccl of torch's CUDA"
-        " version, or name the folder that holds include/nccl.h in HOROVOD_NCCL_HOME"
-    )
-
-
 def gpu_architectures(release: str) -> str:
     """Return the compute capabilities of this machine's GPUs, or the common ones without a GPU."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    found = set(re.findall(r"^(\d+)\.(\d+)$", _said(command), re.MULTILINE))
+    found = set(re.findall(r"^(\d+)\.(\d+)$", _output(command), re.MULTILINE))
     if found:
         return ",".join(sorted((major + minor for major, minor in found), key=int))
     return COMMON_ARCHITECTURES + NEWER_ARCHITECTURES * (_version(release) >= (12, 8))
@@ -150,7 +144,7 @@ def build_variables(cuda: Cuda, folder: Path) -> dict[str, str]:
 
     Args:
         cuda: from `find_cuda`.
-        folder: where folders of links can be made; they must exist until the build is done.
+        folder: for folders of links, which must exist until the build is done.
 
     Raises:
         UserError: pip cannot install the compiler.
@@ -173,9 +167,9 @@ def build_variables(cuda: Cuda, folder: Path) -> dict[str, str]:
 
 
 def link_compiler(release: str, home: Path) -> Path:
-    """Put CUDA's compiler from PyPI together as a toolkit of links, and return its folder.
+    """Make a toolkit of links to CUDA's compiler from PyPI, and return its folder.
 
-    The packages lack a lib64, and the libraries' names for the linker.
+    The packages have no lib64, and no names of libraries without a version, for the linker.
 
     Args:
         release: the version of CUDA, for example "13.0".
@@ -188,8 +182,8 @@ def link_compiler(release: str, home: Path) -> Path:
     if not any(_is_compiler(place / f"cu{major}", release) for place in _nvidia()):
         print(f"installing the compiler of CUDA {release} from PyPI (about 100 MB)", flush=True)
         packages = [f"{name}=={release}.*" for name in COMPILER_PACKAGES]
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-        done = subprocess.run([*command, "install", *packages], capture_output=True, text=True)
+        install = pip_command("install", *packages)
+        done = subprocess.run(install, capture_output=True, text=True)
         if done.returncode != 0:
             raise UserError(
                 f"pip could not install the compiler of CUDA {release} ({last_line(done.stderr)}):"
@@ -211,7 +205,7 @@ def link_compiler(release: str, home: Path) -> Path:
 
 
 def _is_compiler(toolkit: Path, release: str) -> bool:
-    return (toolkit / "nvvm").is_dir() and f"release {release}," in _said(
+    return (toolkit / "nvvm").is_dir() and f"release {release}," in _output(
         [str(toolkit / "bin" / "nvcc"), "--version"]
     )
 
@@ -227,8 +221,8 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(".")[:2])
 
 
-def _said(command: list[str]) -> str:
-    """Return what a command prints, or nothing where it cannot run."""
+def _output(command: list[str]) -> str:
+    """Return what a command prints; empty if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):

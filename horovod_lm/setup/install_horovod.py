@@ -9,7 +9,7 @@ that it depends on. Unless it is installed or kept: fetch the source and check i
 compile it, try it, and keep the wheel. Then install the wheel, and try it again.
 
 Wheels are kept in ~/.cache/horovod_lm (or $HOROVOD_LM_CACHE), one folder per build. The installed
-version carries the key of its build, 0.28.1+lm.<key>: that is how a later call recognises it.
+version contains the key of its build, 0.28.1+lm.<key>, by which a later call recognises it.
 
 NCCL is built in where a CUDA build of torch and NVIDIA's driver are, with torch's own NCCL. The
 compiler is that of the system's CUDA toolkit, if it has torch's CUDA version (HOROVOD_CUDA_HOME,
@@ -24,48 +24,45 @@ Without a network, and without installing anything:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from horovod_lm.setup.build import (
     available_jobs,
     build_into,
     build_wheel,
-    check_target,
     fetch_source,
     kept_wheel,
-    pip_command,
-    try_out,
+    try_build,
 )
+from horovod_lm.setup.steps import interrupt_on_termination, lock, pip_command
 from horovod_lm.setup.toolchain import Toolchain, inspect_toolchain
 from horovod_lm.utils.cli import command, run_cli
 from horovod_lm.utils.errors import UserError, last_line
 
-OUR_VERSION = re.compile(r"\+lm\.([0-9a-f]{12})$")
-
 
 def install_horovod(toolchain: Toolchain, force: bool = False, jobs: int | None = None) -> None:
-    """Make sure that the build of `toolchain` is installed and works; say what was done.
+    """Make sure that the build of `toolchain` is installed and works; print what was done.
 
     Args:
         toolchain: what to build for, from `inspect_toolchain`.
         force: build again, even if this build is installed or kept.
-        jobs: how many compilers run at once; None lets cores and memory decide.
+        jobs: the number of compilers at a time; None: as cores and memory allow.
 
     Raises:
-        UserError: one of the steps cannot be done; running it again starts afresh.
+        UserError: a step failed; running it again starts afresh.
     """
-    cache = cache_folder()
-    with only_one(cache):
+    cache = writable(cache_folder())
+    with lock(cache / "lock", "another installation of Horovod"):
         here = installed_version()
         if key_of(here) == toolchain.key and not force:
-            try_out(toolchain)
+            try_build(toolchain)
             print(f"Nothing to do: Horovod {here} is installed and works, {toolchain.summary}.")
             return
         if here is not None and not force:
@@ -73,23 +70,33 @@ def install_horovod(toolchain: Toolchain, force: bool = False, jobs: int | None 
         wheel = None if force else kept_wheel(cache, toolchain.key)
         if wheel is not None:
             print(f"installing the wheel kept from an earlier build: {wheel}", flush=True)
-        install_wheel(wheel or build_wheel(toolchain, cache, jobs or available_jobs()))
-        try_out(toolchain)
+        wheel = wheel or build_wheel(toolchain, cache, jobs or available_jobs())
+        options = "--no-deps --no-index --force-reinstall".split()
+        install = pip_command("install", *options, str(wheel))
+        done = subprocess.run(install, capture_output=True, text=True)
+        if done.returncode != 0:
+            reason = last_line(done.stderr or done.stdout)
+            raise UserError(f"pip could not install {wheel}: {reason}")
+        try_build(toolchain)
         print(f"Horovod {installed_version()} is installed and works, {toolchain.summary}.")
 
 
-def check_horovod(toolchain: Toolchain) -> None:
-    """Say whether the right Horovod is installed and works; change nothing.
+def check_horovod(toolchain: Toolchain, target: Path | None = None) -> None:
+    """Check that the right Horovod is installed and works; change nothing.
+
+    Args:
+        toolchain: what it must be built for.
+        target: a folder with a build to check instead of the installed one.
 
     Raises:
         UserError: it is not, or does not.
     """
-    here = installed_version()
+    here = installed_version(target)
     if key_of(here) != toolchain.key:
-        raise UserError(
-            f"{why_not_right(here)}; run: {command('horovod_lm.setup.install_horovod')}"
-        )
-    try_out(toolchain)
+        options = ["--target", str(target)] if target else []
+        install = command("horovod_lm.setup.install_horovod", *options)
+        raise UserError(f"{why_not_right(here)}; run: {install}")
+    try_build(toolchain, target)
     print(f"Horovod {here} is installed, fits torch {toolchain.torch}, and works.")
 
 
@@ -103,10 +110,10 @@ def cache_folder() -> Path:
 
 
 def writable(cache: Path) -> Path:
-    """Make the folder for builds if necessary, and return it.
+    """Create the folder for builds if necessary, and return it.
 
     Raises:
-        UserError: it cannot be made or written.
+        UserError: it cannot be created or written.
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -119,35 +126,17 @@ def writable(cache: Path) -> Path:
         ) from None
 
 
-@contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Hold a lock on `folder`: a second installer waits, and then finds the build."""
-    from filelock import FileLock, Timeout  # the set-up imports this module before it is there
-
-    lock = FileLock(writable(folder) / "lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        print("another installation is building Horovod; waiting for it...", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def installed_version() -> str | None:
-    """Return the version of Horovod that is installed here, or None."""
+def installed_version(target: Path | None = None) -> str | None:
+    """Return the version of Horovod that is installed here or built into `target`, or None."""
     importlib.invalidate_caches()
-    try:
-        return importlib.metadata.version("horovod")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    places = sys.path if target is None else [str(target)]
+    found = next(iter(importlib.metadata.distributions(name="horovod", path=places)), None)
+    return found.version if found else None
 
 
 def key_of(version: str | None) -> str | None:
     """Return the key in a version, or None if this project did not build it."""
-    found = OUR_VERSION.search(version or "")
+    found = re.search(r"\+lm\.([0-9a-f]{12})$", version or "")
     return found.group(1) if found else None
 
 
@@ -160,18 +149,6 @@ def why_not_right(version: str | None) -> str:
     return f"Horovod {version} was built with other patches or options, or for another torch"
 
 
-def install_wheel(wheel: Path) -> None:
-    """Install the wheel over whatever Horovod is here.
-
-    Raises:
-        UserError: pip refused.
-    """
-    command = [*pip_command("install --no-deps --no-index --force-reinstall"), str(wheel)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise UserError(f"pip could not install {wheel}: {last_line(done.stderr or done.stdout)}")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(
@@ -179,50 +156,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--mpi", action="store_true", help="build MPI in too (needs mpicxx)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--mpi", action="store_true", help="include MPI too (needs mpicxx)")
+    add(
         "--nccl",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="build NCCL in, for GPUs (default: with a CUDA build of torch and NVIDIA's driver)",
+        help="include NCCL, for GPUs (default: with a CUDA build of torch and NVIDIA's driver)",
     )
-    parser.add_argument("--force", action="store_true", help="build again, even if all is well")
-    parser.add_argument("--check", action="store_true", help="only look and try; change nothing")
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        metavar="N",
-        help="compilers at once (default: as cores and memory allow); 1 if memory runs out",
-    )
-    parser.add_argument(
-        "--target",
-        type=Path,
-        metavar="FOLDER",
-        help="build into this folder, for PYTHONPATH, and install nothing",
-    )
-    parser.add_argument(
-        "--source",
-        type=Path,
-        metavar="FILE",
-        help="with --target: Horovod's source distribution (default: the kept one, or pip's index)",
-    )
+    add("--force", action="store_true", help="build again, even if nothing has changed")
+    add("--check", action="store_true", help="only check what is installed, or in --target")
+    add("--jobs", type=int, metavar="N", help="compilers at a time (default: cores and memory)")
+    add("--target", type=Path, metavar="FOLDER", help="build into this folder, for PYTHONPATH")
+    add("--source", type=Path, metavar="FILE", help="with --target: Horovod's source distribution")
     arguments = parser.parse_args(argv)
-    if arguments.source and not arguments.target:
+    target, source = arguments.target and arguments.target.absolute(), arguments.source
+    if source and not target:
         raise UserError("--source needs --target; without it the source is fetched and kept")
-    if arguments.source and not arguments.source.is_file():
-        raise UserError(f"--source {arguments.source} is not a file")
-    if arguments.target:
-        check_target(arguments.target.absolute())
+    if source and not source.is_file():
+        raise UserError(f"--source {source} is not a file")
+    if target and target.exists():
+        ours = {target / "horovod", *target.glob("horovod-*.dist-info")}
+        if not (target.is_dir() and ours.issuperset(target.iterdir())):
+            raise UserError(f"{target} is not empty and not a build of Horovod; name a new folder")
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {arguments.jobs}")
+    interrupt_on_termination()
     toolchain = inspect_toolchain(mpi=arguments.mpi, nccl=arguments.nccl)
-    if arguments.target:
-        source = arguments.source or fetch_source(writable(cache_folder()))
-        jobs = arguments.jobs or available_jobs()
-        build_into(toolchain, arguments.target.absolute(), source, jobs)
-        print(f"Horovod is in {arguments.target} and works, {toolchain.summary}.")
-    elif arguments.check:
-        check_horovod(toolchain)
+    if arguments.check:
+        check_horovod(toolchain, target)
+    elif target:
+        source = source or fetch_source(writable(cache_folder()))
+        build_into(toolchain, target, source, arguments.jobs or available_jobs())
+        print(f"Horovod is in {target} and works, {toolchain.summary}.")
     else:
         install_horovod(toolchain, force=arguments.force, jobs=arguments.jobs)
     return 0

@@ -1,9 +1,11 @@
-"""What Horovod is built with and for; its key names the build."""
+"""What Horovod is built with and for, and what is missing for a build.
+
+The functions that set-up calls before any package is installed need the standard library only.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -17,25 +19,32 @@ from horovod_lm.setup.cuda import Cuda, find_cuda, why_no_gpu
 from horovod_lm.setup.patches import HOROVOD_VERSION, patches_digest
 from horovod_lm.utils.errors import UserError
 
-# What Horovod's setup.py imports, and what Horovod imports when it runs.
-NEEDED_MODULES = "cloudpickle numpy packaging psutil setuptools wheel yaml".split()
 NOT_IN_KEY = ("cuda", "why_not")
+# Features of C++17, so that a compiler that only accepts the option does not pass.
+CPP17_PROGRAM = """
+#include <optional>
+#include <string_view>
+#include <utility>
+int main() {
+  auto [a, b] = std::pair{1, std::string_view{"x"}};
+  if constexpr (sizeof(int) > 1) return std::optional<int>{a}.value() - int(b.size());
+}
+"""
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Everything that decides what a build contains.
+    """Everything that determines what a build contains.
 
     Attributes:
         horovod: the version of Horovod.
         patches: the digest of the patches.
-        torch: the version of the torch that is installed.
-        python: which Python's binary interface the wheel is for.
+        torch: the version of the installed torch.
+        python: the Python ABI of the wheel.
         platform: operating system and processor.
         compiler: the first line of the C++ compiler's --version.
         mpi: the first line of mpirun's --version, or None for a build without MPI.
-        nccl: the versions of CUDA and NCCL and the GPU architectures, or None for a build without
-            NCCL.
+        nccl: the versions of CUDA and NCCL and the GPU architectures, or None without NCCL.
         cuda: where they are; not part of the key.
         why_not: why there is no NCCL, or no GPU for it; not part of the key.
     """
@@ -53,7 +62,7 @@ class Toolchain:
 
     @property
     def described(self) -> dict[str, str | None]:
-        """What decides the build."""
+        """The fields that determine the build."""
         return {name: value for name, value in asdict(self).items() if name not in NOT_IN_KEY}
 
     @property
@@ -64,34 +73,40 @@ class Toolchain:
 
     @property
     def features(self) -> list[str]:
-        """What the build can communicate with."""
+        """The communication libraries in the build."""
         return ["gloo"] + ["mpi"] * (self.mpi is not None) + ["nccl"] * (self.nccl is not None)
 
     @property
     def summary(self) -> str:
-        """What is built in, and why NCCL is not, for a person."""
+        """The communication libraries in the build, and why NCCL is missing, for a message."""
         parts = ["Gloo", *(["MPI"] if self.mpi else []), *([self.nccl] if self.nccl else [])]
         reason = f"; {'no GPU for it' if self.nccl else 'without NCCL'}: {self.why_not}"
         return f"with {' and '.join(parts)}{reason if self.why_not else ''}"
 
 
 def inspect_toolchain(mpi: bool = False, nccl: bool | None = None) -> Toolchain:
-    """Look at what is installed, and decide what the build will contain.
+    """Inspect what is installed, and decide what the build will contain.
 
     Args:
-        mpi: build MPI in beside Gloo.
-        nccl: build NCCL in; None means where NVIDIA's driver and a CUDA build of torch are.
+        mpi: include MPI beside Gloo.
+        nccl: include NCCL; None: where there is an NVIDIA driver and a CUDA build of torch.
 
     Raises:
-        UserError: something that the build needs, or that was asked for, is not here.
+        UserError: something that the build needs, or that was requested, is missing.
     """
-    torch_version, torch_cuda = _installed_torch()
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"torch cannot be imported ({error}); first run: make setup") from None
     if mpi and not (shutil.which("mpicxx") and shutil.which("mpirun")):
         raise UserError(
             "--mpi needs MPI's `mpicxx` and `mpirun` on PATH; on Debian or Ubuntu: "
             "apt-get install libopenmpi-dev openmpi-bin"
         )
-    _check_what_the_build_needs()
+    if missing := missing_for_build():
+        raise UserError("; ".join(missing))
+    find_cmake()
+    torch_cuda = torch.version.cuda
     cuda, why_not = None, "--no-nccl was given" if nccl is False else why_no_gpu(torch_cuda)
     if nccl or not why_not:
         try:
@@ -103,15 +118,45 @@ def inspect_toolchain(mpi: bool = False, nccl: bool | None = None) -> Toolchain:
     return Toolchain(
         horovod=HOROVOD_VERSION,
         patches=patches_digest(),
-        torch=torch_version,
-        python=sys.implementation.cache_tag,
+        torch=torch.__version__,
+        python=str(sys.implementation.cache_tag),
         platform=sysconfig.get_platform(),
-        compiler=describe_compiler(),
-        mpi=_first_line("mpirun", "--version") if mpi else None,
+        compiler=first_line(find_compiler(), "--version"),
+        mpi=first_line("mpirun", "--version") if mpi else None,
         nccl=str(cuda) if cuda else None,
         cuda=cuda,
         why_not=why_not or "",
     )
+
+
+def missing_for_build(include: str | Path | None = None) -> list[str]:
+    """Return what is missing on this system to compile Horovod, one sentence each.
+
+    Args:
+        include: the folder for Python's headers; None: this Python's.
+    """
+    missing = []
+    places = [include or sysconfig.get_path("include")]
+    places += filter(None, os.environ.get("CPATH", "").split(os.pathsep))
+    if not any(Path(place, "Python.h").is_file() for place in places):
+        missing.append(
+            f"Python's headers are missing ({Path(places[0], 'Python.h')}); on Debian or Ubuntu: "
+            "apt-get install python3-dev"
+        )
+    if shutil.which("make") is None:
+        missing.append("no `make` was found; on Debian or Ubuntu: apt-get install build-essential")
+    try:
+        compiler = find_compiler()
+    except UserError as error:
+        return [*missing, str(error)]
+    # Nothing is written, so that a full disk cannot make this fail.
+    command = [compiler, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    if subprocess.run(command, input=CPP17_PROGRAM.encode(), capture_output=True).returncode:
+        missing.append(
+            f"the C++ compiler `{compiler}` does not compile C++17, which torch's headers need; "
+            "install a newer one (GCC 9 or later) and name it: make setup CXX=..."
+        )
+    return missing
 
 
 def find_compiler() -> str:
@@ -129,15 +174,6 @@ def find_compiler() -> str:
     )
 
 
-def describe_compiler() -> str:
-    """Return the first line of the C++ compiler's --version.
-
-    Raises:
-        UserError: there is none.
-    """
-    return _first_line(find_compiler(), "--version")
-
-
 def find_cmake() -> str:
     """Return this environment's CMake if it has one, else the system's.
 
@@ -151,33 +187,7 @@ def find_cmake() -> str:
     return found
 
 
-def _installed_torch() -> tuple[str, str | None]:
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(f"torch cannot be imported ({error}); first run: make setup") from None
-    return torch.__version__, torch.version.cuda
-
-
-def _check_what_the_build_needs() -> None:
-    missing = [name for name in NEEDED_MODULES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"the build needs {', '.join(missing)}, not installed here; "
-            f"install what the project needs: {sys.executable} -m pip install -e ."
-        )
-    places = [sysconfig.get_path("include"), *os.environ.get("CPATH", "").split(os.pathsep)]
-    if not any(Path(place, "Python.h").is_file() for place in places if place):
-        raise UserError(
-            "Python's own headers (Python.h) are missing; on Debian or Ubuntu: "
-            "apt-get install python3-dev"
-        )
-    if shutil.which("make") is None:
-        raise UserError("no `make` was found; on Debian or Ubuntu: apt-get install build-essential")
-    find_compiler()
-    find_cmake()
-
-
-def _first_line(*command: str) -> str:
-    said = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return said.splitlines()[0] if said else ""
+def first_line(*command: str) -> str:
+    """Return the first line that a command prints; empty if it prints nothing."""
+    printed = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return printed.splitlines()[0] if printed else ""

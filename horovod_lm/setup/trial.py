@@ -1,4 +1,4 @@
-"""Try Horovod in processes of its own: a broken build may crash the process it is in."""
+"""Try Horovod in processes of its own: a broken build may crash the process that loads it."""
 
 from __future__ import annotations
 
@@ -8,40 +8,36 @@ import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
+from horovod_lm.setup.steps import call
 from horovod_lm.utils.errors import UserError, last_line
 
-SECONDS_FOR_ONE_RANK = 120  # importing torch from a cold disk is most of it
-SECONDS_FOR_RANKS = 60
+SECONDS = 120  # for a trial; importing torch from a cold disk takes most of it
 
-ONE_RANK = """
-import json, torch
-import horovod.torch as hvd
-hvd.init()
-total = hvd.allreduce(torch.arange(3.0), op=hvd.Sum, name="trial")
-assert total.tolist() == [0.0, 1.0, 2.0], total
-built = {"gloo": hvd.gloo_built(), "mpi": hvd.mpi_built(), "nccl": hvd.nccl_built()}
-if built["nccl"] and torch.cuda.is_available():
-    total = hvd.allreduce(torch.arange(3.0, device="cuda"), op=hvd.Sum, name="trial of a GPU")
-    assert total.tolist() == [0.0, 1.0, 2.0], total
-hvd.shutdown()
-print(json.dumps({name: bool(has) for name, has in built.items()}))
-"""
-
-ALL_RANKS = """
+# What each rank runs: `python -c RANK RANKS ANSWER`.
+RANK = """
 import json, pathlib, statistics, sys, time, torch
 import horovod.torch as hvd
+ranks = int(sys.argv[1])
 hvd.init()
-assert hvd.size() == int(sys.argv[1]), f"{hvd.size()} ranks came up"
-tensor, times = torch.ones(int(sys.argv[2]) // 4), []
+assert hvd.size() == ranks, f"{hvd.size()} ranks came up"
+built = {"gloo": hvd.gloo_built(), "mpi": hvd.mpi_built(), "nccl": hvd.nccl_built()}
+on_gpu = built["nccl"] and ranks == 1 and torch.cuda.is_available()
+for device in ["cpu", "cuda"] if on_gpu else ["cpu"]:
+    total = hvd.allreduce(torch.arange(3.0, device=device), op=hvd.Sum, name=device)
+    assert total.tolist() == [0.0, ranks, 2.0 * ranks], total
+tensor, times = torch.ones(1_000_000), []
 for _ in range(22):
     started = time.perf_counter()
-    total = hvd.allreduce(tensor, op=hvd.Sum, name="trial")
+    hvd.allreduce(tensor, op=hvd.Sum, name="timed")
     times.append(time.perf_counter() - started)
-assert total[0].item() == hvd.size(), total[0]
 if hvd.rank() == 0:
-    pathlib.Path(sys.argv[3]).write_text(json.dumps(statistics.median(times[2:])))
+    built = {name: bool(has) for name, has in built.items()}
+    answer = {"built": built, "milliseconds": 1e3 * statistics.median(times[2:])}
+    pathlib.Path(sys.argv[2]).write_text(json.dumps(answer))
+hvd.shutdown()
 """
 
 
@@ -49,100 +45,61 @@ class TrialError(UserError, RuntimeError):
     """Horovod failed; the text is the last line that it printed."""
 
 
-def try_one_rank(folder: Path | None = None) -> dict[str, bool]:
-    """Import Horovod, start one rank, reduce a tensor; with NCCL and a GPU, one there, too.
+@dataclass(frozen=True)
+class Trial:
+    """What a trial found.
+
+    Attributes:
+        built: which of "gloo", "mpi" and "nccl" are in the build.
+        milliseconds: median time of 20 allreduces of 4 MB in CPU memory.
+    """
+
+    built: dict[str, bool]
+    milliseconds: float
+
+
+def try_horovod(ranks: int = 1, folder: Path | None = None) -> Trial:
+    """Import Horovod, start ranks, and reduce tensors; at one rank with NCCL also on a GPU.
 
     Args:
+        ranks: 1 starts one process without horovodrun.
         folder: an unpacked wheel to try instead of the installed Horovod.
 
-    Returns:
-        Which of "gloo", "mpi" and "nccl" are in the build.
-
     Raises:
-        TrialError: something of this did not work.
+        TrialError: a rank failed, or the ranks did not end in time.
     """
-    env = _environment(folder)
-    env |= {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}
-    said = _run([sys.executable, "-c", ONE_RANK], env, SECONDS_FOR_ONE_RANK)
-    return dict(json.loads(said.splitlines()[-1]))
-
-
-def time_allreduce(ranks: int = 2, size: int = 4_000_000, folder: Path | None = None) -> float:
-    """Start ranks with horovodrun and time an allreduce between them.
-
-    Args:
-        ranks: how many.
-        size: of the tensor, in bytes.
-        folder: an unpacked wheel to try instead of the installed Horovod.
-
-    Returns:
-        The median time of 20 allreduces, in seconds.
-
-    Raises:
-        TrialError: the ranks did not come up, or did not end in time.
-    """
-    command = [str(Path(sys.executable).parent / "horovodrun")]
-    if folder is not None:
-        command = [sys.executable, "-m", "horovod.runner.launch"]
-    with tempfile.TemporaryDirectory() as answers:
-        answer = Path(answers) / "seconds.json"
-        command += ["--gloo", "-np", str(ranks), sys.executable, "-c", ALL_RANKS]
-        command += [str(ranks), str(size), str(answer)]
-        _run(command, _environment(folder), SECONDS_FOR_RANKS)
-        return float(json.loads(answer.read_text()))
-
-
-def environment_without_horovod() -> dict[str, str]:
-    """Return this process's environment, less what steers Horovod (a rank's, or a user's)."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
-
-
-def _environment(folder: Path | None) -> dict[str, str]:
     env = environment_without_horovod() | {"OMP_NUM_THREADS": "1"}
     if folder is not None:
         env["PYTHONPATH"] = os.pathsep.join([str(folder), env.get("PYTHONPATH", "")])
-    return env
-
-
-def _run(command: list[str], env: dict[str, str], seconds: float) -> str:
-    """Run a command to its end, or end it and its children at the time limit."""
-    with tempfile.TemporaryDirectory() as elsewhere:  # not where a folder is called `horovod`
+    if ranks == 1:
+        env |= {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}
+    launcher = [sys.executable, "-m", "horovod.runner.launch", "--gloo", "-np", str(ranks)]
+    # A folder of its own: in the current one, something could be called `horovod`.
+    with tempfile.TemporaryDirectory() as place, Path(place, "output").open("w+") as output:
+        answer = Path(place, "answer.json")
+        command = [sys.executable, "-c", RANK, str(ranks), str(answer)]
         try:
-            process = subprocess.Popen(
-                command,
-                env=env,
-                cwd=elsewhere,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        except OSError as error:
-            raise TrialError(f"{command[0]} does not start: {error.strerror}") from None
-        try:
-            out, err = process.communicate(timeout=seconds)
+            code = call(
+                [*launcher, *command] if ranks > 1 else command,
+                seconds=SECONDS, grace=10, env=env, cwd=place, stdout=output,
+                stderr=subprocess.STDOUT,
+            )  # fmt: skip
         except subprocess.TimeoutExpired:
-            _stop(process)
-            raise TrialError(f"it hangs: not done after {seconds:.0f} s") from None
-        except BaseException:
-            _stop(process)
-            raise
-    if process.returncode != 0:
-        raise TrialError(_reason(process.returncode, out, err))
-    return out
+            raise TrialError(f"it hangs: not done after {SECONDS:.0f} s") from None
+        if code != 0:
+            output.seek(0)
+            raise TrialError(_reason(code, output.read()))
+        return Trial(**json.loads(answer.read_text()))
 
 
-def _reason(code: int, out: str, err: str) -> str:
+def environment_without_horovod() -> dict[str, str]:
+    """Return this process's environment without the variables that configure Horovod."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
+
+
+def _reason(code: int, printed: str) -> str:
     """Return the last line of a failed process, or the error of a failed job's first rank."""
-    if code < 0 and not err.strip():
-        return f"the process was ended by {signal.Signals(-code).name}, and said nothing"
-    of_ranks = [line for line in err.splitlines() if "<stderr>:" in line and "Error: " in line]
-    return last_line(of_ranks[0] if of_ranks else err or out) or "it said nothing"
-
-
-def _stop(process: subprocess.Popen[str]) -> None:
-    process.terminate()  # horovodrun takes its ranks along
-    try:
-        process.communicate(timeout=5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
+    if code < 0 and not printed.strip():
+        return f"the process was ended by {signal.Signals(-code).name}, without a message"
+    of_ranks = [line for line in printed.splitlines() if "<stderr>:" in line and "Error: " in line]
+    return last_line(of_ranks[0] if of_ranks else printed) or "without a message"

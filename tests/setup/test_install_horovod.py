@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from horovod_lm.setup.install_horovod import cache_folder, key_of, only_one, why_not_right
+from horovod_lm.setup import install_horovod
+from horovod_lm.setup.install_horovod import cache_folder, key_of, why_not_right
+from horovod_lm.utils.errors import UserError
 
 needs_horovod = pytest.mark.skipif(
     importlib.util.find_spec("horovod") is None,
@@ -30,32 +32,24 @@ def command(*options: str, **variables: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def pretend_version(folder: Path, version: str) -> str:
-    """A PYTHONPATH on which Horovod seems to be installed in `version`."""
-    info = folder / f"horovod-{version}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: horovod\nVersion: {version}\n")
-    return str(folder)
+@pytest.fixture
+def main(monkeypatch):
+    """The command line in this process, whose signals stay as they are."""
+    monkeypatch.setattr(install_horovod, "interrupt_on_termination", lambda: None)
+    return install_horovod.main
 
 
 @pytest.mark.parametrize(
-    ("version", "key"),
+    ("version", "key", "why"),
     [
-        ("0.28.1+lm.0123456789ab", "0123456789ab"),
-        ("0.28.1", None),
-        ("0.28.1+lm.012", None),
-        ("0.28.1+cu12", None),
-        (None, None),
+        ("0.28.1+lm.0123456789ab", "0123456789ab", "for another torch"),
+        ("0.28.1", None, "not built by this project"),
+        ("0.28.1+lm.012", None, "not built by this project"),
+        (None, None, "Horovod is not installed"),
     ],
 )
-def test_a_build_of_ours_is_known_by_its_version(version, key):
-    assert key_of(version) == key
-
-
-def test_what_is_wrong_is_said_for_each_case():
-    assert why_not_right(None) == "Horovod is not installed"
-    assert "not built by this project" in why_not_right("0.28.1")
-    assert "for another torch" in why_not_right("0.28.1+lm.0123456789ab")
+def test_a_build_of_ours_is_known_by_its_version(version, key, why):
+    assert key_of(version) == key and why in why_not_right(version)
 
 
 def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
@@ -68,46 +62,49 @@ def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
 
 @pytest.mark.horovod
 @needs_horovod
-def test_the_installed_build_is_recognised_and_left_alone():
+def test_a_right_build_is_recognised_installed_or_in_a_target(tmp_path):
     done = command()
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Nothing to do: Horovod 0.28.1+lm.")
     assert "is installed and works, with Gloo" in done.stdout
+    for path in Path(importlib.util.find_spec("horovod").origin).parents[1].iterdir():
+        if path.name == "horovod" or path.name.startswith("horovod-"):
+            (tmp_path / path.name).symlink_to(path)
+    done = command("--check", "--target", str(tmp_path))
+    assert done.returncode == 0 and "fits torch" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        (
+            "0.28.1",
+            r"^Horovod 0\.28\.1 was not built by this project, so it lacks the patches; "
+            r"run: \S*python -m horovod_lm\.setup\.install_horovod$",
+        ),
+        ("0.28.1+lm.0123456789ab", "was built with other patches or options, or for another torch"),
+    ],
+)
+def test_check_refuses_another_build(tmp_path, main, monkeypatch, version, said):
+    info = tmp_path / f"horovod-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: horovod\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=said):
+        main(["--check"])
 
 
 @pytest.mark.horovod
 @needs_horovod
-def test_check_tries_what_is_installed():
-    done = command("--check")
-    assert done.returncode == 0, done.stderr
-    assert "fits torch" in done.stdout
-
-
-def test_check_refuses_a_horovod_that_is_not_ours(tmp_path):
-    done = command("--check", PYTHONPATH=pretend_version(tmp_path, "0.28.1"))
-    assert done.returncode == 2
-    assert done.stderr == (
-        "error: Horovod 0.28.1 was not built by this project, so it lacks the patches; "
-        "run: python -m horovod_lm.setup.install_horovod\n"
-    )
-
-
-def test_check_refuses_a_build_for_another_torch(tmp_path):
-    done = command("--check", PYTHONPATH=pretend_version(tmp_path, "0.28.1+lm.0123456789ab"))
-    assert done.returncode == 2 and "for another torch" in done.stderr
-
-
-@pytest.mark.horovod
-@needs_horovod
-def test_a_build_that_does_not_load_is_found_out(tmp_path):
+def test_a_build_that_does_not_load_is_found_out(tmp_path, main, monkeypatch):
     package = tmp_path / "horovod" / "torch"
     package.mkdir(parents=True)
     (tmp_path / "horovod" / "__init__.py").write_text("")
     (package / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
-    done = command("--check", PYTHONPATH=str(tmp_path))
-    assert done.returncode == 2
-    assert "Horovod is built but does not work" in done.stderr
-    assert "undefined symbol: _ZN3c10" in done.stderr and "--force" in done.stderr
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    reason = r"^Horovod is built but does not work \(ImportError: undefined symbol: .* --force$"
+    with pytest.raises(UserError, match=reason):
+        main(["--check"])
 
 
 @pytest.mark.parametrize(
@@ -124,7 +121,9 @@ def test_a_build_that_does_not_load_is_found_out(tmp_path):
         ("--force", "Horovod's builds are kept in /dev/null/cache, which cannot be written (Not a"),
     ],
 )
-def test_impossible_options_are_one_sentence_and_nothing_is_built(tmp_path, options, sentence):
+def test_impossible_options_are_one_sentence_and_nothing_is_built(
+    tmp_path, main, monkeypatch, capsys, options, sentence
+):
     (tmp_path / "taken").mkdir()
     for file in ("taken/mine.txt", "file"):
         (tmp_path / file).touch()
@@ -134,50 +133,8 @@ def test_impossible_options_are_one_sentence_and_nothing_is_built(tmp_path, opti
             text = text.replace(name, str(tmp_path / name.lower()))
         return text
 
-    done = command(*named(options).split(), HOROVOD_LM_CACHE="/dev/null/cache")
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {named(sentence)}") and done.stderr.count("\n") == 1
-    assert done.stdout == ""
+    monkeypatch.setenv("HOROVOD_LM_CACHE", "/dev/null/cache")
+    with pytest.raises(UserError, match=f"^{re.escape(named(sentence))}") as error:
+        main(named(options).split())
+    assert "\n" not in str(error.value) and capsys.readouterr().out == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
-
-
-def test_help_teaches():
-    said = command("--help").stdout
-    for word in ("HOROVOD_LM_CACHE", "--mpi", "--nccl", "--check", "check its hash"):
-        assert word in said
-
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from horovod_lm.setup.install_horovod import only_one
-with only_one(Path(sys.argv[1])):
-    print("in", flush=True)
-    time.sleep(float(sys.argv[2]))
-"""
-
-
-def test_a_second_installer_waits_for_the_first(tmp_path, capsys):
-    holder = [sys.executable, "-c", HOLD, str(tmp_path), "1.5"]
-    with subprocess.Popen(holder, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout.readline() == "in\n"
-        with only_one(tmp_path):
-            ended = first.poll() if first.poll() is not None else _ends_within(first, 1)
-        assert ended == 0, "the second was let in while the first was still inside"
-    assert "waiting for it..." in capsys.readouterr().out
-
-
-def test_an_installer_that_was_killed_does_not_block_the_next(tmp_path):
-    holder = [sys.executable, "-c", HOLD, str(tmp_path), "600"]
-    with subprocess.Popen(holder, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout.readline() == "in\n"
-        first.kill()
-    with only_one(tmp_path):
-        assert (tmp_path / "lock").exists()
-
-
-def _ends_within(process: subprocess.Popen[str], seconds: float) -> int | None:
-    deadline = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return process.poll()

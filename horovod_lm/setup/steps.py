@@ -1,0 +1,152 @@
+"""Run the commands of set-up and build: progress, logs, time limits, interrupts, locks.
+
+Standard library only: set-up uses this module before any package is installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from horovod_lm.utils.progress import ProgressLine, format_seconds
+
+PERCENT = re.compile(r"^\s*\[\s*(\d{1,3})%\] (?:Building|Linking|Built)", re.MULTILINE)
+TICK_SECONDS = 1.0
+TAIL_BYTES = 20_000  # of a log: where its newest percentage is
+
+
+def pip_command(*arguments: str, python: str | Path = sys.executable) -> list[str]:
+    """Return the command that calls the pip of an environment."""
+    return [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+
+
+def interrupt_on_termination() -> None:
+    """Treat SIGTERM and SIGHUP like Ctrl-C: child processes are ended, temporary files removed."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
+
+
+def call(
+    command: Sequence[str],
+    tick: Callable[[], object] = bool,
+    seconds: float = float("inf"),
+    grace: float = 60,
+    **options: Any,
+) -> int:
+    """Run a command to its end and return its exit code; it never outlives this call.
+
+    The command runs in a session of its own. Ctrl-C in a terminal therefore reaches only this
+    process, and the command gets exactly one SIGINT, sent from here: a second one would interrupt
+    its cleaning up.
+
+    Args:
+        command: the program and its arguments.
+        tick: called about once a second.
+        seconds: the time limit.
+        grace: seconds between SIGINT and SIGKILL, for the command and all its children.
+        options: of `subprocess.Popen`.
+
+    Raises:
+        subprocess.TimeoutExpired: the command was ended at the time limit.
+    """
+    started = time.monotonic()
+    # A shell starts background jobs with SIGINT ignored, and children inherit that.
+    default_sigint = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=default_sigint,
+        **options,
+    )
+    try:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=min(TICK_SECONDS, seconds))
+            tick()
+            if time.monotonic() - started >= seconds:
+                raise subprocess.TimeoutExpired(command, seconds)
+    finally:
+        if process.poll() is None:
+            _end_group(process, grace)
+
+
+def _end_group(process: subprocess.Popen[Any], grace: float) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.wait(grace)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run_step(title: str, command: Sequence[str], log: Path, **options: Any) -> bool:
+    """Run a command with its output appended to `log`; show its time and its percentage.
+
+    Args:
+        title: what the command does: a line that is updated in a terminal; elsewhere one line at
+            the start, one for each tenth that is compiled, and one at the end.
+        command: the program and its arguments.
+        log: the file for its output.
+        options: of `subprocess.Popen`.
+
+    Returns:
+        Whether it succeeded.
+    """
+    line, started, percent = ProgressLine(), time.monotonic(), 0
+
+    def show() -> None:
+        nonlocal percent
+        # Parallel compilers finish out of order: the percentage only rises.
+        newest = max([percent, *map(int, PERCENT.findall(_tail(log)))])
+        is_new_tenth, percent = newest // 10 > percent // 10, newest
+        compiled = f"{percent} % compiled, " if percent else ""
+        elapsed = format_seconds(time.monotonic() - started)
+        line.update(f"  {title} ... {compiled}{elapsed}", keep=is_new_tenth)
+
+    line.update(f"  {title} ...", keep=True)
+    outcome = "stopped"
+    try:
+        with log.open("a", encoding="utf-8") as file:
+            code = call(command, show, stdout=file, stderr=subprocess.STDOUT, **options)
+        outcome = "done" if code == 0 else "failed"
+    finally:
+        line.say(f"  {title}: {outcome} after {format_seconds(time.monotonic() - started)}")
+    return code == 0
+
+
+def _tail(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+        return file.read().decode("utf-8", "replace")
+
+
+@contextlib.contextmanager
+def lock(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock on a file; while another process holds it, say so and wait.
+
+    The system releases the lock when its process ends, however it ends.
+
+    Args:
+        path: the file; it is created if necessary.
+        what: the other process, for the message.
+    """
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{what} is running; waiting for it...", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
