@@ -12,13 +12,13 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        subject: what was looked at.
+        subject: what was checked.
         verdict: "ok", "warn" or "fail".
-        says: what was found.
-        cure: how to mend it; empty when the verdict is ok.
+        message: what was found.
+        fix: what to do; empty when the verdict is ok.
     """
 
     subject: str
     verdict: str
-    says: str
-    cure: str = ""
+    message: str
+    fix: str = ""
