@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from horovod_lm.training.checkpoint import load_checkpoint, newest_readable, save_checkpoint
+from horovod_lm.training.checkpoint import load_checkpoint, save_checkpoint
 from horovod_lm.training.run_dir import RunFolder, default_run_name, newest_run
 from horovod_lm.training.run_logger import TrainingResult
 from horovod_lm.training.trainer import run_distributed_training
@@ -43,9 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.elastic, config.distributed, config.training.device
     )
     if arguments.elastic:
-        from horovod_lm.training.elastic import (
-            run_elastic_training,  # Horovod: it needs Horovod to be there
-        )
+        # Horovod: imported here, because it needs an installed Horovod.
+        from horovod_lm.training.elastic import run_elastic_training
 
         result = run_elastic_training(config, run_name, checkpoint)
     else:
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_main_process() and not result.stopped:
         print(summary(result))
     shutdown()
-    # Horovod: horovodrun takes any other code for a failure and adds a traceback of its own.
+    # Horovod: horovodrun would report any other exit code as a failure.
     return EXIT_INTERRUPTED if result.stopped and not started_by_launcher() else 0
 
 
@@ -83,37 +82,35 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def what_to_train(arguments: argparse.Namespace) -> tuple[Config, str, Path | None]:
-    """Return the configuration, the run's name and the checkpoint that the arguments ask for.
+    """Return the configuration, the run's name, and the checkpoint or folder to resume from.
 
     A resumed run keeps its own configuration; `--set` changes it.
+
+    Raises:
+        CheckpointError: there is no such run.
     """
     if not arguments.resume:
         config = load_config(arguments.config, arguments.overrides)
         name = arguments.run_name or default_run_name(Path(arguments.config).stem)
         return config, name, None
-    run_dir, checkpoint = find_run(arguments)
-    if not (run_dir / "config.yaml").is_file():
-        raise CheckpointError(f"{arguments.resume} is not a run: {run_dir} holds no config.yaml")
-    config = load_config(run_dir / "config.yaml", arguments.overrides)
-    name = arguments.run_name or run_dir.name
-    checkpoint = checkpoint or newest_readable(RunFolder.of(config, run_dir.name).checkpoint_dir)
-    return config, name, checkpoint
-
-
-def find_run(arguments: argparse.Namespace) -> tuple[Path, Path | None]:
-    """Return the folder of the run to resume, and the checkpoint if one is named."""
+    checkpoint = None
     if arguments.resume == "auto":
         config = load_config(arguments.config)
-        name = arguments.run_name or newest_run(config)
-        if name is None:
+        run_name = arguments.run_name or newest_run(config)
+        if run_name is None:
             raise CheckpointError("there is no run to resume: start one without --resume")
-        return RunFolder.of(config, name).run_dir, None
-    # From the working directory, or from the project's folder: no configuration is needed.
-    given = arguments.resume
-    path = Path(given).resolve() if os.path.exists(given) else resolve_path(given)
-    if path.is_file():
-        return path.parent.parent, path
-    return path, None
+        run_dir = RunFolder.of(config, run_name).run_dir
+    else:
+        # Relative to the working directory or to the project: there is no configuration yet.
+        given = arguments.resume
+        run_dir = Path(given).resolve() if os.path.exists(given) else resolve_path(given)
+        if run_dir.is_file():
+            checkpoint, run_dir = run_dir, run_dir.parent.parent
+    if not (run_dir / "config.yaml").is_file():
+        raise CheckpointError(f"{arguments.resume} is not a run: {run_dir} has no config.yaml")
+    config = load_config(run_dir / "config.yaml", arguments.overrides)
+    name = arguments.run_name or run_dir.name
+    return config, name, checkpoint or RunFolder.of(config, run_dir.name).checkpoint_dir
 
 
 def summary(result: TrainingResult) -> str:

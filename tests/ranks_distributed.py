@@ -43,6 +43,18 @@ seen["broadcast"] = [
     d.broadcast_object({"from": rank}, "g"),
     d.broadcast_object(["one"] if rank else None, "h", root_rank=1),
 ]
+# Content of any size: tensors go one by one, each in messages of a limited size.
+d.MAX_BROADCAST_BYTES = 16
+generator = torch.Generator().manual_seed(rank)
+content = {
+    "model": {"a": torch.randn(7, 3, generator=generator), "b": torch.randn(5).bfloat16()},
+    "optimizer": [(torch.tensor(rank), torch.tensor([True, False])), {"none": torch.zeros(0, 3)}],
+    "transposed": torch.arange(6.0).view(2, 3).t(),
+    "name": "é",
+}
+received = d.broadcast_object(content if rank else None, "i", root_rank=1)
+sums = d.map_tensors(received, lambda tensor: [str(tensor.dtype), tensor.tolist()])
+seen["content"] = json.dumps(sums)
 
 
 class Elsewhere(torch.Tensor):

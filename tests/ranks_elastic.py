@@ -28,11 +28,11 @@ def take_and_note(dataset, index):
     return take_sample(dataset, index)
 
 
-choose_device = distributed.choose_device
+agree_on_devices = distributed.agree_on_devices
 
 
-def choose_and_stage(*arguments):
-    return replace(choose_device(*arguments), staged=True)
+def agree_and_stage(*arguments):
+    return replace(agree_on_devices(*arguments), staged=True)
 
 
 def fail(*_: object) -> None:
@@ -43,7 +43,7 @@ def fingerprint(trainer: Trainer) -> str:
     """Return a hash of every bit of parameters, moments, step counts and rates."""
     content, digest = trainer.content(), hashlib.sha256()
     for part in ("model", "optimizer", "scheduler", "scaler"):
-        elastic.map_tensors(
+        distributed.map_tensors(
             content[part], lambda tensor: digest.update(tensor.detach().numpy().tobytes())
         )
     digest.update(str(trainer.scheduler.state_dict()["_last_lr"]).encode())
@@ -78,6 +78,6 @@ if __name__ == "__main__":
     TokenBlockDataset.__getitem__ = take_and_note
     elastic.Trainer = WitnessedTrainer
     if os.environ["STAGE_GRADIENTS"]:
-        distributed.choose_device = choose_and_stage
+        distributed.agree_on_devices = agree_and_stage
     time.sleep(float(os.environ.get("SECONDS_BEFORE_HOROVOD", 0)))
     sys.exit(main(sys.argv[1:]))

@@ -18,25 +18,31 @@ from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_project, start_for_module):
-    """A run of the tiny project, so that there is a checkpoint to load."""
-    arguments = [
-        "-m",
-        "horovod_lm.train",
-        "--config",
-        "configs/tiny.yaml",
-        "--run-name",
-        "contract",
-    ]
-    finished = start_for_module(arguments).wait(120)
-    assert finished.code == 0, finished.output
-    return tiny_project / "runs" / "contract" / "checkpoints"
+def in_project(tiny_project):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tiny_project)
+        yield tiny_project
 
 
-@pytest.fixture
-def in_project(tiny_project, monkeypatch):
-    monkeypatch.chdir(tiny_project)
-    return tiny_project
+@pytest.fixture(scope="module")
+def trained(in_project):
+    """The contract's training call; returns the folder of its checkpoints."""
+    from horovod_lm.train import run_distributed_training
+    from horovod_lm.utils.config import load_config
+    from horovod_lm.utils.distributed import setup_horovod
+
+    config = load_config("configs/tiny.yaml", ["training.max_steps=3"])
+    world_size, rank, local_rank, _ = setup_horovod(require_distributed=False)
+    run_distributed_training(
+        config=config,
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        resume_checkpoint=None,
+        run_name="my_training_run",
+    )
+    assert defaults(run_distributed_training) == {"resume_checkpoint": None, "run_name": None}
+    return in_project / "runs/my_training_run/checkpoints"
 
 
 def defaults(function) -> dict[str, object]:
@@ -72,23 +78,8 @@ def test_model_api():
     assert wanted.items() <= generate.items() and generate["eos_token_id"] == 50256
 
 
-def test_training_api(in_project):
-    from horovod_lm.train import run_distributed_training
-    from horovod_lm.utils.config import load_config
-    from horovod_lm.utils.distributed import setup_horovod
-
-    config = load_config("configs/tiny.yaml", ["training.max_steps=3"])
-    world_size, rank, local_rank, _ = setup_horovod(require_distributed=False)
-    run_distributed_training(
-        config=config,
-        rank=rank,
-        world_size=world_size,
-        local_rank=local_rank,
-        resume_checkpoint=None,
-        run_name="my_training_run",
-    )
-    assert (in_project / "runs/my_training_run/checkpoints/final_model.pt").is_file()
-    assert defaults(run_distributed_training) == {"resume_checkpoint": None, "run_name": None}
+def test_training_api(trained):
+    assert (trained / "final_model.pt").is_file() and (trained / "best_model.pt").is_file()
 
 
 def test_checkpoint_api(tmp_path, monkeypatch):
@@ -182,9 +173,11 @@ def test_distributed_optimizer_api(tmp_path):
     assert done.stdout.strip() == "ranks: 1"
 
 
-def test_generation_api(in_project, trained):
+def test_generation_api(trained, capfd):
     from horovod_lm.generate import generate_text, load_model_for_generation
+    from horovod_lm.utils import distributed
 
+    distributed._print_once.cache_clear()
     model, tokenizer, config = load_model_for_generation(
         checkpoint_path=str(trained / "best_model.pt"),
         config_path="configs/tiny.yaml",
@@ -201,6 +194,9 @@ def test_generation_api(in_project, trained):
         num_samples=2,
         device="cuda",
     )
+    # Where there is no GPU, the CPU is used, and this is said once.
+    notes = capfd.readouterr().err.count("note: there is no cuda here: the CPU is used")
+    assert notes == (0 if torch.cuda.is_available() else 1)
     assert len(generated_texts) == 2
     assert all(text.startswith("Once upon a time") for text in generated_texts)
     wanted = {
@@ -210,7 +206,7 @@ def test_generation_api(in_project, trained):
     assert config.model.d_model == 16
 
 
-def test_interactive_generation_api(in_project, trained, monkeypatch, capsys):
+def test_interactive_generation_api(trained, monkeypatch, capsys):
     from horovod_lm.generate import interactive_generation, load_model_for_generation
 
     model, tokenizer, config = load_model_for_generation(trained / "best_model.pt")

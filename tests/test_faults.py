@@ -34,7 +34,8 @@ GUARDS = {
         "training/test_resume.py::test_best_loss_is_not_the_loss_of_the_checkpoint_that_was_loaded"
     ),
     "7: mean(exp(loss)) called perplexity": (
-        "training/test_evaluate.py::test_perplexity_is_exp_of_the_mean_not_the_mean_of_exps"
+        "training/test_evaluate.py"
+        "::test_sums_of_parts_add_up_and_perplexity_is_exp_of_the_mean_over_tokens"
     ),
     "7: intervals that nobody reads, or that accumulation divides": (
         "test_faults.py::test_intervals_count_optimizer_steps"

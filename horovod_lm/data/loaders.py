@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from horovod_lm.data.split import TRAIN, VAL
 from horovod_lm.models.loss import IGNORE_INDEX
 from horovod_lm.utils.cli import command
 from horovod_lm.utils.config import Config, resolve_path
-from horovod_lm.utils.distributed import get_rank, get_world_size, own_device
+from horovod_lm.utils.distributed import choose_device, get_rank, get_world_size
 from horovod_lm.utils.errors import DataError
 
 Batch = dict[str, torch.Tensor]
@@ -46,7 +47,7 @@ class TokenBlockDataset(Dataset[Batch]):
         self._tokens: np.memmap | None = None
 
     def __len__(self) -> int:
-        return -(-(self.num_tokens - 1) // (self.block_length - 1))  # rounded up
+        return math.ceil((self.num_tokens - 1) / (self.block_length - 1))
 
     def __getitem__(self, index: int) -> Batch:
         """Return `input_ids` and `labels`, (T,) long; the model shifts the labels."""
@@ -120,16 +121,6 @@ class ShardedBatchSampler(Sampler[list[int]]):
         """Samples in a full optimizer step, over all ranks: G."""
         return self.batch_size * self.gradient_accumulation_steps * self.world_size
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in a whole epoch."""
-        return -(-self.num_samples // self.samples_per_step)  # rounded up
-
-    @property
-    def steps_left(self) -> int:
-        """Optimizer steps of an iteration: fewer than an epoch's after `set_start`."""
-        return -(-(self.num_samples - self.start) // self.samples_per_step)
-
     def set_epoch(self, epoch: int) -> None:
         """Select the epoch's permutation, from its first sample."""
         self.epoch, self.start = epoch, 0
@@ -142,7 +133,8 @@ class ShardedBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Return the number of micro-batches of this rank in an iteration."""
-        return self.steps_left * self.gradient_accumulation_steps
+        steps = math.ceil((self.num_samples - self.start) / self.samples_per_step)
+        return steps * self.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.arange(self.num_samples)
@@ -167,8 +159,7 @@ def load_preprocessed_data(
     Raises:
         DataError: the folder has no prepared data.
     """
-    folder = resolve_path(data_dir)
-    return _datasets(folder, _metadata(folder, "configs/tiny.yaml"))
+    return _datasets(resolve_path(data_dir))[:2]
 
 
 def get_dataloaders(
@@ -191,9 +182,8 @@ def get_dataloaders(
     rank = get_rank() if rank is None else rank  # Horovod: which shard of each step is ours
     world_size = get_world_size() if world_size is None else world_size  # Horovod: of how many
     folder = config.resolve(config.data.data_dir)
-    metadata = _metadata(folder, "FILE")
+    train_data, val_data, metadata = _datasets(folder)
     _check_settings(config, metadata, folder)
-    train_data, val_data = _datasets(folder, metadata)
     batch, seed = config.training.per_gpu_batch_size, config.seed
     accumulation = config.training.gradient_accumulation_steps
     train = ShardedBatchSampler(
@@ -220,7 +210,7 @@ def _loader(config: Config, dataset: TokenBlockDataset, sampler: ShardedBatchSam
         batch_sampler=sampler,
         collate_fn=partial(stack_blocks, block_length=dataset.block_length),
         num_workers=workers,
-        pin_memory=config.data.pin_memory and own_device(config.training.device).type == "cuda",
+        pin_memory=config.data.pin_memory and choose_device(config.training.device).type == "cuda",
         persistent_workers=workers > 0,
         # Horovod: its threads and connections do not survive a fork; a fork server has none.
         multiprocessing_context="forkserver" if workers else None,
@@ -230,25 +220,17 @@ def _loader(config: Config, dataset: TokenBlockDataset, sampler: ShardedBatchSam
     )
 
 
-def _datasets(
-    folder: Path, metadata: dict[str, Any]
-) -> tuple[TokenBlockDataset, TokenBlockDataset]:
-    length, dtype = metadata["block_length"], metadata["dtype"]
-    train, val = (
-        TokenBlockDataset(folder / f"{part}.bin", length, dtype, metadata["tokenizer"]["eot_id"])
-        for part in (TRAIN, VAL)
-    )
-    return train, val
-
-
-def _metadata(folder: Path, config_file: str) -> dict[str, Any]:
+def _datasets(folder: Path) -> tuple[TokenBlockDataset, TokenBlockDataset, dict[str, Any]]:
+    """Return the training and validation windows and the metadata of prepared data."""
     metadata = read_metadata(folder)
     if metadata is None:
         raise DataError(
             f"there are no prepared data in {folder}: "
-            f"run {command('horovod_lm.data', '--config', config_file)}"
+            f"run {command('horovod_lm.data', '--config', 'FILE')}"
         )
-    return metadata
+    layout = metadata["block_length"], metadata["dtype"], metadata["tokenizer"]["eot_id"]
+    train, val = (TokenBlockDataset(folder / f"{part}.bin", *layout) for part in (TRAIN, VAL))
+    return train, val, metadata
 
 
 def _check_settings(config: Config, metadata: dict[str, Any], folder: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,8 @@ from torch import nn
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.training.checkpoint import BEST, FINAL, find_checkpoints, read_checkpoint, restore
 from horovod_lm.utils.config import Config, config_from_dict, load_config
-from horovod_lm.utils.errors import CheckpointError, ConfigError
+from horovod_lm.utils.distributed import choose_device
+from horovod_lm.utils.errors import CheckpointError
 
 if TYPE_CHECKING:
     from horovod_lm.data.tokenizers import Tokenizer
@@ -27,11 +26,10 @@ def load_model_for_generation(
     """Load a model, its tokenizer and its configuration from a checkpoint.
 
     Args:
-        checkpoint_path: a checkpoint, or a run's folder: its best model, else its newest one.
+        checkpoint_path: a checkpoint, or a run's folder: its best checkpoint, else its newest.
         config_path: a YAML file that replaces the checkpoint's configuration, except the model's
             sizes, which the weights determine.
-        device: "cpu", "cuda" …; None: a GPU if there is one. If a requested GPU does not exist,
-            the CPU is used, with a message.
+        device: as for `horovod_lm.utils.distributed.choose_device`; None: a GPU if there is one.
 
     Returns:
         The model on its device, in evaluation mode; the tokenizer; the configuration.
@@ -51,19 +49,12 @@ def load_model_for_generation(
 
 
 def to_column_major(model: TransformerLM) -> TransformerLM:
-    """Store each weight with at least as many outputs as inputs by column; values do not change.
+    """Store weights with at least as many outputs as inputs in column-major order, in place.
 
-    With a cache, generation multiplies every weight (outputs, inputs) by one vector per sequence.
-    On a CPU that takes as long as reading the weight. The libraries read these by column 1.2 to
-    2.5 times as fast as by row; weights with more inputs than outputs they read as fast or faster
-    by row. Only for generation: in training, gradients and optimizer states would take over the
-    layout of their parameter.
-
-    Args:
-        model: changed in place.
-
-    Returns:
-        The same model.
+    With a cache, generation multiplies every weight (outputs, inputs) by one vector per sequence,
+    which on a CPU takes as long as reading the weight. These weights are read 1.2 to 2.5 times as
+    fast in column-major order, the others as fast or faster in row-major order. Values do not
+    change. Not for training: gradients and optimizer states would have the same layout.
     """
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     for weight in (model.token_embedding.weight, *weights):
@@ -74,7 +65,7 @@ def to_column_major(model: TransformerLM) -> TransformerLM:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return `path` if it is a file; in a run's folder, the best checkpoint, else the newest."""
+    """Return `path` if it is a file; for a run's folder, the best checkpoint, else the newest."""
     path = Path(path).expanduser()
     if not path.is_dir():
         return path  # `read_checkpoint` reports a missing file
@@ -86,20 +77,6 @@ def find_checkpoint(path: str | Path) -> Path:
         f"neither {path} nor its folder checkpoints/ contains a checkpoint ({BEST}, {FINAL} or "
         "checkpoint_epoch*_step*.pt)"
     )
-
-
-def choose_device(device: torch.device | str | None = None) -> torch.device:
-    """Turn a device's name into a device that is there; None: a GPU where there is one."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"{device!r} is no device: use cpu, cuda or cuda:1") from None
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        _say_once(f"There is no {wanted} here: the model runs on the CPU.")
-        return torch.device("cpu")
-    return wanted
 
 
 def _config_for(checkpoint: dict[str, Any], path: Path, config_path: str | Path | None) -> Config:
@@ -127,8 +104,3 @@ def _tokenizer_for(checkpoint: dict[str, Any], path: Path, config: Config) -> To
     if not beside_data.is_file():
         raise CheckpointError(f"{path} contains no tokenizer, and {beside_data} does not exist")
     return load_tokenizer(beside_data)
-
-
-@cache
-def _say_once(sentence: str) -> None:
-    print(sentence, file=sys.stderr)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from horovod_lm.data.tokenizers import check_text
-from horovod_lm.generation.load import choose_device
 from horovod_lm.generation.sampling import generate_tokens, generation_config, make_generator
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.config import GenerationConfig
+from horovod_lm.utils.distributed import choose_device
 
 if TYPE_CHECKING:
     from horovod_lm.data.tokenizers import Tokenizer
@@ -34,19 +34,16 @@ def generate_text(
 ) -> list[str]:
     """Continue a prompt.
 
-    The prompt is the beginning of a document: an end-of-text token precedes it, as in training. An
-    empty prompt starts a new document.
+    The prompt is the beginning of a document: an end-of-text token precedes it, as in training.
 
     Args:
         model: the model; it is moved to `device`.
-        tokenizer: the tokenizer that it was trained with.
-        prompt: any text. If it is longer than the model's context, only its end is used.
-        max_new_tokens: maximum number of tokens to add; a text may end earlier.
-        temperature: 0 is greedy; 1 is the model's own distribution.
-        top_k: sample from the k most likely tokens; 0 or None: from all.
-        top_p: sample from the smallest set of tokens with this probability; 1 or None: from all.
+        tokenizer: the model's tokenizer.
+        prompt: any text, also an empty one. If it is longer than the model's context, only its end
+            is used.
+        max_new_tokens, temperature, top_k, top_p: as for `TransformerLM.generate`.
         num_samples: number of continuations, generated in one batch.
-        device: None: where the model is; else as for `load_model_for_generation`.
+        device: as for `choose_device`; None: the model's own.
         seed: the same seed gives the same texts; None: new ones each time.
 
     Returns:

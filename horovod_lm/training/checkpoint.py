@@ -11,7 +11,7 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,6 @@ def save_checkpoint(
     scaler: Any | None = None,
     global_step: int = 0,
     *,
-    best_loss: float | None = None,
-    samples_seen: int = 0,
     config: Mapping[str, Any] | None = None,
     tokenizer: str | None = None,
     **extra: Any,
@@ -52,21 +50,19 @@ def save_checkpoint(
     calls it.
 
     Args:
-        model: its `state_dict()` is saved; a compiled model is saved under its uncompiled names.
+        model: saved as its `state_dict()`; a compiled model under its uncompiled names.
         optimizer: None for a checkpoint that is only for generation.
         epoch: the current epoch, from 0.
         step: optimizer steps in that epoch.
         loss: the latest loss, in nats per token.
         checkpoint_dir: created if it does not exist.
         filename: for example `checkpoint_epoch5.pt`.
-        scheduler: a learning rate scheduler with a `state_dict()`.
-        scaler: a gradient scaler with a `state_dict()`.
+        scheduler: a learning rate scheduler; None: not saved.
+        scaler: a gradient scaler; None: not saved.
         global_step: optimizer steps since the start of the run.
-        best_loss: the best validation loss so far.
-        samples_seen: blocks of that epoch that all ranks together have trained on.
         config: `Config.to_dict()`, to rebuild the model from the checkpoint alone.
         tokenizer: the tokenizer as JSON text, to generate from the checkpoint alone.
-        **extra: more plain values.
+        **extra: more plain values, for example other fields of `TrainState`.
 
     Returns:
         The path of the file.
@@ -76,8 +72,7 @@ def save_checkpoint(
     """
     content = checkpoint_content(
         model, optimizer, scheduler, scaler, config=config, tokenizer=tokenizer,
-        epoch=epoch, step=step, global_step=global_step, loss=float(loss), best_loss=best_loss,
-        samples_seen=samples_seen, **extra,
+        epoch=epoch, step=step, global_step=global_step, loss=float(loss), **extra,
     )  # fmt: skip
     return write_checkpoint(content, Path(checkpoint_dir) / filename)
 
@@ -92,11 +87,9 @@ def checkpoint_content(
     tokenizer: str | None = None,
     **position: Any,
 ) -> dict[str, Any]:
-    """Return the content of a checkpoint; its tensors are the model's own, not copies.
+    """Return the content of a checkpoint; arguments as for `save_checkpoint`.
 
-    Args:
-        model: as for `save_checkpoint`, like the other arguments.
-        **position: the progress of the run, as plain values.
+    Its tensors are those of the model and the optimizer, not copies.
     """
     return {
         "format": FORMAT,
@@ -135,22 +128,6 @@ def write_checkpoint(content: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
-def copy_to_memory(content: Any) -> Any:
-    """Return a copy of a checkpoint's content with tensors on the CPU."""
-    return map_tensors(content, lambda tensor: tensor.detach().to("cpu", copy=True))
-
-
-def map_tensors(content: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """Return nested plain values with `change` applied to each tensor, always in the same order."""
-    if isinstance(content, torch.Tensor):
-        return change(content)
-    if isinstance(content, Mapping):
-        return {key: map_tensors(value, change) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return type(content)(map_tensors(value, change) for value in content)
-    return content
-
-
 def load_checkpoint(
     checkpoint_path: str | Path,
     model: torch.nn.Module | None = None,
@@ -160,18 +137,13 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Read a checkpoint and restore the given objects from it.
 
-    Args:
-        checkpoint_path: the file.
-        model: gets the parameters, on any device.
-        optimizer: gets its state. With Horovod, pass the wrapped one: wrapping discards state.
-        scheduler: gets its state.
-        scaler: gets its state.
+    With Horovod, pass the wrapped optimizer: wrapping discards the optimizer's state.
 
     Returns:
         The whole checkpoint, tensors on the CPU; its keys are the arguments of `save_checkpoint`.
 
     Raises:
-        CheckpointError: the file is missing or truncated, contains code, or is of another model.
+        CheckpointError: as for `read_checkpoint`, or the file is of another model.
     """
     checkpoint = read_checkpoint(checkpoint_path)
     restore(checkpoint, model, optimizer, scheduler, scaler, name=str(checkpoint_path))
@@ -181,10 +153,16 @@ def load_checkpoint(
 def read_checkpoint(checkpoint_path: str | Path) -> dict[str, Any]:
     """Read a checkpoint, tensors on the CPU, without executing code that a file may contain.
 
+    Args:
+        checkpoint_path: a file, or a folder: then its newest checkpoint that can be read. A warning
+            is printed for each newer one that cannot.
+
     Raises:
         CheckpointError: the file is missing, truncated, contains code, or is not a checkpoint.
     """
     path = Path(checkpoint_path)
+    if path.is_dir():
+        return _read_newest(path)
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}{_others(path.parent)}")
     try:
@@ -243,20 +221,14 @@ def find_checkpoints(checkpoint_dir: str | Path) -> list[Path]:
     return ([final] if final.is_file() else []) + sorted(paths, key=_step, reverse=True)
 
 
-def newest_readable(checkpoint_dir: str | Path) -> Path:
-    """Return a run's newest checkpoint that can be read; print a warning for each that cannot.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    for path in find_checkpoints(checkpoint_dir):
+def _read_newest(folder: Path) -> dict[str, Any]:
+    for path in find_checkpoints(folder):
         try:
-            read_checkpoint(path)
-            return path
+            return read_checkpoint(path)
         except CheckpointError as error:
             print(f"warning: {error}; an earlier one is used", file=sys.stderr)
     raise CheckpointError(
-        f"{checkpoint_dir} has no checkpoint to resume from: start the run without --resume"
+        f"{folder} has no checkpoint to resume from: start the run without --resume"
     )
 
 
@@ -272,7 +244,7 @@ def check_same_model(checkpoint: Mapping[str, Any], config: Config, name: str | 
 
 
 def checkpoint_name(epoch: int, global_step: int) -> str:
-    """Return the file name of a numbered checkpoint."""
+    """Return the name of a numbered checkpoint's file."""
     return f"checkpoint_epoch{epoch}_step{global_step}.pt"
 
 

@@ -1,4 +1,4 @@
-"""What a training run says and writes down: progress for people, metrics for the tools."""
+"""What a training run prints and records."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from horovod_lm.utils.progress import ProgressLine, format_seconds
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run came to. Losses are nats per token, over all ranks."""
+    """The results of a run. Losses are in nats per token, over all ranks."""
 
     run_name: str
     run_dir: Path
     steps: int
-    stopped: bool  # by the user, before the end
+    stopped: bool  # by the user, before the last step
     first_loss: float  # training loss of the run's first step
     train_loss: float  # of its last step
     validation_loss: float
@@ -37,41 +37,40 @@ class TrainingResult:
     tokens_per_second: float  # of all ranks together, over this session's training steps
     seconds: float  # of this session
     checkpoint: Path | None  # the last one written
-    nats_per_story: float | None = None  # source stories: on whole stories that were held out
-    entropy_per_story: float | None = None  # the best that any model can reach
+    nats_per_story: float | None = None  # of held-out stories, if `data.source` is stories
+    entropy_per_story: float | None = None  # the lower bound for any model
     world_size: int = 1  # ranks at the end
     world_changes: int = 0  # times that ranks left or joined an elastic run
-    steps_replayed: int = 0  # steps that an elastic run lost with a rank, and took again
+    steps_replayed: int = 0  # steps that an elastic run lost with a rank and repeated
 
 
 @dataclass
 class TrainState:
-    """How far a run has come: what a checkpoint holds besides model and optimizer."""
+    """The progress of a run; part of every checkpoint."""
 
     epoch: int = 0
     step: int = 0  # optimizer steps in this epoch
-    samples_seen: int = 0  # blocks of this epoch, by all ranks together
+    samples_seen: int = 0  # blocks of this epoch, on all ranks together
     global_step: int = 0  # optimizer steps since the start
-    tokens: int = 0  # tokens predicted since the start, by all ranks together
+    tokens: int = 0  # predicted tokens since the start, on all ranks together
     loss: float = float("nan")
     first_loss: float = float("nan")
     best_loss: float = float("inf")
     world_changes: int = 0  # times that ranks left or joined an elastic run
-    steps_replayed: int = 0  # steps that an elastic run lost with a rank, and took again
+    steps_replayed: int = 0  # steps that an elastic run lost with a rank and repeated
 
 
 class RunLogger:
-    """One rank's report of a run: rank 0 speaks for all, every rank writes its own JSON lines.
+    """Prints the progress of a run on rank 0, and records metrics on every rank.
 
     Args:
-        config: written to the run's folder.
-        run: where.
+        config: the configuration; written to the run's folder.
+        run: the run's folder. For a new run, an existing one is renamed.
         rank: this process's number.
         world_size: number of ranks.
         devices: the devices of all ranks, in one line.
-        progress: where rank 0 speaks.
-        resume_step: the step that a resumed run goes on from; None for a new run. A new run sets
-            an earlier one of the same name aside.
+        progress: prints for rank 0.
+        resume_step: the step to resume from; None: a new run.
     """
 
     def __init__(
@@ -91,8 +90,8 @@ class RunLogger:
             if earlier is not None:
                 progress.say(f"an earlier run of this name is now {shown(earlier)}")
             run.describe(config, world_size, devices)
-        barrier()  # Horovod: no rank may write into a folder that is about to be renamed
-        # Horovod: what horovodrun calls each rank's host; asked now, while all ranks are there.
+        barrier()  # Horovod: no rank writes into a folder before rank 0 has renamed it
+        # Horovod: horovodrun's names of the hosts; gathered now, while no rank is lost.
         host = os.environ.get("HOROVOD_HOSTNAME", platform.node())
         self._hosts = gather_objects(host, name="hosts_of_ranks")
         self.recorder = MetricsRecorder(
@@ -109,24 +108,24 @@ class RunLogger:
 
     @property
     def tokens_per_second(self) -> float:
-        """Mean rate of this session's training steps, all ranks together."""
+        """Mean of this session's training steps, all ranks together."""
         return self._tokens / max(self._training_seconds, 1e-9)
 
-    def announce(self, model: torch.nn.Module, kind: torch.dtype, at: int, total: int) -> None:
-        """Say what is about to be trained, on what, and from where."""
+    def announce(self, model: torch.nn.Module, dtype: torch.dtype, at: int, total: int) -> None:
+        """Report the model, the devices, and the step to start from."""
         self.recorder.event("start", pid=os.getpid(), step=at, total_steps=total)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self.progress.say(
-            f"{shown(self.run.run_dir)}: {parameters:,} parameters, {str(kind).split('.')[-1]},"
+            f"{shown(self.run.run_dir)}: {parameters:,} parameters, {str(dtype).split('.')[-1]},"
             f" {self.devices}"
         )
         if at:
-            self.progress.say(f"going on at step {at} of {total}")
+            self.progress.say(f"resuming at step {at} of {total}")
 
     def new_world(
         self, state: TrainState, lost: int, ranks_before: int, why: str, seconds: float
     ) -> None:
-        """Say that an elastic run goes on with other ranks, and from where."""
+        """Report that the ranks of an elastic run have changed, and the step to resume from."""
         self.recorder.event(
             "new_world",
             step=state.global_step,
@@ -134,12 +133,12 @@ class RunLogger:
             ranks=self.world_size,
             steps_lost=lost,
             why=why,
-            seconds=round(seconds, 3),  # since this rank learnt of it
+            seconds=round(seconds, 3),  # since this rank detected the change
         )
-        replayed = f"; {lost} step{'s are' if lost > 1 else ' is'} taken again" if lost else ""
+        repeated = f"; steps to repeat: {lost}" if lost else ""
         self.progress.say(
-            f"{why}: {ranks_before} -> {self.world_size} ranks, going on after step"
-            f" {state.global_step}{replayed}"
+            f"{why}: {ranks_before} -> {self.world_size} ranks, resuming after step"
+            f" {state.global_step}{repeated}"
         )
 
     def step(
@@ -182,21 +181,21 @@ class RunLogger:
         )
 
     def stories(self, nats_per_story: float, entropy: float) -> None:
-        """Record how near the model comes to the best that is possible."""
+        """Record nats per held-out story beside the lower bound for any model."""
         self.recorder.event("stories", nats_per_story=nats_per_story, entropy_per_story=entropy)
         self.progress.say(
-            f"whole stories: {nats_per_story:.2f} nats each, the best possible is {entropy:.2f}:"
+            f"held-out stories: {nats_per_story:.2f} nats each, the lower bound is {entropy:.2f}:"
             f" {nats_per_story / entropy - 1:+.1%}"
         )
 
     def interrupted(self, why: str, state: TrainState, saved: Path) -> None:
-        """Say where training stands, what was saved, and how to go on."""
+        """Report the step, the checkpoint, and the command that resumes the run."""
         self.progress.say(f"{why} after step {state.global_step}; saved {shown(saved)}")
-        call = call_to_go_on(self.config, self.run.run_dir, self._hosts, elastic_launcher())
-        self.progress.say(f"to go on: {call}")
+        call = resume_command(self.config, self.run.run_dir, self._hosts, elastic_launcher())
+        self.progress.say(f"to resume: {call}")
 
     def close(self) -> None:
-        """Finish the files."""
+        """Close the files."""
         self.recorder.close()
 
     def _record(self, phase: str, state: TrainState, loss: float, **values: float) -> None:
@@ -213,14 +212,14 @@ class RunLogger:
         )
 
 
-def call_to_go_on(config: Config, run_dir: Path, hosts: Sequence[str], elastic: bool) -> str:
-    """Return what to type to go on with a run, on as many ranks and on the same hosts.
+def resume_command(config: Config, run_dir: Path, hosts: Sequence[str], elastic: bool) -> str:
+    """Return the command that resumes a run with as many ranks on the same hosts.
 
     Args:
-        config: the run's.
-        run_dir: its folder.
-        hosts: the name of each rank's host, in the order of ranks.
-        elastic: whether ranks may come and go: then horovodrun's call is the user's own.
+        config: the configuration of the run.
+        run_dir: the run's folder.
+        hosts: the host of each rank, in the order of ranks.
+        elastic: whether training is elastic: its call of horovodrun is known to the user only.
     """
     if elastic:
         return f"start the same call again with --resume {shlex.quote(shown(run_dir))}"
@@ -229,7 +228,7 @@ def call_to_go_on(config: Config, run_dir: Path, hosts: Sequence[str], elastic: 
     slots = Counter(hosts)
     if len(slots) == 1:
         return command(*resume, under=horovodrun if len(hosts) > 1 else ())
-    if config.distributed.hosts:  # then port, key and interface stand there, too
+    if config.distributed.hosts:  # the configuration also has the port, key and interface
         settings = ["--config", str(run_dir / "config.yaml"), "--run", "--"]
         cluster = [program("python"), "-m", "horovod_lm.launch.hosts", *settings]
         return command(*resume, under=cluster)

@@ -1,7 +1,7 @@
 """The training loop, for one process or many Horovod ranks.
 
     horovodrun -np 2 python -m horovod_lm.train --config configs/tiny.yaml
-    python -m horovod_lm.train --config configs/tiny.yaml        # the same loop, one process
+    python -m horovod_lm.train --config configs/tiny.yaml        # the same loop in one process
 
 Every line that exists only because training is distributed carries the tag `# Horovod:`.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,87 +61,96 @@ def run_distributed_training(
     resume_checkpoint: str | Path | None = None,
     run_name: str | None = None,
 ) -> TrainingResult:
-    """Train as `config` says; every rank calls this with the same arguments.
+    """Train a model; every rank calls this with the same arguments.
 
-    Prepares the data if that has not been done. A run of the same name that is not resumed is
-    renamed, never overwritten. Ctrl-C stops every rank after the step in progress, and saves.
+    Prepares the data first if necessary. An earlier run of the same name is renamed unless it is
+    resumed. Ctrl-C stops every rank after the current step and saves a checkpoint.
 
     Args:
-        config: see `configs/`; every key is explained there.
-        rank: this process's number among `world_size`, as `setup_horovod` gives it.
-        world_size: number of ranks, 1 included.
-        local_rank: this process's number on its host: it decides which GPU is its own.
-        resume_checkpoint: a checkpoint to go on from, at any world size.
-        run_name: the run's folder under `runs/`; default: a new one with the time in its name.
+        config: the configuration; `configs/` explains every key.
+        rank: this process's number among `world_size`, from `setup_horovod`.
+        world_size: number of ranks, at least 1.
+        local_rank: this process's number on its host; selects its GPU.
+        resume_checkpoint: the checkpoint to resume from, at any world size, or a folder with
+            checkpoints. Only rank 0 reads it.
+        run_name: name of the run's folder under `runs/`; None: a new name with the time in it.
 
     Returns:
-        What the run came to, the same on every rank.
+        The results of the run, the same on every rank.
 
     Raises:
-        UserError: one sentence about a setting, the data or the checkpoint.
-        LostRankError: another rank is gone; rank 0 has saved where training stood.
+        UserError: an error in a setting, the data or the checkpoint.
+        LostRankError: another rank was lost; rank 0 has saved a checkpoint.
     """
-    # Horovod: ranks that did not agree on a name would write into two folders.
+    # Horovod: each rank would choose a name of its own.
     run_name = distributed.broadcast_object(run_name or default_run_name(), name="run_name")
-    # Horovod: a GPU for each rank where there are enough; all ranks agree how gradients travel.
-    device = distributed.choose_device(config.training.device, local_rank)
+    # Horovod: a collective call: the ranks agree on how gradients are reduced.
+    device = distributed.agree_on_devices(config.training.device, local_rank)
     progress = ProgressLine(enabled=rank == 0)
     prepare_data_once_per_host(config, progress)
-    # Horovod: on another host nobody else ends a rank that stands still.
+    # Horovod: horovodrun cannot kill a hung rank on another host.
     with StopRequest() as stop, distributed.hang_watchdog():
-        trainer = Trainer(config, rank, world_size, device, stop, resume_checkpoint)
-        trainer.open_logger(RunFolder.of(config, run_name), progress, resume_checkpoint is not None)
+        run = RunFolder.of(config, run_name)
+        trainer = Trainer(
+            config, run, rank, world_size, device, progress, stop, resume_checkpoint
+        )  # fmt: skip
         try:
             return trainer.run()
         except Exception as error:
             if distributed.is_lost_rank_error(error):
-                raise trainer.another_rank_is_gone(error) from error
+                raise trainer.save_after_lost_rank(error) from error
             raise
         finally:
             trainer.logger.close()
 
 
-class Commits(Protocol):
-    """What elastic training asks of the loop; see `horovod_lm.training.elastic`."""
-
-    def commit(self) -> None:
-        """Keep where training stands: the point to go back to when a rank is lost."""
-
-
 class Trainer:
-    """One rank's share of a training run.
+    """Trains one rank's replica of the model.
 
     Args:
-        config: see `configs/`.
+        config: the configuration.
+        run_folder: the folder of the run, new or resumed.
         rank: this process's number among `world_size`.
         world_size: number of ranks.
-        device: where this rank trains, and how its gradients travel.
-        stop: tells whether the user wants the run to end.
-        resume: where to go on: a checkpoint's file, which rank 0 reads, or its content, which every
-            rank holds.
-        commits: who keeps the commits of elastic training.
+        device: this rank's device, and the path of its gradients.
+        progress: prints for rank 0.
+        stop: whether the user has asked to stop.
+        resume: what to resume from: a path, which only rank 0 reads, or the content of a
+            checkpoint, the same on every rank.
+        commit: called every `training.commit_interval` steps in elastic training.
     """
 
     def __init__(
         self,
         config: Config,
+        run_folder: RunFolder,
         rank: int,
         world_size: int,
         device: DeviceChoice,
+        progress: ProgressLine,
         stop: StopRequest,
         resume: str | Path | Mapping[str, Any] | None = None,
-        commits: Commits | None = None,
+        commit: Callable[[], None] | None = None,
     ) -> None:
-        self.config, self.training, self.stop = config, config.training, stop
-        self.commits = commits
+        self.config, self.training = config, config.training
+        self.run_folder, self.stop, self.commit = run_folder, stop, commit
         self.rank, self.world_size = rank, world_size
-        self.device, self.device_choice = device.device, device
+        self.device = device.device
         self.amp_dtype = choose_amp_dtype(config.training, self.device)
-        self._build()
+        self.last_checkpoint: Path | None = None  # written by this session
+        self._build(device.staged)
         self._load(resume)
+        resume_step = None if resume is None else self.state.global_step
+        self.logger = RunLogger(
+            config, run_folder, rank, world_size, device.summary, progress, resume_step
+        )
 
-    def _build(self) -> None:
-        """Build data, model and optimizer, the same on every rank but for the shard of the data."""
+    def _build(self, staged: bool) -> None:
+        """Build data, model and optimizer, the same on every rank except for its part of the data.
+
+        Args:
+            staged: reduce gradients in CPU memory.
+        """
         config = self.config
         # Horovod: each rank reads its own part of every batch.
         self.train_loader, self.validation_loader = get_dataloaders(
@@ -153,71 +162,55 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.tokenizer.eot_id)
         self.model.to(self.device, getattr(torch, config.training.dtype))
-        # Horovod: wrapping comes before loading, because it drops the optimizer's state.
+        # Horovod: wrapping comes before loading, because it discards the optimizer's state.
         self.optimizer = distributed.distributed_optimizer(
             build_optimizer(self.model, config.training),
             self.model.named_parameters(),
             config.training.gradient_accumulation_steps,
             config.distributed,
-            self.device_choice.staged,
+            staged,
         )
         self.scaler = build_scaler(self.device, self.amp_dtype)
+        # Horovod: a compiled backward pass delivers all gradients at its end: no overlap with it.
         self.forward = torch.compile(self.model) if config.training.compile else self.model
 
     def _load(self, resume: str | Path | Mapping[str, Any] | None) -> None:
-        """Load where the run stood, give every rank the same, and set the schedule to it."""
+        """Restore the state to resume from, give it to every rank, and build the schedule."""
         self.state = TrainState()
-        if isinstance(resume, Mapping):
-            self._restore(resume, "the last commit")
-        elif resume is not None:
-            # Horovod: only rank 0's disk need hold the checkpoint; the others get it over the wire.
-            self._restore(on_rank_0(lambda: read_checkpoint(resume), "checkpoint"), resume)
+        if resume is not None:
+            name = "the last commit" if isinstance(resume, Mapping) else resume
+            # Horovod: only rank 0's disk has to hold the checkpoint; the others receive it.
+            checkpoint = resume if isinstance(resume, Mapping) else read_on_rank_0(resume)
+            check_same_model(checkpoint, self.config, name)
+            scaler = self.scaler if self.scaler.is_enabled() else None
+            restore(checkpoint, self.model, self.optimizer, scaler=scaler, name=name)
+            saved = {key: checkpoint.get(key) for key in asdict(self.state)}
+            self.state = TrainState(**{key: v for key, v in saved.items() if v is not None})
+            self._begin_next_epoch_if_done()
         # Horovod: parameters last, so that every rank starts from the same bits.
         distributed.broadcast_parameters(self.model)
         self.total_steps = self._count_total_steps()
         self.scheduler = build_scheduler(
-            self.optimizer,
-            self.training,
-            self.total_steps,
-            self.world_size,
-            self.state.global_step,
-        )
-
-    def _restore(self, checkpoint: Mapping[str, Any], name: str | Path) -> None:
-        check_same_model(checkpoint, self.config, name)
-        scaler = self.scaler if self.scaler.is_enabled() else None
-        restore(checkpoint, self.model, self.optimizer, scaler=scaler, name=name)
-        known = {key: checkpoint.get(key) for key in asdict(self.state)}
-        self.state = TrainState(**{key: at for key, at in known.items() if at is not None})
-        self._begin_next_epoch_if_done()
-
-    def open_logger(self, run: RunFolder, progress: ProgressLine, resuming: bool) -> None:
-        """Open the run's folder: a new one, or that of the run that goes on."""
-        self.run_folder = run
-        self.saved: Path | None = None  # the last checkpoint written
-        resume_step = self.state.global_step if resuming else None
-        self.logger = RunLogger(
-            self.config,
-            run,
-            self.rank,
-            self.world_size,
-            self.device_choice.summary,
-            progress,
-            resume_step,
+            self.optimizer, self.training, self.total_steps, self.world_size, self.state.global_step
         )
 
     # ---- the loop -------------------------------------------------------------------------------
 
     def run(self) -> TrainingResult:
-        """Train, evaluating and saving on the way, until the last step or a request to stop."""
+        """Train to the last step or to a stop request, with evaluations and checkpoints."""
         self.logger.announce(self.model, self.amp_dtype, self.state.global_step, self.total_steps)
         stopped = False
         while self.state.global_step < self.total_steps and not stopped:
             stopped = self.train_epoch()
-        return self._stopped() if stopped else self._finished()
+        if stopped:
+            self._save_and_explain("stopped")
+            return self._result(Evaluation(), stopped=True)
+        evaluation = self.evaluate()
+        self.save(FINAL)
+        return self._result(evaluation, stories=self._score_stories())
 
     def train_epoch(self) -> bool:
-        """Train to the end of the epoch in progress. Return whether a stop was asked for."""
+        """Train to the end of the current epoch. Return whether a rank was asked to stop."""
         self.sampler.set_epoch(self.state.epoch)  # Horovod: every rank draws the same new order
         self.sampler.set_start(self.state.samples_seen)
         self.model.train()
@@ -225,17 +218,16 @@ class Trainer:
         while self._samples_left() > 0 and self.state.global_step < self.total_steps:
             if self.train_step(batches):
                 return True
-            self._evaluate_and_save_when_due()
-            self._commit_when_due()
+            self._evaluate_save_and_commit_when_due()
         self._begin_next_epoch_if_done()
         return False
 
     def train_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> bool:
-        """Take one optimizer step, all ranks together. Return whether any was asked to stop."""
+        """Take one optimizer step on all ranks. Return whether a rank was asked to stop."""
         on_gpu = self.device.type == "cuda"
         timer = StepTimer(partial(torch.cuda.synchronize, self.device) if on_gpu else None)
         samples = min(self._global_batch(), self._samples_left())
-        # What the step adds up over its backward passes and ranks: nats, tokens, requests to stop.
+        # Over all backward passes and ranks: loss in nats, predicted tokens, stop requests.
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for backward_pass in range(self.training.gradient_accumulation_steps):
             with timer.part("data"):
@@ -244,20 +236,20 @@ class Trainer:
                 batch = {
                     name: value.to(self.device, non_blocking=True) for name, value in batch.items()
                 }
-            self._seed_random_draws(backward_pass)
+            self._seed_dropout(backward_pass)
             with timer.part("forward"), autocast(self.device, self.amp_dtype):
                 _, loss = self.forward(**batch, return_logits=False)
             with timer.part("backward"):
-                # Horovod: it takes the sum over the passes and the mean over the ranks. With each
-                # loss weighted by its tokens, that is the mean over the batch of all ranks.
+                # Horovod: sums gradients over the passes and averages them over the ranks. With
+                # this weight, the result is the gradient of the mean loss of the global batch.
                 weight = tokens * self.world_size / (samples * (self.config.model.max_seq_len - 1))
                 self.scaler.scale(loss * weight).backward()
             sums[:2] += torch.stack([loss.detach().double() * tokens, loss.new_tensor(tokens)])
         sums[2] = float(self.stop.requested)
-        # Horovod: started before the wait for the gradients, so that one wait is enough.
+        # Horovod: starts before the wait for the gradients, so that the ranks wait only once.
         reduction = distributed.start_reduce_sum(sums, "step_sums")
         with timer.part("allreduce"):
-            distributed.synchronize(self.optimizer)  # Horovod: from here on gradients are means
+            distributed.synchronize(self.optimizer)  # Horovod: now gradients are averages
             nats, tokens, stop_requests = distributed.finish_reduce_sum(reduction).tolist()
         with timer.part("update"):
             learning_rate, gradient_norm = self._update()
@@ -269,7 +261,7 @@ class Trainer:
         return stop_requests > 0
 
     def _update(self) -> tuple[float, float]:
-        """Unscale, clip and apply the reduced gradients. Return the rate used and their norm."""
+        """Unscale, clip and apply the averaged gradients. Return learning rate and norm."""
         learning_rate = float(self.scheduler.get_last_lr()[0])
         self.scaler.unscale_(self.optimizer)
         limit = self.training.max_grad_norm or float("inf")
@@ -281,15 +273,15 @@ class Trainer:
         self.scheduler.step()
         return learning_rate, float(gradient_norm)
 
-    def _seed_random_draws(self, backward_pass: int) -> None:
-        """Make dropout a function of (seed, epoch, step, rank): a resumed run draws the same."""
+    def _seed_dropout(self, backward_pass: int) -> None:
+        """Make dropout a function of seed, epoch, step and rank: a resumed run repeats it."""
         key = (self.config.seed, self.state.epoch, self.state.step, backward_pass, self.rank)
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
     # ---- the position in the data ---------------------------------------------------------------
 
     def _global_batch(self) -> int:
-        """Return the blocks of one optimizer step, over all backward passes and ranks."""
+        """Return the number of blocks in an optimizer step, over all backward passes and ranks."""
         training = self.training
         return training.per_gpu_batch_size * training.gradient_accumulation_steps * self.world_size
 
@@ -297,7 +289,7 @@ class Trainer:
         return self.num_samples - self.state.samples_seen
 
     def _count_total_steps(self) -> int:
-        """Return the step at which the run ends, counted from its start, at this world size."""
+        """Return the last step of the run, counted from its start, at this world size."""
         left_in_epoch = -(-self._samples_left() // self._global_batch())
         epochs_after = self.training.num_epochs - self.state.epoch - 1
         left = left_in_epoch + epochs_after * -(-self.num_samples // self._global_batch())
@@ -321,16 +313,23 @@ class Trainer:
 
     # ---- evaluation and checkpoints -------------------------------------------------------------
 
-    def _evaluate_and_save_when_due(self) -> None:
-        """Evaluate and save at their intervals, or where none is set, at the end of each epoch."""
-        step, epoch_ends = self.state.global_step, self._samples_left() <= 0
-        if is_due(step, self.training.eval_interval, epoch_ends) and step < self.total_steps:
+    def _evaluate_save_and_commit_when_due(self) -> None:
+        step = self.state.global_step
+        if self._is_due(self.training.eval_interval) and step < self.total_steps:
             self.evaluate()
-        if is_due(step, self.training.checkpoint_interval, epoch_ends):
+        if self._is_due(self.training.checkpoint_interval):
             self.save(checkpoint_name(self.state.epoch, step))
+        if self.commit is not None and self._is_due(self.training.commit_interval):
+            self.commit()
+
+    def _is_due(self, interval: int | None) -> bool:
+        """Return whether this step ends an interval; None: an epoch."""
+        if interval is None:
+            return self._samples_left() <= 0
+        return self.state.global_step % interval == 0
 
     def evaluate(self) -> Evaluation:
-        """Evaluate on the validation text, each rank on its part; save the best model so far."""
+        """Evaluate on the validation data, each rank on its part, and save the best model."""
         own = evaluate(
             self.model,
             self.validation_loader,
@@ -338,7 +337,7 @@ class Trainer:
             autocast(self.device, self.amp_dtype),
             self.training.eval_batches,
         )
-        # Horovod: sums add up over ranks, means do not; and every rank comes here, never one alone.
+        # Horovod: a collective call, so every rank evaluates; sums can be added, means cannot.
         sums = torch.tensor([own.nats, own.tokens, own.correct], dtype=torch.float64)
         nats, tokens, correct = distributed.reduce_sum(sums, "evaluation").tolist()
         result = Evaluation(nats, int(tokens), int(correct))
@@ -350,15 +349,15 @@ class Trainer:
         return result
 
     def save(self, filename: str) -> None:
-        """Write a checkpoint; rank 0 alone does, because all ranks hold the same."""
+        """Write a checkpoint; only rank 0 does, because all ranks have the same state."""
         if self.rank != 0:
             return
         folder = self.run_folder.checkpoint_dir
-        self.saved = write_checkpoint(self.content(), folder / filename)
+        self.last_checkpoint = write_checkpoint(self.content(), folder / filename)
         remove_old_checkpoints(folder, self.training.keep_last_checkpoints)
 
     def content(self) -> dict[str, Any]:
-        """Return what a checkpoint holds: all that is needed to go on, and to generate."""
+        """Return the content of a checkpoint: all that resuming and generation need."""
         return checkpoint_content(
             self.model,
             self.optimizer,
@@ -369,23 +368,15 @@ class Trainer:
             **asdict(self.state),
         )
 
-    def _commit_when_due(self) -> None:
-        """Commit, so that ranks may come and go: see `horovod_lm.training.elastic`."""
-        due = is_due(
-            self.state.global_step, self.training.commit_interval, self._samples_left() <= 0
-        )
-        if self.commits is not None and due:
-            self.commits.commit()
-
-    def _save_here(self, why: str) -> None:
-        """Save where training stands, and say how to go on."""
+    def _save_and_explain(self, why: str) -> None:
+        """Save a checkpoint, and print how to resume."""
         self.save(checkpoint_name(self.state.epoch, self.state.global_step))
-        if self.saved is not None:
-            self.logger.interrupted(why, self.state, self.saved)
+        if self.last_checkpoint is not None:
+            self.logger.interrupted(why, self.state, self.last_checkpoint)
 
-    def another_rank_is_gone(self, error: Exception) -> LostRankError:
+    def save_after_lost_rank(self, error: Exception) -> LostRankError:
         """Save the last step that all ranks took, and return the error to raise."""
-        self._save_here("another rank is gone; training ended")
+        self._save_and_explain("another rank is gone; training ended")
         return LostRankError(
             f"rank {self.rank} lost another rank after step {self.state.global_step}"
             f" ({' '.join(str(error).split())})"
@@ -393,35 +384,27 @@ class Trainer:
 
     # ---- the end --------------------------------------------------------------------------------
 
-    def _stopped(self) -> TrainingResult:
-        self._save_here("stopped")
-        return self._result(Evaluation(), stopped=True)
-
-    def _finished(self) -> TrainingResult:
-        evaluation = self.evaluate()
-        self.save(FINAL)
-        nats, entropy = self._score_stories()
-        return self._result(evaluation, nats_per_story=nats, entropy_per_story=entropy)
-
-    def _score_stories(self) -> tuple[float | None, float | None]:
-        """Return nats per held-out story and their exact entropy; (None, None) for other text."""
+    def _score_stories(self) -> dict[str, float]:
+        """Return nats per held-out story and their exact entropy; nothing for other text."""
         if self.config.data.source != "stories":
-            return None, None
+            return {}
         from horovod_lm.data.synthetic.stories import generate_story, story_entropy
 
-        first = self.config.data.num_stories  # those before it are the training and validation data
-        own = range(
-            first + self.rank, first + HELD_OUT_STORIES, self.world_size
-        )  # Horovod: a share
+        first = self.config.data.num_stories  # earlier stories are training and validation data
+        # Horovod: each rank scores every `world_size`-th story.
+        own = range(first + self.rank, first + HELD_OUT_STORIES, self.world_size)
         stories = [generate_story(self.config.seed, number) for number in own]
         nats = torch.tensor([sum(score_texts(self.model, self.tokenizer, stories, self.device))])
-        total = distributed.reduce_sum(nats, "stories").item()  # Horovod: of all ranks' shares
+        total = distributed.reduce_sum(nats, "stories").item()  # Horovod: over all ranks
         mean, entropy = total / HELD_OUT_STORIES, story_entropy()
         self.logger.stories(mean, entropy)
-        return mean, entropy
+        return {"nats_per_story": mean, "entropy_per_story": entropy}
 
     def _result(
-        self, evaluation: Evaluation, stopped: bool = False, **stories: float | None
+        self,
+        evaluation: Evaluation,
+        stopped: bool = False,
+        stories: Mapping[str, float] | None = None,
     ) -> TrainingResult:
         result = TrainingResult(
             run_name=self.run_folder.name,
@@ -434,17 +417,17 @@ class Trainer:
             perplexity=evaluation.perplexity,
             tokens_per_second=self.logger.tokens_per_second,
             seconds=self.logger.seconds,
-            checkpoint=self.saved,
+            checkpoint=self.last_checkpoint,
             world_size=self.world_size,
             world_changes=self.state.world_changes,
             steps_replayed=self.state.steps_replayed,
-            **stories,
+            **(stories or {}),
         )
         return distributed.broadcast_object(result, name="result")  # Horovod: the same everywhere
 
 
 def build_model(config: Config, eot_id: int | None = None) -> TransformerLM:
-    """Return an untrained model of the configuration's shape; null pads with `eot_id`."""
+    """Return an untrained model; `pad_token_id: null` in the configuration means `eot_id`."""
     settings = config.model.model_dump()
     if settings["pad_token_id"] is None:
         settings["pad_token_id"] = eot_id
@@ -455,37 +438,33 @@ def prepare_data_once_per_host(config: Config, progress: ProgressLine) -> None:
     """Prepare the tokens on each host's first rank, while the host's other ranks wait.
 
     Raises:
-        UserError: they cannot be prepared, or the hosts differ in what decides the outcome.
+        UserError: the data cannot be prepared, or the hosts differ in code or data.
     """
 
     def show(phase: str, done: float) -> None:
         progress.update(f"preparing the data: {phase} {done:.0%}")
 
-    # Horovod: two ranks of one host share its disk.
+    # Horovod: the ranks of a host share its disk.
     distributed.local_rank_zero_first(lambda: prepare_data(config, progress=show))
     check_hosts_agree(config)
 
 
-def count_predicted(batch: dict[str, torch.Tensor]) -> int:
-    """Return how many tokens of a batch are predicted: the first of each block is only seen."""
+def count_predicted(batch: Mapping[str, torch.Tensor]) -> int:
+    """Return the number of predicted tokens in a batch: all but the first of each block."""
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
-def is_due(step: int, interval: int | None, epoch_ends: bool) -> bool:
-    """Return whether something that happens every `interval` steps, or every epoch, happens now."""
-    return epoch_ends if interval is None else step % interval == 0
-
-
-def on_rank_0(read: Callable[[], Any], name: str) -> Any:
-    """Return what `read()` gives on rank 0 on every rank, and raise its error on every rank."""
-    result = error = None
+def read_on_rank_0(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint on rank 0, and return its content, or raise its error, on every rank."""
+    content = error = None
     if distributed.is_main_process():
         try:
-            result = read()
+            content = read_checkpoint(path)
         except CheckpointError as problem:
             error = problem
-    # Horovod: a rank 0 that raised alone would leave the others waiting for its broadcast.
-    result, error = distributed.broadcast_object((result, error), name=name)
+    # Horovod: if rank 0 alone raised the error, the others would wait for its broadcast.
+    content, error = distributed.broadcast_object((content, error), name="checkpoint")
     if error is not None:
         raise error
-    return result
+    assert content is not None
+    return content

@@ -1,7 +1,7 @@
-"""The only door to Horovod: everything that differs between one process and many goes through here.
+"""All calls of Horovod: everything that differs between one process and many.
 
-Each function does the right thing for one process, too, with Horovod absent or not initialised: a
-reduction returns what it was given, a broadcast does nothing, the rank is 0 of 1.
+Every function also works in one process, with Horovod absent or not initialised: a reduction
+returns its argument, a broadcast does nothing, the rank is 0 of 1.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -27,12 +27,13 @@ from horovod_lm.utils.machine import available_cores
 from horovod_lm.utils.watchdog import Watchdog
 
 MIB = 1024 * 1024
-SECONDS_TO_BE_MISSED = 2  # beyond the Gloo timeout: the other ranks say that they lost one, not how
-_SECONDS_BETWEEN_QUESTIONS = 0.1
+MAX_BROADCAST_BYTES = 1024 * MIB  # per message: Horovod counts a message's elements in 32 bits
+_SECONDS_AFTER_GLOO_TIMEOUT = 2  # by then the other ranks have reported the lost rank
+_POLLING_SECONDS = 0.1
 _HOW_TO_INSTALL = f"run {command('horovod_lm.setup.install_horovod')}"
-_GLOO_TIMEOUT = 30  # seconds, where nobody sets it
+_GLOO_TIMEOUT = 30  # seconds; Horovod's default
 _REMOVED = "-1"  # the rank of a process whose host has left the job
-# What launchers tell their processes; the first is horovodrun's, the others are MPI's.
+# Set by launchers: the first by horovodrun, the others by MPI.
 _LAUNCHER_VARIABLES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
@@ -41,11 +42,11 @@ def _horovod() -> Any:  # the module, which has no types, or None
     """Return `horovod.torch`, or None where it is not installed or does not load."""
     try:
         import horovod.torch as hvd
-    except Exception as error:  # one built for another torch fails with OSError, not ImportError
-        if not isinstance(error, ModuleNotFoundError):
-            _say_once(
-                f"Horovod is installed but does not load ({_first_line(error)}): {_HOW_TO_INSTALL}"
-            )
+    except ModuleNotFoundError:
+        return None
+    except Exception as error:  # a build for another torch raises OSError
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        _print_once(f"Horovod is installed but does not load ({reason}): {_HOW_TO_INSTALL}")
         return None
     return hvd
 
@@ -62,21 +63,6 @@ def started_by_launcher() -> bool:
     return any(name in os.environ for name in _LAUNCHER_VARIABLES)
 
 
-@dataclass(frozen=True)
-class DeviceChoice:
-    """Where this rank trains, and how its gradients travel.
-
-    Attributes:
-        device: this rank's GPU, or the CPU.
-        staged: whether gradients travel through CPU memory; the same on every rank.
-        summary: the devices of all ranks in one line; the same on every rank.
-    """
-
-    device: torch.device
-    staged: bool
-    summary: str
-
-
 def setup_horovod(
     require_distributed: bool = True,
     settings: DistributedConfig | None = None,
@@ -85,47 +71,48 @@ def setup_horovod(
     """Initialise Horovod, set this rank's number of threads, and select its GPU.
 
     Args:
-        require_distributed: True: Horovod must be there. False: without a launcher, or with Horovod
-            absent, go on alone and say so once.
+        require_distributed: True: Horovod must be installed. False: without a launcher, or without
+            Horovod, continue in one process and say so once.
         settings: fusion, cycle time, threads and time limits; None: their defaults.
-        device: "cpu" selects no GPU; as `training.device`.
+        device: as `training.device`; "cpu" selects no GPU.
 
     Returns:
         `(world_size, rank, local_rank, use_cuda)`.
 
     Raises:
-        DistributedError: Horovod is required, or several ranks were started, and it is missing.
+        DistributedError: Horovod is missing, and required or needed for several ranks.
     """
     settings = settings or DistributedConfig()
-    if _horovod() is None and (require_distributed or int(_launched_size()) > 1):
-        raise DistributedError(
-            f"Horovod is not installed for torch {torch.__version__}: {_HOW_TO_INSTALL}"
-        )
     if _horovod() is None:
-        _say_once("Horovod is not installed: training alone, in one process")
+        launched = next((os.environ[v] for v in _LAUNCHER_VARIABLES if v in os.environ), "1")
+        if require_distributed or int(launched) > 1:
+            raise DistributedError(
+                f"Horovod is not installed for torch {torch.__version__}: {_HOW_TO_INSTALL}"
+            )
+        _print_once("Horovod is not installed: training alone, in one process")
     elif require_distributed or started_by_launcher():
         _export_settings(settings)  # Horovod: it reads its settings when it starts
         join_world()
     set_threads(settings, get_local_size())
-    own = own_device(device, get_local_rank())
-    if own.type == "cuda" and not elastic_launcher():  # elastic: see `find_place_on_machine`
-        torch.cuda.set_device(own)
-    return get_world_size(), get_rank(), get_local_rank(), own.type == "cuda"
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    if use_cuda and not elastic_launcher():  # elastic: see `find_place_on_machine`
+        torch.cuda.set_device(choose_device(local_rank=get_local_rank()))
+    return get_world_size(), get_rank(), get_local_rank(), use_cuda
 
 
 def join_world() -> None:
-    """Initialise Horovod: return when all ranks have met.
+    """Initialise Horovod: return when all ranks have connected.
 
-    Elastic ranks meet again whenever the ranks change, and ask once more when one of them was lost
-    on the way, or was so long in coming that the others had given up.
+    Elastic ranks connect again whenever the ranks change. They retry when a rank was lost meanwhile
+    or was so late that the others had timed out.
 
     Raises:
-        DistributedError: not every rank came within the Gloo timeout.
-        SystemExit: horovodrun has taken this elastic rank's host off the job.
+        DistributedError: a rank did not connect within the Gloo timeout.
+        SystemExit: horovodrun has removed this elastic rank's host from the job.
     """
     while not is_distributed():
         try:
-            _horovod().init()  # elastic: asks horovodrun for a rank, too
+            _horovod().init()  # Horovod: elastic: also asks horovodrun for a rank
         except ValueError:
             if not elastic_launcher():
                 seconds = os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"]
@@ -135,51 +122,78 @@ def join_world() -> None:
                 ) from None
             if _rank_in_environment() == _REMOVED:
                 host = os.environ["HOROVOD_HOSTNAME"]
-                print(f"{host} is no longer listed: its rank leaves, the others go on", flush=True)
+                print(f"{host} is no longer listed: its rank leaves the job", flush=True)
                 raise SystemExit(0) from None
             _horovod().shutdown()
 
 
 def set_threads(settings: DistributedConfig, local_size: int) -> None:
-    """Give this rank its share of its host's cores: more threads than cores only take turns."""
+    """Give this rank its share of the host's cores: more threads than cores would take turns."""
     if settings.threads_per_rank != "auto":
         torch.set_num_threads(settings.threads_per_rank)
     elif "OMP_NUM_THREADS" not in os.environ and (local_size > 1 or elastic_launcher()):
         torch.set_num_threads(max(1, available_cores() // local_size))
 
 
-def own_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """Return the device of one rank of this host, without asking the other ranks.
+def choose_device(wanted: torch.device | str | None = None, local_rank: int = 0) -> torch.device:
+    """Return the device for one process.
 
     Args:
-        wanted: "auto", "cuda" or "cpu", as `training.device`.
-        local_rank: its number on this host. Ranks beyond the last GPU share the GPUs.
+        wanted: "cpu", "cuda", "cuda:1" ...; None or "auto": a GPU if there is one. If the wanted
+            GPU does not exist, the CPU is used, and a note is printed.
+        local_rank: number of the process on its host. Ranks beyond the last GPU share the GPUs.
+
+    Raises:
+        ConfigError: torch has no device of this name.
     """
-    if wanted == "cpu" or not torch.cuda.is_available():
+    if wanted in (None, "auto"):
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ConfigError(f"{wanted!r} is no device: use cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        _print_once(f"there is no {device} here: the CPU is used")
         return torch.device("cpu")
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return device
 
 
-def choose_device(wanted: str, local_rank: int) -> DeviceChoice:
-    """Choose this rank's device and how gradients travel; every rank calls it.
+@dataclass(frozen=True)
+class DeviceChoice:
+    """This rank's device, and the path of its gradients.
 
-    NCCL reduces gradients on the GPUs, where each rank of the job has a GPU of its own. It refuses
-    two ranks on one GPU. Then, without NCCL, or with a rank on a CPU, gradients travel through CPU
-    memory on every rank: see `StagedGradients`.
+    Attributes:
+        device: this rank's GPU, or the CPU.
+        staged: whether gradients are reduced in CPU memory; the same on every rank.
+        summary: the devices of all ranks in one line; the same on every rank.
+    """
+
+    device: torch.device
+    staged: bool
+    summary: str
+
+
+def agree_on_devices(wanted: str, local_rank: int) -> DeviceChoice:
+    """Choose this rank's device and how gradients are reduced; a collective call.
+
+    NCCL reduces gradients on the GPUs if each rank of the job has a GPU of its own; it refuses two
+    ranks on one GPU. Otherwise every rank copies its gradients to CPU memory: see
+    `StagedGradients`.
 
     Args:
-        wanted: "auto": a GPU where torch sees one; "cuda"; "cpu".
+        wanted: "auto": a GPU where torch finds one; "cuda"; "cpu".
         local_rank: this rank's number on its host.
 
     Raises:
-        ConfigError: on every rank: "cuda" is wanted, and a rank has no GPU.
+        ConfigError: on every rank, if "cuda" is wanted and a rank has no GPU.
     """
-    device = own_device(wanted, local_rank)
+    device = choose_device("cpu" if wanted == "cpu" else "auto", local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Horovod: a gradient on the GPU of one rank and in the memory of another cannot be reduced, so
-    # the ranks have to agree.
-    ranks = gather_objects(_offer(device), name="devices")
+    # Horovod: a gradient on one rank's GPU and in another rank's memory cannot be reduced.
+    ranks = gather_objects(_describe_rank(device), name="devices")
     without = sorted({rank.host for rank in ranks if rank.gpu is None})
     if wanted == "cuda" and without:
         raise ConfigError(
@@ -192,87 +206,79 @@ def choose_device(wanted: str, local_rank: int) -> DeviceChoice:
     return DeviceChoice(device, staged, _summary(ranks, gpus, by_nccl))
 
 
-class _Offer(NamedTuple):
-    """What a rank tells the others of its device."""
+class _Rank(NamedTuple):
+    """What a rank tells the others about its device."""
 
     host: str
-    gpu: str | None  # its UUID: a launcher may show each rank one GPU only, then each is number 0
-    gpu_name: str | None
+    gpu: str | None  # its UUID: numbers repeat where a launcher shows each rank one GPU only
+    gpu_name: str
     has_nccl: bool
 
 
-def _offer(device: torch.device) -> _Offer:
-    has_nccl = is_distributed() and bool(_horovod().nccl_built())
-    if device.type == "cpu":
-        return _Offer(platform.node(), None, None, has_nccl)
-    gpu = torch.cuda.get_device_properties(device)
-    return _Offer(platform.node(), str(gpu.uuid), gpu.name, has_nccl)
+def _describe_rank(device: torch.device) -> _Rank:
+    uuid, name = None, ""
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        uuid, name = str(gpu.uuid), gpu.name
+    return _Rank(platform.node(), uuid, name, is_distributed() and bool(_horovod().nccl_built()))
 
 
-def _summary(ranks: Sequence[_Offer], gpus: dict[str, str], by_nccl: bool) -> str:
-    """Return the devices of all ranks, and how gradients travel, in one line."""
-    who, threads = _count(len(ranks), "rank"), _count(torch.get_num_threads(), "thread")
-    which = f"{_count(len(gpus), 'GPU')} ({', '.join(sorted(set(gpus.values())))})"
-    on_gpus = sum(rank.gpu is not None for rank in ranks)
+def _summary(ranks: Sequence[_Rank], gpus: Mapping[str, str], by_nccl: bool) -> str:
+    """Return the devices of all ranks, and how gradients are reduced, in one line."""
+    who = _count(len(ranks), "rank")
     if not gpus:
-        return f"{who} on the CPU, {threads} each"
+        return f"{who} on the CPU, {_count(torch.get_num_threads(), 'thread')} each"
+    cpu = " and the CPU" if any(rank.gpu is None for rank in ranks) else ""
+    where = f"{who} on {_count(len(gpus), 'GPU')} ({', '.join(sorted(set(gpus.values())))}){cpu}"
     if len(ranks) == 1:
-        return f"{who} on {which}"
-    if by_nccl:
-        return f"{who} on {which}: gradients travel between the GPUs, by NCCL"
-    if on_gpus < len(ranks):
-        where = f"{on_gpus} of {who} on {which}, the others on the CPU"
-    elif len(gpus) < len(ranks):
-        where = f"{who} share {which}"
-    else:
-        where = f"{who} on {which}, Horovod without NCCL"
-    return f"{where}: gradients travel through CPU memory"
+        return where
+    return f"{where}, gradients reduced {'by NCCL' if by_nccl else 'in CPU memory'}"
 
 
 def elastic_launcher() -> bool:
-    """Return whether `horovodrun` started this process as one that may lose and gain ranks."""
+    """Return whether `horovodrun` started this process as an elastic rank."""
     return os.environ.get("HOROVOD_ELASTIC") == "1"
 
 
 def hang_watchdog() -> AbstractContextManager[Any]:
-    """Inside `with hang_watchdog():` a rank that stands still is killed, where horovodrun cannot.
+    """Return a context in which this rank is killed if it hangs, where horovodrun cannot kill it.
 
-    That is on several hosts; on one, nothing happens here. The other ranks miss it first.
+    That is on several hosts; on one host the context does nothing.
     """
     if get_local_size() == get_world_size():
         return nullcontext()
     limit = float(os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", _GLOO_TIMEOUT))
-    return Watchdog(limit + SECONDS_TO_BE_MISSED, f"rank {get_rank()}")
+    return Watchdog(limit + _SECONDS_AFTER_GLOO_TIMEOUT, f"rank {get_rank()}")
 
 
 def shutdown() -> None:
-    """End Horovod in this process; nothing happens where it was not started."""
+    """End Horovod in this process, if it was started."""
     if is_distributed():
         _horovod().shutdown()
 
 
 def get_rank() -> int:
-    """Return this process's number among all ranks, 0 when alone."""
+    """Return this process's number among all ranks; 0 in one process."""
     return _horovod().rank() if is_distributed() else 0
 
 
 def get_world_size() -> int:
-    """Return the number of ranks, 1 when alone."""
+    """Return the number of ranks; 1 in one process."""
     return _horovod().size() if is_distributed() else 1
 
 
 def get_local_rank() -> int:
-    """Return this process's number among the ranks of its host, 0 when alone."""
+    """Return this process's number among the ranks of its host; 0 in one process."""
     return _horovod().local_rank() if is_distributed() else 0
 
 
 def get_local_size() -> int:
-    """Return the number of ranks on this host, 1 when alone."""
+    """Return the number of ranks on this host; 1 in one process."""
     return _horovod().local_size() if is_distributed() else 1
 
 
 def is_main_process() -> bool:
-    """Return whether this is rank 0, which prints and writes for all."""
+    """Return whether this is rank 0, which prints and writes files for all ranks."""
     return get_rank() == 0
 
 
@@ -281,20 +287,17 @@ def reduce_sum(values: torch.Tensor, name: str) -> torch.Tensor:
 
     Args:
         values: any shape, the same on every rank.
-        name: what this reduction is called; every rank uses the same name.
+        name: identifies the reduction, the same on every rank.
     """
-    values = values.detach().to("cpu", torch.float64)
-    return (
-        _horovod().allreduce(values, name=name, op=_horovod().Sum) if is_distributed() else values
-    )
+    return finish_reduce_sum(start_reduce_sum(values, name))
 
 
 def start_reduce_sum(values: torch.Tensor, name: str) -> Any:
     """Start `reduce_sum`; `finish_reduce_sum` waits for the result.
 
     Values on a GPU are copied to the CPU first, which waits for the work that they depend on. The
-    reduction itself runs at the same time as that of the gradients, in a message of its own:
-    Horovod never fuses float64 with float32.
+    reduction then overlaps with that of the gradients, in a message of its own: Horovod never fuses
+    float64 with float32.
     """
     values = values.detach().to("cpu", torch.float64)
     if not is_distributed():
@@ -318,13 +321,43 @@ def metric_average(value: float | torch.Tensor, name: str) -> float:
 
 
 def broadcast_object(value: Any, name: str, root_rank: int = 0) -> Any:
-    """Return rank `root_rank`'s `value` on every rank; anything picklable."""
-    # Horovod: without a name, two different broadcasts of one program could meet.
-    return (
-        _horovod().broadcast_object(value, root_rank=root_rank, name=name)
-        if is_distributed()
-        else value
-    )
+    """Return rank `root_rank`'s `value` on every rank: any picklable value of any size.
+
+    Tensors in nested dicts, lists and tuples are sent one by one, in messages of at most
+    `MAX_BROADCAST_BYTES`, and arrive on the CPU. Horovod's own `broadcast_object` pickles all of
+    them into one message, whose size must be below 2 GiB.
+    """
+    if not is_distributed():
+        return value
+    hvd = _horovod()
+    is_root = hvd.rank() == root_rank
+    tensors: list[torch.Tensor] = []
+    # A tensor on the device "meta" has a shape and a type, but no data.
+    outline = map_tensors(value, lambda tensor: tensor.to("meta")) if is_root else None
+    # Horovod: messages are matched by name.
+    outline = hvd.broadcast_object(outline, root_rank=root_rank, name=name)
+    map_tensors(value if is_root else outline, tensors.append)
+    if not is_root:
+        tensors = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
+    for number, tensor in enumerate(tensors):
+        # As bytes, because Gloo does not know every type: (...,) -> (bytes,)
+        data = tensor.detach().cpu().reshape(-1).view(torch.uint8)
+        for start in range(0, len(data), MAX_BROADCAST_BYTES):
+            part = data[start : start + MAX_BROADCAST_BYTES]
+            hvd.broadcast_(part, root_rank, f"{name}.{number}.{start}")
+    received = iter(tensors)
+    return value if is_root else map_tensors(outline, lambda _: next(received))
+
+
+def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """Apply `function` to each tensor in nested dicts, lists and tuples, always in one order."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, function) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map_tensors(item, function) for item in value)
+    return value
 
 
 def gather_objects(value: Any, name: str) -> list[Any]:
@@ -337,7 +370,7 @@ def broadcast_parameters(model: torch.nn.Module, root_rank: int = 0) -> None:
     if not is_distributed():
         return
     state = model.state_dict()
-    # Horovod: in CPU memory, where every build can broadcast, and several ranks of one GPU, too.
+    # Horovod: in CPU memory, where every build can broadcast, also for ranks that share a GPU.
     copies = {name: tensor.cpu() for name, tensor in state.items()}
     _horovod().broadcast_parameters(copies, root_rank=root_rank)
     for name, tensor in state.items():
@@ -345,32 +378,35 @@ def broadcast_parameters(model: torch.nn.Module, root_rank: int = 0) -> None:
 
 
 def barrier() -> None:
-    """Return when every rank has come here."""
+    """Return when every rank has called it."""
     if is_distributed():
         _horovod().barrier()
 
 
 def local_rank_zero_first(work: Callable[[], Any]) -> None:
-    """Let the first rank of each host do `work` while the host's other ranks wait for it.
-
-    Args:
-        work: called on local rank 0, in a thread of its own.
+    """Run `work` on the first rank of each host, in a thread; the host's other ranks wait.
 
     Raises:
-        Exception: on every rank, what `work` raised on any host.
+        Exception: on every rank, the first exception that `work` raised on any host.
     """
     if get_world_size() == 1:
         work()
         return
-    problem: list[Exception] = []
-    thread = threading.Thread(target=_run_and_keep_error, args=(work, problem), daemon=True)
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
     if get_local_rank() == 0:
         thread.start()
-    # Horovod: a rank that waits in one long collective is taken for a stalled one, so the ranks ask
-    # each other again and again.
+    # Horovod: one long collective would count as a stalled rank, so the ranks poll.
     while reduce_sum(torch.tensor([float(thread.is_alive())]), "local_rank_zero_first").item() > 0:
-        time.sleep(_SECONDS_BETWEEN_QUESTIONS)
-    for error in gather_objects(problem[0] if problem else None, "once_per_host_errors"):
+        time.sleep(_POLLING_SECONDS)
+    for error in gather_objects(errors[0] if errors else None, "local_rank_zero_errors"):
         if error is not None:
             raise error
 
@@ -382,14 +418,14 @@ def distributed_optimizer(
     settings: DistributedConfig | None = None,
     staged: bool = False,
 ) -> torch.optim.Optimizer:
-    """Wrap `optimizer` so that gradients are averaged over the ranks while backward still runs.
+    """Wrap `optimizer` so that gradients are averaged over the ranks during the backward pass.
 
     Args:
-        optimizer: any torch optimizer, with no state yet: wrapping drops it.
+        optimizer: any torch optimizer without state: wrapping discards it.
         named_parameters: of the uncompiled model, the same names on every rank.
         backward_passes_per_step: backward passes whose gradients are summed before the reduction.
         settings: compression and reduction groups.
-        staged: let gradients travel through CPU memory, as `choose_device` says.
+        staged: reduce gradients in CPU memory; see `agree_on_devices`.
 
     Returns:
         The wrapped optimizer, or `optimizer` itself when Horovod is not initialised.
@@ -408,24 +444,21 @@ def distributed_optimizer(
 
 
 class StagedGradients:
-    """A Horovod compression that hands gradients over in CPU memory, wherever they are.
+    """A Horovod compression that reduces gradients in CPU memory, whatever their device.
 
     Horovod calls `compress` on a gradient before it is reduced, and `decompress` on the result.
-
-    Args:
-        inner: a compression that runs first, on the gradient's own device, such as fp16: with it,
-            there are fewer bytes to copy.
+    `inner` is another compression, such as fp16, which runs on the gradient's device.
     """
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
 
     def compress(self, gradient: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Return a copy in CPU memory, and what `decompress` needs."""
+        """Return a copy in CPU memory, and the context for `decompress`."""
         small, context = self.inner.compress(gradient)
-        # Page-locked memory is copied at the full speed of the bus, and without the CPU.
+        # Copies to page-locked memory run at the bus's full speed.
         copy = torch.empty(small.shape, dtype=small.dtype, pin_memory=small.is_cuda)
-        # Horovod: Gloo reads the copy at once, so it has to be complete: not `non_blocking`.
+        # Horovod: Gloo reads the copy at once, so the copy must not be `non_blocking`.
         return copy.copy_(small), (gradient.device, context)
 
     def decompress(self, reduced: torch.Tensor, context: Any) -> torch.Tensor:
@@ -442,25 +475,18 @@ def synchronize(optimizer: torch.optim.Optimizer) -> None:
 
 @contextmanager
 def already_synchronized(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Let `step()` inside use the gradients as they are, instead of reducing them a second time."""
+    """Return a context in which `step()` does not reduce the gradients a second time."""
     with optimizer.skip_synchronize() if hasattr(optimizer, "skip_synchronize") else nullcontext():
         yield
 
 
 def is_lost_rank_error(error: BaseException) -> bool:
-    """Return whether `error` is Horovod's report that another rank is gone."""
+    """Return whether `error` is Horovod's report that another rank was lost."""
     return type(error).__name__ == "HorovodInternalError"
 
 
-def _run_and_keep_error(work: Callable[[], Any], problem: list[Exception]) -> None:
-    try:
-        work()
-    except Exception as error:
-        problem.append(error)
-
-
 def _rank_in_environment() -> str:
-    """Return what Horovod wrote to the environment: `os.environ` is an older copy of it."""
+    """Return HOROVOD_RANK as Horovod's C code set it, which `os.environ` does not show."""
     getenv = ctypes.CDLL(None).getenv
     getenv.restype = ctypes.c_char_p
     return getenv(b"HOROVOD_RANK").decode()
@@ -470,12 +496,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _launched_size() -> str:
-    return next((os.environ[name] for name in _LAUNCHER_VARIABLES if name in os.environ), "1")
-
-
 def _export_settings(settings: DistributedConfig) -> None:
-    """Set Horovod's variables that the launcher or the user has not set already."""
+    """Set Horovod's environment variables, except those that are already set."""
     wanted = {
         "HOROVOD_FUSION_THRESHOLD": int(settings.fusion_threshold_mb * MIB),
         "HOROVOD_CYCLE_TIME": settings.cycle_time_ms,
@@ -490,9 +512,5 @@ def _export_settings(settings: DistributedConfig) -> None:
 
 
 @cache
-def _say_once(message: str) -> None:
+def _print_once(message: str) -> None:
     print(f"note: {message}", file=sys.stderr, flush=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -14,8 +14,8 @@ import pytest
 
 from horovod_lm.jupyter.launch import TrainingJob, launch
 from horovod_lm.jupyter.run_cell.job_result import RankError
-from horovod_lm.jupyter.widgets.dashboard_view import RunReader
-from horovod_lm.training.checkpoint import newest_readable, read_checkpoint
+from horovod_lm.jupyter.widgets.dashboard_view import RunView
+from horovod_lm.training.checkpoint import read_checkpoint
 from horovod_lm.utils.errors import ConfigError
 from tests.conftest import ROOT
 from tests.jupyter.conftest import (
@@ -101,10 +101,10 @@ def test_a_stopped_job_has_saved_goes_on_and_is_kept_when_its_name_is_taken_anew
     status = job.stop()
     assert status.startswith("stopped by you after step ") and "resume=True" in status
     assert job.error is None and job.wait(1) is job
-    saved = read_checkpoint(newest_readable(job.run.checkpoint_dir))
+    saved = read_checkpoint(job.run.checkpoint_dir)
     again = running(run_name="stopped_twice", resume=True)
     again.stop()
-    assert f"going on at step {saved['global_step']} of" in again.log()
+    assert f"resuming at step {saved['global_step']} of" in again.log()
     table = (again.run.run_dir / "metrics.csv").read_text()
     running(run_name="stopped_twice")
     assert (again.run.run_dir.with_name("stopped_twice.1") / "metrics.csv").read_text() == table
@@ -125,13 +125,13 @@ def test_a_dead_or_frozen_rank_is_named_in_time(running, rank, number, note_faul
     assert caught.value is job.error or str(caught.value) == str(job.error)
     assert job.status.startswith("failed after step ") and f"console-rank{rank}.log" in job.status
     assert children() == []
-    assert read_checkpoint(newest_readable(job.run.checkpoint_dir))["global_step"] > 0
+    assert read_checkpoint(job.run.checkpoint_dir)["global_step"] > 0
 
 
 def test_what_a_failing_rank_said_is_in_the_error_and_the_job_is_complete(monkeypatch):
     # What is done last must be done when `wait` returns: `repr` had no seconds to show.
-    update = RunReader.update
-    monkeypatch.setattr(RunReader, "update", lambda self: (time.sleep(0.3), update(self))[1])
+    update = RunView.update
+    monkeypatch.setattr(RunView, "update", lambda self: (time.sleep(0.3), update(self))[1])
     elsewhere = {"data.source": "files", "data.path": "nowhere.txt", "data.data_dir": "empty"}
     job = launch(CONFIG, 2, run_name="wrong", overrides=elsewhere)
     with pytest.raises(RankError, match="rank 0 ended with exit code 2; rank 1 was") as caught:
@@ -224,10 +224,10 @@ def test_an_elastic_job_loses_a_rank_gains_another_and_can_be_stopped(running):
     with pytest.raises(ConfigError, match="there is no worker 'mars': there are localhost, 127"):
         job.remove_worker("mars")
     assert job.stop().startswith("stopped by you after step ")
-    assert read_checkpoint(newest_readable(job.run.checkpoint_dir))["world_changes"] == 2
+    assert read_checkpoint(job.run.checkpoint_dir)["world_changes"] == 2
 
 
 def worlds(job: TrainingJob) -> list[int]:
     """Return how many ranks there were after each change, as rank 0 has written it."""
-    events = RunReader(job.run.log_dir).update()
+    events = RunView(job.run.run_dir).update()
     return [one["ranks"] for one in events if one["event"] == "new_world" and one["rank"] == 0]

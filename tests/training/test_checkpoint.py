@@ -26,7 +26,6 @@ from horovod_lm.training.checkpoint import (
     checkpoint_name,
     find_checkpoints,
     load_checkpoint,
-    newest_readable,
     read_checkpoint,
     remove_old_checkpoints,
     save_checkpoint,
@@ -92,9 +91,6 @@ def complaint(call, *arguments) -> str:
     return str(error.value)
 
 
-# Exact -----------------------------------------------------------------------------------------
-
-
 def test_training_after_loading_equals_uninterrupted_training(tmp_path):
     one = Setup()
     one.train(4)
@@ -123,21 +119,18 @@ def test_a_compiled_model_is_saved_under_its_own_names(tmp_path, trained):
     path = trained.save(tmp_path, model=torch.compile(trained.model))
     other = Setup(seed=1)
     load_checkpoint(path, torch.compile(other.model))
-    assert torch.equal(other.model.state_dict()["token_embedding.weight"],
-                       trained.model.state_dict()["token_embedding.weight"])  # fmt: skip
+    weights = [setup.model.token_embedding.weight for setup in (trained, other)]
+    assert torch.equal(*weights)
 
 
 def test_numpy_scalars_come_back_as_python_numbers(tmp_path, trained):
     # Fault 10: weights_only refuses a NumPy scalar when the checkpoint is loaded, weeks later.
     path = trained.save(
-        tmp_path, epoch=np.int64(2), step=np.int32(7), loss=np.float32(0.5),
-        global_step=np.int64(9), best_loss=np.float64(0.25), samples_seen=np.uint32(11),
-        config={"a": {"b": [np.float64(1.5), (np.int8(3), np.bool_(True))]}}, extra=np.float16(2),
+        tmp_path, epoch=np.int64(2), loss=np.float32(0.5), extra=np.float16(2),
+        config={"a": {"b": [np.float64(1.5), (np.int8(3), np.bool_(True))]}},
     )  # fmt: skip
     checkpoint = read_checkpoint(path)
-    plain = {"epoch": 2, "step": 7, "loss": 0.5, "global_step": 9, "best_loss": 0.25,
-             "samples_seen": 11, "extra": 2.0}  # fmt: skip
-    for key, value in plain.items():
+    for key, value in {"epoch": 2, "loss": 0.5, "extra": 2.0}.items():
         assert checkpoint[key] == value and type(checkpoint[key]) is type(value), key
     assert checkpoint["config"] == {"a": {"b": [1.5, (3, True)]}}
 
@@ -150,8 +143,6 @@ def test_a_checkpoint_without_optimizer_loads_for_generation_only(tmp_path, trai
         said = complaint(lambda part=part: load_checkpoint(path, **{part: getattr(other, part)}))
         assert f"has no {part} state" in said and str(path) in said
 
-
-# Atomic ----------------------------------------------------------------------------------------
 
 SAVE_WITHOUT_END = """
 import sys, torch
@@ -167,7 +158,7 @@ for step in range(10**6):
 
 def test_a_writer_killed_at_any_moment_leaves_a_complete_file(tmp_path):
     generator = random.Random(0)
-    for _ in range(4):
+    for _ in range(3):
         writer = subprocess.Popen(
             [sys.executable, "-c", SAVE_WITHOUT_END, str(tmp_path)], stdout=subprocess.PIPE
         )
@@ -200,34 +191,30 @@ def test_the_folder_is_synced_after_the_rename(tmp_path, trained, monkeypatch):
 SAVE_ON_A_FULL_DISK = """
 import resource, sys, torch
 from horovod_lm.training.checkpoint import save_checkpoint
-from horovod_lm.utils.cli import run_cli
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+from horovod_lm.utils.errors import CheckpointError
 model = torch.nn.Linear(300, 300)
-run_cli(lambda _: save_checkpoint(model, None, 0, 1, 1.0, sys.argv[1], "final_model.pt"))
+for limit in sys.argv[2:]:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+    try:
+        save_checkpoint(model, None, 0, 1, 1.0, sys.argv[1], "final_model.pt")
+    except CheckpointError as error:
+        print(error, file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("room", [0, 1000, 200_000, 360_000])
-def test_a_full_disk_is_a_sentence_and_leaves_the_old_file(tmp_path, trained, room):
+def test_a_full_disk_is_a_sentence_and_leaves_the_old_file(tmp_path, trained):
     old = trained.save(tmp_path).read_bytes()
+    limits = [0, 1000, 200_000, 360_000]
     done = subprocess.run(
-        [sys.executable, "-c", SAVE_ON_A_FULL_DISK, str(tmp_path), str(room)],
+        [sys.executable, "-c", SAVE_ON_A_FULL_DISK, str(tmp_path), *map(str, limits)],
         capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith(f"error: the checkpoint {tmp_path / FINAL} cannot be written")
-    assert "Traceback" not in done.stderr
+    errors = done.stderr.splitlines()
+    assert len(errors) == len(limits), done.stderr
+    for error in errors:
+        assert error.startswith(f"the checkpoint {tmp_path / FINAL} cannot be written")
     assert (tmp_path / FINAL).read_bytes() == old
     assert [path.name for path in tmp_path.iterdir()] == [FINAL]
-
-
-def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, trained):
-    (tmp_path / "file").write_text("")
-    said = complaint(lambda: trained.save(tmp_path / "file"))
-    assert str(tmp_path / "file" / FINAL) in said and "cannot be written" in said
-
-
-# Damaged, incompatible, malicious --------------------------------------------------------------
 
 
 def test_a_checkpoint_cut_at_any_byte_is_a_sentence(tmp_path, content):
@@ -242,25 +229,20 @@ def test_a_checkpoint_cut_at_any_byte_is_a_sentence(tmp_path, content):
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
-def test_a_checkpoint_with_changed_bytes_never_breaks_the_reader(content, tmp_path_factory, data):
+@settings(max_examples=80, deadline=None)
+def test_no_bytes_break_the_reader(content, tmp_path_factory, data):
     changed = bytearray(content)
-    for _ in range(data.draw(st.integers(1, 20))):
-        changed[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        changed = data.draw(st.binary(max_size=200))
+    else:
+        for _ in range(data.draw(st.integers(1, 20))):
+            changed[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path = tmp_path_factory.getbasetemp() / "changed.pt"
     path.write_bytes(changed)
     try:
         load_checkpoint(path, *(vars(Setup()).values()))
     except CheckpointError as error:
         assert str(path) in str(error)
-
-
-@given(content=st.binary(max_size=200))
-@settings(max_examples=60, deadline=None)
-def test_no_bytes_break_the_reader(content, tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "bytes.pt"
-    path.write_bytes(content)
-    assert str(path) in complaint(read_checkpoint, path)
 
 
 class Malicious:
@@ -302,21 +284,20 @@ def test_a_missing_checkpoint_names_what_is_there(tmp_path, trained):
     said = complaint(read_checkpoint, tmp_path / BEST)
     assert "there is no checkpoint" in said and "checkpoint_epoch0_step5.pt" in said
     assert "there is no checkpoint" in complaint(read_checkpoint, tmp_path / "no" / "folder.pt")
+    (tmp_path / "file").write_text("")
+    said = complaint(lambda: trained.save(tmp_path / "file"))
+    assert str(tmp_path / "file" / FINAL) in said and "cannot be written" in said
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         (lambda whole: {"a": 1}, "not a checkpoint of horovod_lm"),
-        (lambda whole: [1, 2], "not a checkpoint of horovod_lm"),
         (lambda whole: whole | {"model": 3}, "not a checkpoint of horovod_lm"),
-        (lambda whole: whole | {"model": {"w": 3}}, "not a checkpoint of horovod_lm"),
         (lambda whole: whole["model"], "not a checkpoint of horovod_lm"),
-        (lambda whole: whole | {"format": 99}, "has format 99, but this version reads format 2"),
         (lambda whole: whole | {"format": 1}, "has format 1, but this version reads format 2"),
         (lambda whole: {k: v for k, v in whole.items() if k != "format"}, "has format None"),
         (lambda whole: whole | {"optimizer": {"state": {}}}, "incompatible optimizer state"),
-        (lambda whole: whole | {"optimizer": 3}, "incompatible optimizer state"),
         (lambda whole: whole | {"optimizer": None}, "has no optimizer state"),
     ],
 )
@@ -354,9 +335,6 @@ def test_resuming_with_another_shape_names_the_setting(trained, tmp_path):
     assert "x.pt" in said and "model.d_ff=32" in said and "16" in said
 
 
-# Which are kept, which is newest ---------------------------------------------------------------
-
-
 def test_the_newest_ones_and_best_and_final_are_kept(tmp_path, trained):
     numbers = [(0, 5), (0, 10), (1, 20), (1, 100), (2, 110)]
     for epoch, step in numbers:
@@ -372,22 +350,17 @@ def test_the_newest_ones_and_best_and_final_are_kept(tmp_path, trained):
         FINAL, "checkpoint_epoch2_step110.pt", "checkpoint_epoch1_step100.pt"]  # fmt: skip
 
 
-def test_the_newest_readable_one_is_used_with_a_warning_for_a_truncated_one(
-    tmp_path, trained, content, capsys
-):
+def test_a_folder_means_its_newest_checkpoint_that_can_be_read(tmp_path, trained, content, capsys):
+    assert "has no checkpoint to resume from" in complaint(read_checkpoint, tmp_path)
     for step in (5, 10):
-        trained.save(tmp_path, checkpoint_name(0, step), optimizer=None)
-    assert newest_readable(tmp_path).name == "checkpoint_epoch0_step10.pt"
+        trained.save(tmp_path, checkpoint_name(0, step), optimizer=None, global_step=step)
+    assert read_checkpoint(tmp_path)["global_step"] == 10
     assert capsys.readouterr().err == ""
-    cut = tmp_path / checkpoint_name(1, 15)
-    cut.write_bytes(content[:1000])
-    assert newest_readable(tmp_path).name == "checkpoint_epoch0_step10.pt"
+    truncated = tmp_path / checkpoint_name(1, 15)
+    truncated.write_bytes(content[:1000])
+    assert read_checkpoint(tmp_path)["global_step"] == 10
     warning = capsys.readouterr().err
-    assert warning.startswith("warning: ") and str(cut) in warning and warning.count("\n") == 1
-    trained.save(tmp_path, FINAL, optimizer=None)
-    assert newest_readable(tmp_path).name == FINAL
-
-
-def test_no_checkpoint_to_resume_from_is_a_sentence(tmp_path):
-    for folder in (tmp_path, tmp_path / "missing"):
-        assert "has no checkpoint to resume from" in complaint(newest_readable, folder)
+    assert warning.startswith("warning: ") and str(truncated) in warning
+    assert warning.count("\n") == 1
+    trained.save(tmp_path, FINAL, optimizer=None, global_step=12)
+    assert read_checkpoint(tmp_path)["global_step"] == 12

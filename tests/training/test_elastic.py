@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -81,10 +82,8 @@ def assert_same_end(one: Path, two: Path) -> None:
     [
         ("killed", 0, "adamw"),
         ("killed", 1, "sgd float16"),  # whose gradients are scaled
-        ("exception", 0, "sgd"),
-        ("exception", 1, "adamw"),
+        ("exception", 1, "sgd"),
         ("stopped", 0, "adamw"),
-        ("stopped", 1, "adamw"),
     ],
 )
 def test_a_run_goes_on_exactly_without_a_lost_rank(
@@ -104,7 +103,7 @@ def test_a_run_goes_on_exactly_without_a_lost_rank(
 
     output = assert_ended_well(run)
     note_fault(noticed, what_was_said(output, world))
-    assert f"a rank was lost: 2 -> 1 ranks, going on after step {world['step']}" in output
+    assert f"a rank was lost: 2 -> 1 ranks, resuming after step {world['step']}" in output
     assert_nothing_was_lost(run, tiny_project)
     taken = Counter((line["step"], line["world"]) for line in run.witnesses() if line["world"] == 0)
     survivors_steps = max(step for step, _ in taken)
@@ -123,7 +122,7 @@ def test_two_ranks_become_one_and_two_again(elastic, tiny_project, train):
     world = run.wait_for_world(2)
     assert (world["ranks_before"], world["ranks"], world["steps_lost"]) == (1, 2, 0)
     output = assert_ended_well(run)
-    assert "ranks left or joined: 1 -> 2 ranks, going on after step" in output
+    assert "ranks left or joined: 1 -> 2 ranks, resuming after step" in output
     assert_nothing_was_lost(run, tiny_project)
     assert_equal_to_a_static_resume(run, world["step"], 2, train)
 
@@ -165,14 +164,14 @@ def test_too_few_ranks_end_with_a_checkpoint_and_one_sentence(elastic, train, no
     assert finished.code != 0
     assert run.command.left_behind() == []
     said = re.search(
-        r"error: too few ranks are left, and none joined for 5 s; saved (\S+); to go on:"
-        r" start the same call again with --resume (\S+)",
+        r"error: too few ranks are left, and none joined for 5 s; saved (.+); to resume:"
+        r" start the same call again with --resume (.+)",
         finished.output,
     )
     assert said, finished.output[-4000:]
     note_fault(seconds, said.group())
-    resumed = train("--resume", said.group(2), ranks=2)
-    step = re.search(r"going on at step (\d+)", resumed.output).group(1)
+    resumed = train("--resume", *shlex.split(said.group(2)), ranks=2)
+    step = re.search(r"resuming at step (\d+)", resumed.output).group(1)
     assert f"_step{step}.pt" in said.group(1)
 
 

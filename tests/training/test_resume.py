@@ -92,7 +92,7 @@ def test_killed_in_an_epoch_and_resumed_is_bit_equal(
     assert not (folder / "checkpoints" / "final_model.pt").exists()
 
     resumed = train("--resume", "auto", "--run-name", name, ranks=ranks)
-    step = int(re.search(r"going on at step (\d+)", resumed.output).group(1))
+    step = int(re.search(r"resuming at step (\d+)", resumed.output).group(1))
     assert 0 < step < STEPS
     assert_same_run(uninterrupted(ranks), folder)
 
@@ -140,7 +140,7 @@ def resumed(tiny_project, start_for_module):
                 later.unlink()
             again[folder.name] = {**settings, "resume": str(checkpoint)}
         output = train_cases(ranks, again)
-        assert output.count(f"going on at step {FEW_STEPS - 10} of {FEW_STEPS}") == len(cases)
+        assert output.count(f"resuming at step {FEW_STEPS - 10} of {FEW_STEPS}") == len(cases)
         return tiny_project / "runs"
 
     return run
@@ -172,11 +172,11 @@ def test_ctrl_c_stops_every_rank_saves_and_says_how_to_resume(
     step = int(re.search(r"stopped after step (\d+); saved \S+\.pt", finished.output).group(1))
     assert steps_done(folder) == step + len(read_metrics(folder, "validation"))
 
-    advice = re.search(r"to go on: (?:horovodrun -np (\d+) )?python (-m .*)", finished.output)
+    advice = re.search(r"to resume: (?:horovodrun -np (\d+) )?python (-m .*)", finished.output)
     assert advice.group(1) == (str(ranks) if ranks else None)
     resumed = start(shlex.split(advice.group(2)), ranks).wait(180)
     assert resumed.code == 0, resumed.output[-4000:]
-    assert f"going on at step {step} of {STEPS}" in resumed.output
+    assert f"resuming at step {step} of {STEPS}" in resumed.output
     assert_same_run(uninterrupted(ranks), folder)
 
 

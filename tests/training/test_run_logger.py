@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from horovod_lm.training.run_logger import call_to_go_on
+from horovod_lm.training.run_logger import resume_command
 from horovod_lm.utils.config import Config
 
 RUN = Path("/project/runs/mine")
@@ -29,9 +29,9 @@ NAMED = {"distributed.hosts": [{"name": "node0"}, {"name": "node1", "slots": 2}]
     ],
 )
 def test_a_run_goes_on_where_it_was(hosts, settings, call):
-    assert call_to_go_on(Config().with_overrides(settings), RUN, hosts, elastic=False) == call
+    assert resume_command(Config().with_overrides(settings), RUN, hosts, elastic=False) == call
 
 
 def test_an_elastic_run_goes_on_by_its_own_call():
-    said = call_to_go_on(Config(), RUN, ["localhost", "127.0.0.1"], elastic=True)
+    said = resume_command(Config(), RUN, ["localhost", "127.0.0.1"], elastic=True)
     assert said == f"start the same call again with --resume {RUN}"

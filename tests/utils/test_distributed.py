@@ -32,11 +32,10 @@ model = torch.nn.Linear(1, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
 assert d.distributed_optimizer(optimizer, model.named_parameters(), 4) is optimizer
 model.weight.sum().backward()
-before = model.weight.item()
 d.synchronize(optimizer)
 with d.already_synchronized(optimizer):
-    optimizer.step()
-assert abs(model.weight.item() - (before - 1)) < 1e-6
+    pass
+assert model.weight.grad.item() == 1
 done = []
 d.local_rank_zero_first(lambda: done.append(1))
 d.broadcast_parameters(model)
@@ -73,9 +72,6 @@ def run_python(tmp_path):
         )  # fmt: skip
 
     return run
-
-
-# One process -----------------------------------------------------------------------------------
 
 
 def test_every_helper_works_before_init(run_python):
@@ -133,13 +129,6 @@ d.shutdown()
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_without_a_launcher_horovod_is_not_started_unless_asked_for(monkeypatch):
-    for name in distributed._LAUNCHER_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    assert distributed.setup_horovod(False)[0] == 1
-    assert not distributed.is_distributed()
-
-
 def test_an_error_of_work_done_alone_is_raised_as_it_is():
     def fail() -> None:
         raise DistributedError("mine")
@@ -170,9 +159,6 @@ def test_a_hosts_cores_are_shared(monkeypatch, threads, local_size, omp, cores, 
     assert chosen == ([] if wanted is None else [wanted])
 
 
-# The device --------------------------------------------------------------------------------------
-
-
 @dataclass
 class PretendedRank:
     """A rank in a thread of this process, with torch's and Horovod's answers replaced."""
@@ -186,7 +172,7 @@ class PretendedRank:
 
 @pytest.fixture
 def choose(monkeypatch):
-    """Call `choose_device` on ranks that meet; return what each of them got, or raised."""
+    """Call `agree_on_devices` on ranks that meet; return what each of them got, or raised."""
     own = threading.local()
 
     def properties(device: torch.device) -> SimpleNamespace:
@@ -217,7 +203,7 @@ def choose(monkeypatch):
         def work(rank: PretendedRank) -> object:
             own.rank = rank
             try:
-                return distributed.choose_device(wanted, rank.local_rank)
+                return distributed.agree_on_devices(wanted, rank.local_rank)
             except ConfigError as error:
                 return str(error)
 
@@ -228,10 +214,8 @@ def choose(monkeypatch):
     return on_all
 
 
-STAGED = ": gradients travel through CPU memory"
-NCCL = ": gradients travel between the GPUs, by NCCL"
-WITHOUT = ", Horovod without NCCL" + STAGED
-# (ranks, GPUs of the host): the GPU of each rank; said with NCCL; said without, where it differs
+STAGED, NCCL = ", gradients reduced in CPU memory", ", gradients reduced by NCCL"
+# (ranks, GPUs of the host): the GPU of each rank, and the summary without the reduction
 DEVICES = {
     (1, 0): ([None], "1 rank on the CPU, 1 thread each"),
     (2, 0): ([None] * 2, "2 ranks on the CPU, 1 thread each"),
@@ -239,29 +223,30 @@ DEVICES = {
     (1, 1): ([0], "1 rank on 1 GPU (L4)"),
     (1, 2): ([0], "1 rank on 1 GPU (L4)"),
     (1, 4): ([0], "1 rank on 1 GPU (L4)"),
-    (2, 1): ([0, 0], "2 ranks share 1 GPU (L4)" + STAGED),
-    (2, 2): ([0, 1], "2 ranks on 2 GPUs (L4)" + NCCL, "2 ranks on 2 GPUs (L4)" + WITHOUT),
-    (2, 4): ([0, 1], "2 ranks on 2 GPUs (L4)" + NCCL, "2 ranks on 2 GPUs (L4)" + WITHOUT),
-    (4, 1): ([0] * 4, "4 ranks share 1 GPU (L4)" + STAGED),
-    (4, 2): ([0, 1, 0, 1], "4 ranks share 2 GPUs (L4)" + STAGED),
-    (4, 4): ([0, 1, 2, 3], "4 ranks on 4 GPUs (L4)" + NCCL, "4 ranks on 4 GPUs (L4)" + WITHOUT),
+    (2, 1): ([0, 0], "2 ranks on 1 GPU (L4)"),
+    (2, 2): ([0, 1], "2 ranks on 2 GPUs (L4)"),
+    (2, 4): ([0, 1], "2 ranks on 2 GPUs (L4)"),
+    (4, 1): ([0] * 4, "4 ranks on 1 GPU (L4)"),
+    (4, 2): ([0, 1, 0, 1], "4 ranks on 2 GPUs (L4)"),
+    (4, 4): ([0, 1, 2, 3], "4 ranks on 4 GPUs (L4)"),
 }
 
 
 @pytest.mark.parametrize("nccl", [True, False])
 @pytest.mark.parametrize(("size", "gpus"), DEVICES)
 def test_every_rank_gets_a_device_and_all_agree(choose, size, gpus, nccl):
-    numbers, *said = DEVICES[size, gpus]
-    uuids = tuple("abcd"[:gpus])
-    ranks = [PretendedRank(number, uuids, nccl) for number in range(size)]
+    numbers, summary = DEVICES[size, gpus]
+    ranks = [PretendedRank(number, tuple("abcd"[:gpus]), nccl) for number in range(size)]
     choices = choose(ranks)
     wanted = [torch.device("cpu") if n is None else torch.device("cuda", n) for n in numbers]
     assert [choice.device for choice in choices] == wanted
     assert [rank.selected for rank in ranks] == numbers
-    assert {choice.summary for choice in choices} == {said[0 if nccl else -1]}
     # NCCL refuses two ranks on one GPU; Horovod without NCCL cannot reduce what is on a GPU.
     may_stay = gpus == 0 or (nccl and size <= gpus)
     assert {choice.staged for choice in choices} == {not may_stay}
+    if gpus and size > 1:
+        summary += NCCL if may_stay else STAGED
+    assert {choice.summary for choice in choices} == {summary}
 
 
 def test_a_gpu_that_each_rank_sees_as_its_only_one_is_its_own(choose):
@@ -273,13 +258,13 @@ def test_a_gpu_that_each_rank_sees_as_its_only_one_is_its_own(choose):
 
 def test_hosts_that_differ_agree_to_stage(choose):
     with_gpu = PretendedRank(0, ("a",), nccl=True)
-    for other, says in (
-        (PretendedRank(0, (), True, "there"), "1 of 2 ranks on 1 GPU (L4), the others on the CPU"),
-        (PretendedRank(0, ("b",), False, "there"), "2 ranks on 2 GPUs (L4), Horovod without NCCL"),
+    for other, summary in (
+        (PretendedRank(0, (), True, "there"), "2 ranks on 1 GPU (L4) and the CPU"),
+        (PretendedRank(0, ("b",), False, "there"), "2 ranks on 2 GPUs (L4)"),
     ):
         choices = choose([with_gpu, other])
         assert [choice.staged for choice in choices] == [True, True]
-        assert {choice.summary for choice in choices} == {says + STAGED}
+        assert {choice.summary for choice in choices} == {summary + STAGED}
         assert choices[1].device.type == ("cuda" if other.gpus else "cpu")
 
 
@@ -299,9 +284,6 @@ def test_a_gpu_that_is_asked_for_and_missing_is_one_sentence_on_every_rank(choos
     assert [choice.device.type for choice in choose(ranks[:1], "cuda")] == ["cuda"]
 
 
-# Two real ranks --------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def ranks(start_for_module, tmp_path_factory):
     """What each of two ranks saw of every helper."""
@@ -319,16 +301,15 @@ def both(ranks, key):
     return ranks[0][key]
 
 
-def test_before_init_a_launched_rank_is_asked_safely(ranks):
-    assert both(ranks, "before") == [False, 0, 1, True] and both(ranks, "launched")
-
-
 def test_setup_returns_world_size_rank_local_rank_and_gpu(ranks):
+    # Before init, a launched rank can call every function.
+    assert both(ranks, "before") == [False, 0, 1, True] and both(ranks, "launched")
     gpu = torch.cuda.is_available()
     assert [seen["setup"] for seen in ranks] == [[2, 0, 0, gpu], [2, 1, 1, gpu]]
     assert [seen["again"] for seen in ranks] == [seen["setup"] for seen in ranks]
     assert [seen["rank"] for seen in ranks] == [[0, 2, 0, 2], [1, 2, 1, 2]]
     assert [seen["main"] for seen in ranks] == [True, False]
+    assert both(ranks, "threads") == 1  # OMP_NUM_THREADS=1, which the fixture sets
 
 
 def test_averages_and_sums_are_over_all_ranks(ranks):
@@ -344,11 +325,22 @@ def test_objects_come_in_the_order_of_ranks_and_from_the_root(ranks):
     assert both(ranks, "parameters") == [[5.0, 5.0]] * 3
 
 
-def test_once_per_host_is_once_and_the_others_wait(ranks):
+def test_content_of_any_size_is_sent_bit_for_bit(ranks):
+    content = json.loads(both(ranks, "content"))
+    dtype, values = content["model"]["a"]
+    wanted = torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
+    assert (dtype, values) == ("torch.float32", wanted.tolist())
+    assert content["model"]["b"][0] == "torch.bfloat16" and len(content["model"]["b"][1]) == 5
+    assert content["optimizer"] == [
+        [["torch.int64", 1], ["torch.bool", [True, False]]],
+        {"none": ["torch.float32", []]},
+    ]
+    assert content["transposed"][1] == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+    assert content["name"] == "é"
+
+
+def test_work_is_done_once_per_host_and_its_error_reaches_every_rank(ranks):
     assert both(ranks, "worked") == "0\n"
-
-
-def test_an_error_of_the_one_that_works_reaches_every_rank(ranks):
     assert both(ranks, "failed") == "a sentence from rank 0"
 
 
@@ -366,10 +358,6 @@ def test_settings_are_exported_and_the_users_environment_wins(ranks):
         assert environment["HOROVOD_GLOO_TIMEOUT_SECONDS"] == "33"
         assert environment["HOROVOD_CYCLE_TIME"] == "4.5"  # not 7
         assert environment["HOROVOD_GLOO_IFACE"] != "no-such-interface"  # horovodrun's choice
-
-
-def test_the_users_number_of_threads_wins_on_real_ranks(ranks):
-    assert both(ranks, "threads") == 1  # OMP_NUM_THREADS=1, which the fixture sets
 
 
 def test_staged_gradients_give_the_bits_of_plain_horovod(ranks):
