@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 
@@ -10,7 +11,6 @@ from horovod_lm.utils.config import Config, GenerationConfig
 from horovod_lm.utils.errors import ConfigError, UserError
 
 STOP_WORDS = ("exit", "quit", "q")
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 Answer = Callable[[str, GenerationConfig], Iterator[str]]
 
@@ -74,8 +74,4 @@ def change_setting(line: str, config: Config) -> Config:
 
 def printable(text: str) -> str:
     """Replace control characters, which could move the cursor or clear the screen."""
-    return "".join(REPLACEMENT if _is_control(character) else character for character in text)
-
-
-def _is_control(character: str) -> bool:
-    return character not in "\n\t" and (character < " " or "\x7f" <= character <= "\x9f")
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)

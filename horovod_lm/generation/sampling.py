@@ -7,7 +7,6 @@ whose probabilities a language model estimates worst.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
@@ -45,56 +44,52 @@ def generation_config(
     return config_from_dict({"generation": settings}, name="invalid settings").generation
 
 
-def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
-    """Set all but the `top_k` largest logits (..., V) to -inf."""
-    largest, token_ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
-    return torch.full_like(logits, -math.inf).scatter(-1, token_ids, largest)
-
-
-def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """Keep the most likely tokens of (..., V) that together reach `top_p`; set the rest to -inf.
-
-    The token that crosses the threshold is kept, so at least one token is.
-    """
-    descending, token_ids = logits.sort(dim=-1, descending=True)
-    probabilities = descending.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities  # probability of all likelier tokens
-    descending = descending.masked_fill(before >= top_p, -math.inf)
-    return torch.empty_like(logits).scatter(-1, token_ids, descending)
-
-
 def filtered_probabilities(logits: Tensor, settings: GenerationConfig) -> Tensor:
     """Apply temperature, top-k and top-p, in this order: (..., V) logits -> probabilities."""
-    if settings.temperature < GREEDY_BELOW:
-        return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
-    logits = logits / settings.temperature
-    if settings.top_k:
-        logits = keep_top_k(logits, settings.top_k)
-    if settings.top_p < 1.0:
-        logits = keep_top_p(logits, settings.top_p)
-    return logits.softmax(dim=-1)
+    weights, token_ids = _filter(logits, settings)
+    weights /= weights.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(logits).scatter(-1, token_ids, weights.to(logits.dtype))
 
 
 def sample(logits: Tensor, settings: GenerationConfig, generator: torch.Generator) -> Tensor:
-    """Sample one token per row from `filtered_probabilities`: (B, V) logits -> (B,) token ids.
-
-    Sorts at most once: in descending order, top-k and top-p are both prefixes.
-    """
+    """Sample one token per row from `filtered_probabilities`: (B, V) logits -> (B,) token ids."""
     if settings.temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
-    logits, token_ids, vocab_size = logits.float(), None, logits.shape[-1]
-    top_k = settings.top_k or vocab_size
-    if top_k < vocab_size or settings.top_p < 1.0:
-        logits, token_ids = logits.topk(min(top_k, vocab_size), dim=-1)  # (B, V) -> (B, k)
-    probabilities = (logits / settings.temperature).softmax(dim=-1)
-    if settings.top_p < 1.0:
-        before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities.masked_fill_(before >= settings.top_p, 0.0)
+    weights, token_ids = _filter(logits, settings)
     # The exponential trick: of independent exponential times with rates p_i, the smallest belongs
     # to i with probability p_i / sum(p), so the probabilities need no renormalization.
-    times = torch.empty_like(probabilities).exponential_(generator=generator) / probabilities
+    times = torch.empty_like(weights).exponential_(generator=generator) / weights
     first = times.argmin(dim=-1, keepdim=True)  # (B, 1)
-    return (first if token_ids is None else token_ids.gather(-1, first)).squeeze(-1)
+    return token_ids.gather(-1, first).squeeze(-1)
+
+
+def _filter(logits: Tensor, settings: GenerationConfig) -> tuple[Tensor, Tensor]:
+    """Apply temperature, top-k and top-p with at most one sort.
+
+    In descending order the tokens that top-k and top-p keep are the first ones. The token that
+    reaches `top_p` is kept, so at least one token is.
+
+    Args:
+        logits: (..., V).
+        settings: temperature, `top_k` and `top_p`.
+
+    Returns:
+        Unnormalized probabilities (..., k), 0 where top-p removed a token, and token ids (..., k).
+    """
+    logits, vocab_size = logits.float(), logits.shape[-1]
+    if settings.temperature < GREEDY_BELOW:
+        token_ids = logits.argmax(dim=-1, keepdim=True)  # (..., 1)
+        return torch.ones_like(token_ids, dtype=logits.dtype), token_ids
+    top_k = min(settings.top_k or vocab_size, vocab_size)
+    if top_k < vocab_size or settings.top_p < 1.0:
+        logits, token_ids = logits.topk(top_k, dim=-1)  # (..., V) -> (..., k), in descending order
+    else:
+        token_ids = torch.arange(vocab_size, device=logits.device).expand_as(logits)
+    weights = (logits / settings.temperature).softmax(dim=-1)
+    if settings.top_p < 1.0:
+        before = weights.cumsum(dim=-1) - weights  # probability of all more likely tokens
+        weights.masked_fill_(before >= settings.top_p, 0.0)
+    return weights, token_ids
 
 
 def make_generator(seed: int | None, device: torch.device | str) -> torch.Generator:
@@ -122,9 +117,9 @@ def generate_tokens(
     """Generate token by token for every row, and yield the tokens of each step at once.
 
     A prompt longer than the model's context is truncated on the left, with a warning. A row that
-    has filled the context continues from its newer half: position embeddings are absolute, so the
-    kept tokens must be processed again at their new positions, and keeping half makes that rare.
-    Each row does so on its own: its text does not depend on its padding.
+    fills the context continues from its newer half: position embeddings are absolute, so the kept
+    tokens must be processed again at their new positions, and keeping half makes that rare. Rows
+    are independent: the text of a row does not depend on its padding.
 
     Args:
         model: the model; dropout is off during generation.
@@ -167,7 +162,7 @@ def generate_tokens(
 
 
 class _Context:
-    """The window of every row that the model sees, and its key-value cache."""
+    """The tokens of every row, the part of them in the model's context, and the cache."""
 
     def __init__(
         self,
@@ -233,20 +228,11 @@ def _prompt_starts(
     input_ids: Tensor, attention_mask: Tensor | None, model: TransformerLM
 ) -> list[int]:
     """Return the column of each prompt's first token, after the padding on its left."""
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0 or input_ids.is_floating_point():
-        raise DataError(
-            "generate() needs token ids of shape (batch, length) with at least one token per row, "
-            f"got {input_ids.dtype} of shape {tuple(input_ids.shape)}; for an empty prompt, start "
-            "with the end-of-text token"
-        )
-    model.check_token_ids("the prompt", input_ids.cpu())
+    model.check_inputs(input_ids.cpu(), attention_mask)
+    if input_ids.shape[1] == 0:
+        raise DataError("the prompt is empty: start with the end-of-text token")
     if attention_mask is None:
         return [0] * len(input_ids)
-    if attention_mask.shape != input_ids.shape:
-        raise DataError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, expected "
-            f"{tuple(input_ids.shape)}"
-        )
     is_token = attention_mask.bool()
     if not is_token[:, -1].all() or (is_token[:, :-1] & ~is_token[:, 1:]).any():
         raise DataError(

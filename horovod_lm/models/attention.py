@@ -48,15 +48,8 @@ def sdpa_attention(
 ) -> Tensor:
     """Compute attention with torch's fused kernels, which never hold the (T, S) matrix.
 
-    Args:
-        query: (B, H, T, D).
-        key: (B, H, S, D).
-        value: (B, H, S, D).
-        mask: as for `naive_attention`. None lets the kernels skip the masked half.
-        dropout: probability of dropping an attention weight (0.0 outside training).
-
-    Returns:
-        The output (B, H, T, D).
+    Shapes as for `naive_attention`; returns the output only. `mask=None` lets the kernels skip the
+    masked half. `dropout` is the probability of dropping an attention weight.
     """
     n_queries, n_keys = query.shape[-2], key.shape[-2]
     is_causal = mask is None and n_queries > 1 and n_queries == n_keys

@@ -11,7 +11,7 @@ from torch import Tensor
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.errors import CheckpointError
 
-OUR_NAMES = {
+_OUR_NAMES = {
     "wte.weight": "token_embedding.weight",
     "wpe.weight": "position_embedding.weight",
     "ln_f": "final_norm",
@@ -22,8 +22,8 @@ OUR_NAMES = {
     "mlp.c_fc": "feed_forward.up_proj",
     "mlp.c_proj": "feed_forward.down_proj",
 }
-"""GPT-2's parameter names and ours."""
 
+# Settings of `GPT2Config` that change the result, and the values that `TransformerLM` supports.
 _SUPPORTED = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -32,8 +32,6 @@ _SUPPORTED = {
     "tie_word_embeddings": (True,),
     "add_cross_attention": (False,),
 }
-"""Settings of `GPT2Config` that change the result, and the values that `TransformerLM` computes."""
-
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, saved by older versions
 
 
@@ -56,7 +54,9 @@ def gpt2_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue  # the output is tied to wte; masks are not parameters
         layer = re.match(r"h\.(\d+)\.", name)
         part = name[layer.end() :] if layer else name
-        theirs = next((key for key in OUR_NAMES if part == key or part.startswith(key + ".")), None)
+        theirs = next(
+            (key for key in _OUR_NAMES if part == key or part.startswith(key + ".")), None
+        )
         if theirs is None:
             raise CheckpointError(
                 f"{name} is not a parameter of GPT-2: use a GPT-2 model's weights"
@@ -64,7 +64,7 @@ def gpt2_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         prefix = f"blocks.{layer[1]}." if layer else ""
         # GPT-2's Conv1D stores (inputs, outputs); nn.Linear stores (outputs, inputs).
         is_projection = ".c_" in part and tensor.ndim == 2
-        ours[prefix + OUR_NAMES[theirs] + part[len(theirs) :]] = (
+        ours[prefix + _OUR_NAMES[theirs] + part[len(theirs) :]] = (
             tensor.t() if is_projection else tensor
         )
     return ours

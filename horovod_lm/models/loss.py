@@ -24,7 +24,7 @@ IGNORE_INDEX = -100
 """Targets with this value do not count in the loss: torch's convention."""
 
 MAX_LOGITS_PER_CHUNK = 2**25
-"""Logits in memory at once: 128 MB in float32. Much smaller chunks read the embedding too often."""
+"""128 MB in float32. Much smaller chunks would read the embedding too often."""
 
 
 def shift_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -95,11 +95,7 @@ def token_losses(
 ) -> tuple[Tensor, Tensor]:
     """Compute each position's loss and most likely token, chunk by chunk, without gradients.
 
-    Args:
-        hidden: (N, C).
-        lm_head_weight: (V, C).
-        targets: (N,) token ids; -100 where the loss does not count.
-        chunk_size: as for `chunked_cross_entropy`.
+    Arguments as for `chunked_cross_entropy`, with `hidden` (N, C) and `targets` (N,).
 
     Returns:
         Losses (N,) in nats, 0.0 where the target is -100, and the most likely token ids (N,).

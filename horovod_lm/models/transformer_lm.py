@@ -3,8 +3,8 @@
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": token embeddings and
 learned position embeddings; pre-norm layers of causal self-attention and a feed-forward network
 with residual connections; a final layer norm; and an output projection that shares its weight with
-the token embedding (weight tying, Press and Wolf 2017, https://arxiv.org/abs/1608.05859).
-`horovod_lm.models.gpt2` loads GPT-2's weights, and the model then computes GPT-2's logits.
+the token embedding (Press and Wolf 2017, https://arxiv.org/abs/1608.05859). With the weights that
+`horovod_lm.models.gpt2` loads, the model computes GPT-2's logits.
 
 Shapes: B sequences, T positions, C = d_model, V = vocab_size.
 """
@@ -72,9 +72,8 @@ class TransformerLM(nn.Module):
         d_ff: width of the feed-forward network, usually 4 x `d_model`.
         max_seq_len: maximum sequence length (context), in tokens.
         dropout: dropout probability in training, at GPT-2's three places.
-        pad_token_id: fills rows that `generate` has ended; None: the end-of-text token. Padding in
-            the input is marked by `attention_mask` alone, because GPT-2 pads with its end-of-text
-            token, which is a real token elsewhere.
+        pad_token_id: fills the rows that have ended in `generate`; None: the end-of-text token.
+            In the input, only `attention_mask` marks padding.
         gradient_checkpointing: keep only the input of each layer in training and recompute the
             rest in the backward pass: less memory, about a third more time, the same numbers.
 
@@ -114,9 +113,9 @@ class TransformerLM(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Draw normal weights with GPT-2's standard deviation, scaled to this model's width.
+        """Initialize weights from a normal distribution; GPT-2's deviation is scaled to the width.
 
-        The output of a matrix grows with sqrt(C). With 0.02 at every width, attention scores of a
+        The output of a matrix grows with sqrt(C). With a deviation of 0.02, attention scores of a
         narrow model start near zero, and attention takes many more steps to learn.
         """
         std = GPT2_INIT_STD * math.sqrt(GPT2_D_MODEL / self.token_embedding.embedding_dim)
@@ -127,15 +126,12 @@ class TransformerLM(nn.Module):
                 nn.init.zeros_(module.bias)
         # Each layer adds two terms to the residual stream: smaller terms keep the sum's scale.
         residual_std = std / math.sqrt(2 * len(self.blocks))
-        for block in self._layers():
-            nn.init.normal_(block.attention.out_proj.weight, std=residual_std)
-            nn.init.normal_(block.feed_forward.down_proj.weight, std=residual_std)
-
-    def _layers(self) -> list[TransformerBlock]:
-        return [block for block in self.blocks if isinstance(block, TransformerBlock)]
+        for name, parameter in self.named_parameters():
+            if name.endswith(("attention.out_proj.weight", "feed_forward.down_proj.weight")):
+                nn.init.normal_(parameter, std=residual_std)
 
     def num_parameters(self) -> int:
-        """Count the trained numbers; the tied embedding counts once."""
+        """Return the number of parameters; the tied embedding counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(
@@ -166,7 +162,7 @@ class TransformerLM(nn.Module):
         Raises:
             DataError: ids, shapes or lengths that do not fit this model.
         """
-        self._check_inputs(input_ids, attention_mask, labels, cache.length if cache else 0)
+        self.check_inputs(input_ids, attention_mask, labels, cache.length if cache else 0)
         hidden = self.hidden_states(input_ids, attention_mask, cache)  # (B, T, C)
         logits = self.logits(hidden) if return_logits else None
         if labels is None:
@@ -208,11 +204,12 @@ class TransformerLM(nn.Module):
         Returns:
             (n_layers, B, H, T, T): row t holds the weights of position t over positions 0 to t.
         """
-        self._check_inputs(input_ids, attention_mask)
+        self.check_inputs(input_ids, attention_mask)
         layers = []
         with torch.no_grad():
             x, mask = self._embed(input_ids, attention_mask)
-            for block in self._layers():
+            for block in self.blocks:
+                assert isinstance(block, TransformerBlock)
                 layers.append(block.attention.weights(block.attention_norm(x), mask))
                 x = block(x, mask)
         return torch.stack(layers)
@@ -242,20 +239,20 @@ class TransformerLM(nn.Module):
             eos_token_id: a row ends when it samples this token; None: no row ends early.
             attention_mask: (B, T), zeros, then ones: shorter prompts are padded on the left.
             generator: random generator on the model's device.
-            seed: instead of a generator: the same seed gives the same text. With neither, each call
-                gives another text. Torch's global generator is not used.
-            use_cache: False recomputes everything for each token: slow, the same text.
+            seed: replaces the generator: the same seed gives the same text. Without both, every
+                call gives another text; torch's global generator is not used.
+            use_cache: False recomputes all tokens for each new one: slow, the same text.
 
         Returns:
             (B, T + new): the prompts and their continuations. Ended rows are filled with
-            `pad_token_id`; generation stops when all rows have ended. Text longer than
-            `max_seq_len` is continued from its last part: see `generate_tokens`.
+            `pad_token_id`; generation stops when all rows have ended. For text longer than
+            `max_seq_len`, see `generate_tokens`.
 
         Raises:
             ConfigError: an invalid setting.
             DataError: an invalid prompt.
         """
-        # Imported here, because sampling imports this module.
+        # Imported here, because `models` is below `generation`.
         from horovod_lm.generation.sampling import (
             generate_tokens,
             generation_config,
@@ -277,10 +274,15 @@ class TransformerLM(nn.Module):
     def _embed(
         self, input_ids: Tensor, attention_mask: Tensor | None, start: int = 0
     ) -> tuple[Tensor, Tensor | None]:
-        """Embed tokens after `start` cached positions: (B, T, C), and the attention mask."""
+        """Embed (B, T) tokens after `start` cached positions; return (B, T, C) and the mask."""
         length = input_ids.shape[1]
+        if start + length > self.max_seq_len:
+            raise DataError(
+                f"the sequence has {start + length} tokens, more than the model's max_seq_len = "
+                f"{self.max_seq_len}: shorten it, or build the model with a larger max_seq_len"
+            )
         if attention_mask is not None and attention_mask.device.type == "cpu":
-            # Without padding, the faster path. Not on a GPU: reading the answer would wait for it.
+            # Attention without a mask is faster. On a GPU, reading the result would wait.
             attention_mask = None if attention_mask.all() else attention_mask
         mask = None
         if attention_mask is None:
@@ -293,25 +295,24 @@ class TransformerLM(nn.Module):
         x = self.token_embedding(input_ids) + positions  # (B, T, C)
         return F.dropout(x, self.dropout) if self.training and self.dropout else x, mask
 
-    def _check_inputs(
+    def check_inputs(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         n_cached: int = 0,
     ) -> None:
-        """Raise DataError unless (B, T) `input_ids` and the other tensors fit the model."""
+        """Raise DataError for shapes, types or token ids that do not fit; see `forward`.
+
+        Token ids are checked on the CPU only: reading the result from a GPU would wait for its
+        work.
+        """
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise DataError(
                 "input_ids must be integers of shape (batch, length), got "
                 f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
             )
         n_sequences, length = input_ids.shape
-        if n_cached + length > self.max_seq_len:
-            raise DataError(
-                f"the sequence has {n_cached + length} tokens, more than the model's max_seq_len = "
-                f"{self.max_seq_len}: shorten it, or build the model with a larger max_seq_len"
-            )
         for name, tensor, columns in (
             ("attention_mask", attention_mask, n_cached + length),
             ("labels", labels, length),
@@ -320,20 +321,15 @@ class TransformerLM(nn.Module):
                 raise DataError(
                     f"{name} has shape {tuple(tensor.shape)}, expected {(n_sequences, columns)}"
                 )
-        self.check_token_ids("input_ids", input_ids)
-        if labels is not None:
-            self.check_token_ids("labels", labels, ignored=IGNORE_INDEX)
-
-    def check_token_ids(self, name: str, ids: Tensor, ignored: int = 0) -> None:
-        """Raise DataError if an id is outside the vocabulary.
-
-        Checks only ids on the CPU: reading the result from a GPU would wait for all its work.
-        """
-        if ids.device.type != "cpu" or not ids.numel():
-            return
-        lowest, highest = ids.aminmax()
-        if highest >= self.vocab_size or lowest < 0:
-            outside = ids[((ids < 0) | (ids >= self.vocab_size)) & (ids != ignored)]
+        for name, ids in (("input_ids", input_ids), ("labels", labels)):
+            if ids is None or ids.device.type != "cpu" or not ids.numel():
+                continue
+            lowest, highest = ids.aminmax()
+            if 0 <= lowest and highest < self.vocab_size:
+                continue
+            outside = ids[(ids < 0) | (ids >= self.vocab_size)]
+            if name == "labels":
+                outside = outside[outside != IGNORE_INDEX]
             if outside.numel():
                 raise DataError(
                     f"{name} contains token {outside[0].item()}, outside this model's vocabulary "

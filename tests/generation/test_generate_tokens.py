@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from horovod_lm.generation.sampling import generate_tokens, make_generator
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.config import GenerationConfig
-from horovod_lm.utils.errors import ConfigError, DataError
+from horovod_lm.utils.errors import DataError
 
 GREEDY = GenerationConfig(max_new_tokens=9, temperature=0.0)
 
@@ -44,27 +44,17 @@ def test_a_row_of_a_padded_batch_equals_the_row_alone(make_model, left_padded):
         assert torch.equal(alone[0, -40:], together[row, -40:])
 
 
-def test_greedy_is_the_argmax_of_forward(make_model):
-    model = make_model().double().eval()
-    ids = torch.randint(1, 50, (2, 3))
-    text = model.generate(ids, 13, 0.0, eos_token_id=None)
-    with torch.no_grad():
-        logits, _ = model(text)
-    assert torch.equal(text[:, 3:], logits[:, 2:-1].argmax(-1))
-
-
-def test_beyond_the_context_it_continues_from_the_newer_half(make_model):
+def test_greedy_is_the_argmax_of_forward_and_continues_from_the_newer_half(make_model):
     model = make_model().double().eval()
     text = model.generate(torch.tensor([[1, 2, 3]]), 30, 0.0, eos_token_id=None)[0]
     # Position 16 is the last with the whole text in its context; then the context is the newest
     # 8 tokens and grows to 16 again.
     with torch.no_grad():
-        for end in range(16, 33):
-            start = 0 if end == 16 else 9 if end < 26 else 18
-            if end - start > 16:
-                continue
-            logits, _ = model(text[None, start:end])
-            assert text[end] == logits[0, -1].argmax(), end
+        for end in range(3, 33):
+            start = 0 if end <= 16 else 9 if end < 26 else 18
+            if end - start <= 16:
+                logits, _ = model(text[None, start:end])
+                assert text[end] == logits[0, -1].argmax(), end
 
 
 def test_ended_rows_are_filled_and_generation_stops_when_all_have_ended(make_model):
@@ -81,9 +71,6 @@ def test_ended_rows_are_filled_and_generation_stops_when_all_have_ended(make_mod
         assert set(row[end + 1 :]) <= {49}
     assert text.shape[1] == 4 + min(12, max(ended_at) + 1)
     assert len(set(ended_at)) > 1  # rows ended at different steps
-
-    alone = model.generate(ids[:1], 12, 0.0, eos_token_id=None)[0, 4].item()
-    assert model.generate(ids[:1], 12, 0.0, eos_token_id=alone).shape == (1, 5)
 
 
 @pytest.mark.parametrize("pad_token_id", [None, 50256])
@@ -150,17 +137,16 @@ def test_any_prompts_and_settings(lengths, new_tokens, temperature, top_k, top_p
     assert model.training
 
 
-def test_an_empty_batch(make_model):
-    assert make_model().generate(torch.zeros(0, 3, dtype=torch.long), 5).shape[0] == 0
-
-
 def test_dropout_is_off_and_the_mode_is_restored_even_when_closed_early(make_model):
     model = make_model(dropout=0.5).train()
     ids = torch.tensor([[1, 2]])
     first, second = (model.generate(ids, 9, 0.0, eos_token_id=None) for _ in range(2))
     assert torch.equal(first, second) and model.training
-    steps = generate_tokens(model, ids, GREEDY, generator=make_generator(0, "cpu"))
-    next(steps)
+    seen = []
+    steps = generate_tokens(
+        model, ids, GREEDY, generator=make_generator(0, "cpu"), on_logits=seen.append
+    )
+    assert torch.equal(next(steps), seen[0].argmax(dim=-1)) and seen[0].shape == (1, 50)
     steps.close()
     assert model.training
     model(ids, labels=ids)[1].backward()  # inference mode has ended too
@@ -178,33 +164,19 @@ def test_generation_processes_each_token_once(make_model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "sentence"),
+    ("arguments", "sentence"),
     [
-        (
-            {"input_ids": torch.zeros(1, 0, dtype=torch.long)},
-            DataError,
-            "the prompt is empty",
-        ),
-        ({"input_ids": torch.zeros(1, 3)}, DataError, "float32"),
-        ({"input_ids": torch.tensor([[1, 77]])}, DataError, "input_ids contains token 77"),
-        ({"attention_mask": torch.tensor([[1, 1, 0]])}, DataError, "padded on the left"),
-        ({"attention_mask": torch.tensor([[1, 0, 1]])}, DataError, "padded on the left"),
-        ({"attention_mask": torch.tensor([[0, 0, 0]])}, DataError, "end with a one"),
-        ({"attention_mask": torch.ones(2, 3)}, DataError, "attention_mask has shape"),
-        ({"temperature": -1.0}, ConfigError, "temperature must be greater than or equal to 0"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "the prompt is empty"),
+        ({"input_ids": torch.zeros(1, 3)}, "float32"),
+        ({"input_ids": torch.tensor([[1, 77]])}, "input_ids contains token 77"),
+        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "padded on the left"),
+        ({"attention_mask": torch.tensor([[1, 0, 1]])}, "padded on the left"),
+        ({"attention_mask": torch.tensor([[0, 0, 0]])}, "end with a one"),
+        ({"attention_mask": torch.ones(2, 3)}, "attention_mask has shape"),
     ],
 )
-def test_invalid_input_is_one_sentence(make_model, arguments, error, sentence):
-    with pytest.raises(error, match=sentence) as caught:
+def test_invalid_prompts_are_one_sentence(make_model, arguments, sentence):
+    with pytest.raises(DataError, match=sentence) as caught:
         make_model().generate(**({"input_ids": torch.tensor([[1, 2, 3]])} | arguments))
     assert "\n" not in str(caught.value)
-
-
-def test_on_logits_gets_the_logits_that_each_token_is_sampled_from(make_model):
-    model, seen = make_model(), []
-    ids = torch.randint(1, 50, (2, 6))
-    steps = generate_tokens(
-        model, ids, GREEDY, generator=make_generator(0, "cpu"), on_logits=seen.append
-    )
-    assert all(torch.equal(tokens, seen[-1].argmax(dim=-1)) for tokens in steps)
-    assert [logits.shape for logits in seen] == [(2, 50)] * 9
+    assert make_model().generate(torch.zeros(0, 3, dtype=torch.long), 5).shape[0] == 0

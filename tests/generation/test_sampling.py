@@ -136,21 +136,16 @@ def test_generators_repeat_with_a_seed_and_differ_without():
     ("change", "sentence"),
     [
         ({"temperature": -0.1}, "temperature must be greater than or equal to 0, not -0.1"),
-        ({"temperature": math.nan}, "temperature must be"),
-        ({"temperature": math.inf}, "temperature must be a finite number"),
+        ({"temperature": math.nan}, "temperature must be a finite number"),
         ({"top_k": -1}, "top_k must be greater than or equal to 0, not -1"),
         ({"top_p": 0.0}, "top_p must be greater than 0, not 0.0"),
-        ({"top_p": 1.5}, "top_p must be less than or equal to 1, not 1.5"),
         ({"top_p": math.nan}, "top_p must be"),
         ({"num_samples": 0}, "num_samples must be greater than 0, not 0"),
         ({"max_new_tokens": -1}, "max_new_tokens must be greater than 0, not -1"),
     ],
 )
 def test_invalid_settings_are_one_sentence(change, sentence):
+    assert generation_config() == GenerationConfig()
     with pytest.raises(ConfigError, match=f"invalid settings: generation.{sentence}") as error:
         generation_config(**change)
     assert "\n" not in str(error.value)
-
-
-def test_defaults_are_those_of_the_configuration():
-    assert generation_config() == GenerationConfig()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 
 import pytest
@@ -27,31 +26,10 @@ def gradients(model, *args, **kwargs):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-# The contract --------------------------------------------------------------------------------
-
-
-def test_defaults_are_the_contracts():
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(TransformerLM).parameters.items()
-    }
-    assert defaults == {
-        "vocab_size": 50257, "d_model": 768, "n_heads": 12, "n_layers": 12, "d_ff": 3072,
-        "max_seq_len": 512, "dropout": 0.1, "pad_token_id": 50256, "gradient_checkpointing": False,
-    }  # fmt: skip
-    generate = inspect.signature(TransformerLM.generate).parameters
-    expected = {"max_new_tokens": 100, "temperature": 0.8, "top_k": 50, "top_p": 0.9,
-                "eos_token_id": 50256}  # fmt: skip
-    assert {name: generate[name].default for name in expected} == expected
-
-
 def test_gpt2_small_has_gpt2s_number_of_parameters():
     with torch.device("meta"):
         model = TransformerLM(max_seq_len=1024)
     assert model.num_parameters() == 124_439_808
-
-
-# Masking ---------------------------------------------------------------------------------------
 
 
 @settings(max_examples=30, deadline=None)
@@ -76,13 +54,13 @@ def test_changing_a_future_token_changes_no_past_logit(changed, padding):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_content_of_padding_changes_nothing(make_model, side):
-    model = make_model().eval()
+    model = make_model(dropout=0.5).eval()
     ids = random_ids(1, 7)
-    n_padding = 5
     with torch.no_grad():
         alone, loss_alone = model(ids, labels=ids)
+        assert torch.equal(model(ids, torch.ones_like(ids))[0], alone)
         for filler in (0, 31):
-            padding = torch.full((1, n_padding), filler)
+            padding = torch.full((1, 5), filler)
             blocks, ones = [padding, ids], [torch.zeros_like(padding), torch.ones_like(ids)]
             if side == "right":
                 blocks, ones = blocks[::-1], ones[::-1]
@@ -90,13 +68,7 @@ def test_the_content_of_padding_changes_nothing(make_model, side):
             logits, loss = model(padded, mask, padded)
             torch.testing.assert_close(logits[mask.bool()], alone[0], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(loss, loss_alone)
-
-
-def test_a_mask_of_ones_is_no_mask(make_model):
-    model = make_model().eval()
-    ids = random_ids()
-    with torch.no_grad():
-        assert torch.equal(model(ids, torch.ones_like(ids))[0], model(ids)[0])
+        assert not torch.equal(model.train()(ids)[0], alone)  # dropout, in training only
 
 
 def test_attention_weights_sum_to_one_and_are_causal(make_model, left_padded):
@@ -107,9 +79,6 @@ def test_attention_weights_sum_to_one_and_are_causal(make_model, left_padded):
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 3, 4, 7))
     assert not weights.triu(1).any()
     assert not weights[:, 1, :, 3:, :3].any()  # the padding of the second row
-
-
-# With a cache --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("parts", [[12], [5, 7], [1] * 12, [4, 1, 7]])
@@ -127,9 +96,6 @@ def test_parts_with_a_cache_equal_one_forward_pass(make_model, parts):
                 part_mask = None if given_mask is None else given_mask[:, :end]
                 logits.append(model(part, part_mask, cache=cache)[0])
         torch.testing.assert_close(torch.cat(logits, 1), whole)
-
-
-# Loss ----------------------------------------------------------------------------------------
 
 
 def test_the_initial_loss_is_about_log_of_the_vocabulary():
@@ -167,20 +133,6 @@ def test_an_empty_batch_gives_zero_loss_and_a_zero_gradient_to_every_parameter(
     assert not any(gradient.any() for gradient in grads.values())
 
 
-def test_it_memorizes_a_sequence(make_model):
-    model = make_model(scale=0.0)
-    ids = random_ids(1, 16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        _, loss = model(ids, labels=ids, return_logits=False)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.05
-    prompt = ids[:, :1]
-    assert torch.equal(model.generate(prompt, 15, temperature=0, eos_token_id=None), ids)
-
-
 def test_autocast_and_accumulation(make_model):
     model = make_model()
     ids = random_ids(4, 16)
@@ -199,7 +151,7 @@ def test_autocast_and_accumulation(make_model):
     torch.testing.assert_close(summed, whole, rtol=1e-10, atol=1e-12)
 
 
-# Gradient checkpointing (fault 5) ------------------------------------------------------------
+# Gradient checkpointing was wrong once (fault 5): a lambda in the loop used the last block.
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -218,29 +170,14 @@ def test_gradient_checkpointing_changes_no_bit(make_model, left_padded, dropout,
 
 
 def test_gradient_checkpointing_recomputes_every_block_once(make_model, monkeypatch):
-    model = make_model(gradient_checkpointing=True).train()
-    calls = []
+    model, calls = make_model(gradient_checkpointing=True).train(), []
     forward = TransformerBlock.forward
     monkeypatch.setattr(
-        TransformerBlock,
-        "forward",
-        lambda block, *a: (calls.append(id(block)), forward(block, *a))[1],
+        TransformerBlock, "forward", lambda block, *a: (calls.append(block), forward(block, *a))[1]
     )
     ids = random_ids()
     model(ids, labels=ids)[1].backward()
-    in_order = [id(block) for block in model.blocks]
-    assert calls == in_order + in_order[::-1]
-
-
-def test_dropout_only_in_training(make_model):
-    model = make_model(dropout=0.5)
-    ids = random_ids()
-    with torch.no_grad():
-        assert not torch.equal(model.train()(ids)[0], model(ids)[0])
-        assert torch.equal(model.eval()(ids)[0], model(ids)[0])
-
-
-# Parameters (fault 13) --------------------------------------------------------------------------
+    assert calls == [*model.blocks, *reversed(model.blocks)]
 
 
 def test_state_dict_holds_parameters_only_all_of_them_float(make_model):
@@ -252,20 +189,17 @@ def test_state_dict_holds_parameters_only_all_of_them_float(make_model):
 
 
 @pytest.mark.parametrize(("d_model", "deviation"), [(768, 0.02), (192, 0.04)])
-def test_residual_projections_start_smaller(d_model, deviation):
+def test_weights_start_with_gpt2s_deviation_and_residual_projections_smaller(d_model, deviation):
     torch.manual_seed(0)
-    model = TransformerLM(100, d_model, 4, 8, 512, 64)  # GPT-2's deviation at GPT-2's width
-    block = model.blocks[3]
-    weight = block.attention.qkv_proj.weight
-    assert weight.std().item() == pytest.approx(deviation, rel=0.05)
-    for layer in (block.attention.out_proj, block.feed_forward.down_proj):
-        assert layer.weight.std().item() == pytest.approx(
-            deviation / 4, rel=0.05
-        )  # sqrt(2 * 8) = 4
+    block = TransformerLM(100, d_model, 4, 8, 512, 64).blocks[3]
+    small = deviation / 4  # sqrt(2 * 8) = 4
+    for layer, wanted in (
+        (block.attention.qkv_proj, deviation),
+        (block.attention.out_proj, small),
+        (block.feed_forward.down_proj, small),
+    ):
+        assert layer.weight.std().item() == pytest.approx(wanted, rel=0.05)
         assert not layer.bias.any()
-
-
-# Invalid input: one sentence --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -273,7 +207,6 @@ def test_residual_projections_start_smaller(d_model, deviation):
     [
         ({"d_model": 30}, r"d_model \(30\) must be divisible by n_heads \(4\)"),
         ({"n_layers": 0}, "TransformerLM: model.n_layers must be greater than 0, not 0"),
-        ({"vocab_size": -3}, "vocab_size must be greater than 0, not -3"),
         ({"dropout": 1.0}, "dropout must be less than 1, not 1.0"),
     ],
 )
@@ -287,10 +220,7 @@ def test_invalid_sizes_are_one_sentence(make_model, change, sentence):
     [
         ({"input_ids": torch.zeros(17, dtype=torch.long)}, r"shape \(batch, length\)"),
         ({"input_ids": torch.zeros(1, 4)}, "integers.*float32"),
-        (
-            {"input_ids": torch.zeros(1, 17, dtype=torch.long)},
-            "17 tokens, more .* = 16",
-        ),
+        ({"input_ids": torch.zeros(1, 17, dtype=torch.long)}, "17 tokens, more .* = 16"),
         ({"input_ids": torch.tensor([[3, 50]])}, r"token 50, outside .*vocabulary \(0 to 49\)"),
         ({"input_ids": torch.tensor([[-1, 5]])}, r"token -1, outside .*vocabulary \(0 to 49\)"),
         ({"labels": torch.tensor([[3, -100, 99]])}, "labels contains token 99"),
