@@ -1,7 +1,4 @@
-"""Evaluation: loss, perplexity and accuracy over a loader, and the log-probability of texts.
-
-The results are sums of one process, not means: ranks add their sums and divide once.
-"""
+"""Evaluation: loss, perplexity and accuracy over a loader, and the log-probability of texts."""
 
 from __future__ import annotations
 
@@ -23,22 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over predicted tokens; `+` joins two of them.
+    """Sums over predicted tokens, not means, so that ranks can add them.
 
     Attributes:
         nats: summed cross-entropy.
         tokens: number of predicted tokens.
-        correct: number of tokens that were the most likely one.
+        correct: number of tokens predicted correctly: the most likely token was the target.
     """
 
     nats: float = 0.0
     tokens: int = 0
     correct: int = 0
-
-    def __add__(self, other: Evaluation) -> Evaluation:
-        return Evaluation(
-            self.nats + other.nats, self.tokens + other.tokens, self.correct + other.correct
-        )
 
     @property
     def loss(self) -> float:
@@ -47,7 +39,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss): the size of a uniform choice with the same entropy."""
+        """exp(loss)."""
         return perplexity(self.loss)
 
     @property

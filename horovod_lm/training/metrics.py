@@ -1,4 +1,4 @@
-"""What a run records: JSON lines by every rank; by rank 0 a CSV table and TensorBoard events."""
+"""Metrics of a run: JSON lines of every rank; a CSV table and TensorBoard events of rank 0."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ COLUMNS = (
     "phase",  # train or validation
     "epoch",
     "step",  # optimizer steps since the start of the run
-    "tokens",  # tokens predicted since the start of the run, by all ranks
+    "tokens",  # predicted tokens since the start of the run, on all ranks
     "learning_rate",
     "loss",  # nats per token
     "perplexity",
-    "accuracy",  # share of tokens whose likeliest prediction was right
+    "accuracy",  # fraction of tokens predicted correctly
     "tokens_per_second",  # of all ranks together
     "gradient_norm",  # of the averaged gradient, before clipping
     "seconds_data",
@@ -28,20 +28,20 @@ COLUMNS = (
     "seconds_allreduce",
     "seconds_update",
     "world_size",  # ranks that took the step
-    "steps_replayed",  # so far, because an elastic run lost a rank
+    "steps_replayed",  # steps so far that an elastic run lost with a rank and repeated
 )
 PARTS_OF_A_STEP = tuple(name for name in COLUMNS if name.startswith("seconds_"))
 
 
 class MetricsRecorder:
-    """Write one run's metrics as they happen.
+    """Writes the metrics of a run as they are measured.
 
     Args:
-        run_dir: holds `metrics.csv`.
-        log_dir: holds `rank0.jsonl`, `rank1.jsonl`, ...
-        tensorboard_dir: holds TensorBoard's event files.
-        rank: the writer; only rank 0 writes the table and the events.
-        resume_step: rows of the table after this step are dropped: they will come again.
+        run_dir: folder of `metrics.csv`.
+        log_dir: folder of `rank0.jsonl`, `rank1.jsonl`, ...
+        tensorboard_dir: folder of TensorBoard's event files.
+        rank: this process's number; only rank 0 writes the table and the events.
+        resume_step: drop rows of the table after this step, which will be repeated; None: drop all.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class MetricsRecorder:
 
         Args:
             phase: `train` or `validation`.
-            **values: some of `COLUMNS`; others go to the JSON lines alone.
+            **values: some of `COLUMNS`; other values go to the JSON lines alone.
         """
         row = {"phase": phase, **values}
         self.event("metrics", **row)
@@ -79,12 +79,12 @@ class MetricsRecorder:
                 self._events.add_scalar(f"{phase}/{name}", value, values["step"])
 
     def event(self, kind: str, **values: Any) -> None:
-        """Write one line to this rank's JSON lines: what happened, when, and its values."""
+        """Append an event, with its time and values, to this rank's JSON lines."""
         line = {"event": kind, "time": round(time.time(), 3), "rank": self._rank, **values}
         self._lines.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
-        """Finish every file."""
+        """Close every file."""
         self._lines.close()
         if self._table is not None:
             self._table.close()
@@ -93,14 +93,14 @@ class MetricsRecorder:
 
 
 class StepTimer:
-    """Add up the seconds of a step's parts.
+    """Measures the parts of a step, in seconds.
 
     Args:
-        synchronize: called before each look at the clock; a GPU's work is asynchronous, and without
-            it (`torch.cuda.synchronize`) the seconds of one part are booked on another.
+        synchronize: called before each reading of the clock; `torch.cuda.synchronize` for a GPU,
+            whose work is asynchronous.
     """
 
-    def __init__(self, synchronize: Any = None) -> None:
+    def __init__(self, synchronize: Callable[[], object] | None = None) -> None:
         self._synchronize = synchronize or (lambda: None)
         self._started = time.perf_counter()
         self.seconds = dict.fromkeys(PARTS_OF_A_STEP, 0.0)
@@ -108,7 +108,7 @@ class StepTimer:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Book the time inside the block on `seconds_<name>`."""
+        """Add the time of the block to `seconds_<name>`."""
         self._synchronize()
         start = time.perf_counter()
         yield
@@ -116,17 +116,17 @@ class StepTimer:
         self.seconds[f"seconds_{name}"] += time.perf_counter() - start
 
     def stop(self) -> None:
-        """Set `elapsed` to the seconds since the timer was made."""
+        """Set `elapsed` to the seconds since the timer was created."""
         self._synchronize()
         self.elapsed = time.perf_counter() - self._started
 
 
 def read_metrics(run_dir: str | Path, phase: str | None = None) -> list[dict[str, Any]]:
-    """Return the rows of a run's `metrics.csv`, numbers as numbers, empty cells left out.
+    """Return the rows of a run's `metrics.csv` with numbers converted and empty cells left out.
 
     Args:
         run_dir: the run's folder.
-        phase: only rows of this phase; None: all.
+        phase: return only rows of this phase; None: all.
     """
     with open(Path(run_dir) / "metrics.csv", encoding="utf-8", newline="") as file:
         rows = [
@@ -141,7 +141,7 @@ def read_metrics(run_dir: str | Path, phase: str | None = None) -> list[dict[str
 
 
 def _open_table(path: Path, resume_step: int | None) -> Any:
-    """Open the table to append; rows after `resume_step`, or cut short by a death, are dropped."""
+    """Open the table to append, without rows after `resume_step` and incomplete rows."""
     kept: list[dict[str, str]] = []
     if resume_step is not None and path.exists():
         whole_lines = path.read_bytes().rpartition(b"\n")[0].decode("utf-8").splitlines()
@@ -159,7 +159,7 @@ def _open_table(path: Path, resume_step: int | None) -> Any:
 def _open_events(folder: Path, resume_step: int | None) -> Any | None:
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # TensorBoard is a view of the table: a run is complete without it
+    except ImportError:  # TensorBoard is optional: the table has the same numbers
         return None
     purge = None if resume_step is None else resume_step + 1
     return SummaryWriter(str(folder), purge_step=purge)

@@ -15,21 +15,15 @@ from horovod_lm.utils.machine import has_fast_bfloat16
 
 
 def build_optimizer(model: torch.nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """Return AdamW or SGD over the model's parameters, decaying matrices only.
+    """Return AdamW (https://arxiv.org/abs/1711.05101) or SGD; only matrices have weight decay.
 
-    Decay pulls weights towards 0; biases and norms have no reason to be there (GPT-2's habit, after
-    Loshchilov & Hutter, 2019, https://arxiv.org/abs/1711.05101).
+    As in GPT-2, biases and norms have none.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [
-        {
-            "params": [parameter for parameter in parameters if parameter.dim() >= 2],
-            "weight_decay": training.weight_decay,
-        },
-        {
-            "params": [parameter for parameter in parameters if parameter.dim() < 2],
-            "weight_decay": 0.0,
-        },
+        {"params": matrices, "weight_decay": training.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     if training.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=training.learning_rate, momentum=training.momentum)
@@ -43,11 +37,10 @@ def build_optimizer(model: torch.nn.Module, training: TrainingConfig) -> torch.o
 
 
 def learning_rate_factor(training: TrainingConfig, total_steps: int) -> Callable[[int], float]:
-    """Return the function from optimizer steps done to the fraction of the peak rate.
+    """Return the schedule: a function from optimizer steps done to the fraction of the peak rate.
 
-    It rises evenly over `warmup_steps` (the first step is not 0), then falls from 1 to
-    `min_learning_rate_fraction` at `total_steps`: along half a cosine (Loshchilov & Hutter, 2017,
-    https://arxiv.org/abs/1608.03983), along a line, or not at all.
+    Linear warmup over `warmup_steps`, from above 0 to 1; then decay to `min_learning_rate_fraction`
+    at `total_steps`: along half a cosine (https://arxiv.org/abs/1608.03983), linear, or constant.
     """
     low, warmup = training.min_learning_rate_fraction, training.warmup_steps
 
@@ -71,17 +64,17 @@ def build_scheduler(
     world_size: int = 1,
     steps_done: int = 0,
 ) -> LambdaLR:
-    """Return the learning rate's schedule, standing at `steps_done`.
+    """Return the learning rate scheduler after `steps_done` steps.
 
-    Build it last, after the optimizer is wrapped and loaded: wrapping makes a new optimizer, and a
-    schedule of the old one turns a wheel that is connected to nothing.
+    Build it after the optimizer is wrapped and its state is loaded: wrapping makes a new optimizer,
+    and a scheduler of the old one changes nothing.
 
     Args:
-        optimizer: the wrapped one.
-        training: rate, warm-up and shape.
-        total_steps: optimizer steps of the whole run, where the decay ends.
-        world_size: multiplies the peak rate if `scale_lr_with_world_size` says so.
-        steps_done: optimizer steps behind a resumed run.
+        optimizer: the wrapped optimizer.
+        training: peak rate, warmup and decay.
+        total_steps: optimizer steps of the whole run, at which the decay ends.
+        world_size: multiplies the peak rate if `scale_lr_with_world_size` is set.
+        steps_done: optimizer steps that a resumed run has taken.
     """
     peak = training.learning_rate * (world_size if training.scale_lr_with_world_size else 1)
     for group in optimizer.param_groups:
@@ -92,13 +85,13 @@ def build_scheduler(
 
 
 def choose_amp_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype:
-    """Return the type of the matrix products; float32 and float64 mean the parameters' own.
+    """Return the dtype of matrix products; float32 and float64 mean full precision.
 
-    `auto` takes bfloat16 where the hardware has instructions for it: on a GPU of compute capability
-    8.0 or more, and on a CPU with AMX or AVX512-BF16.
+    `auto` means bfloat16 where the hardware has instructions for it: a GPU of compute capability
+    8.0 or more, or a CPU with AMX or AVX512-BF16.
 
     Raises:
-        ConfigError: float64 parameters are asked for together with a lower precision.
+        ConfigError: float64 parameters together with a lower precision.
     """
     if training.dtype == "float64":
         if training.amp_dtype in ("bfloat16", "float16"):
@@ -113,16 +106,12 @@ def choose_amp_dtype(training: TrainingConfig, device: torch.device) -> torch.dt
 
 
 def autocast(device: torch.device, amp_dtype: torch.dtype) -> AbstractContextManager:
-    """Return the context that runs matrix products in `amp_dtype`; none in full precision."""
+    """Return a context that runs matrix products in `amp_dtype`; empty for full precision."""
     if amp_dtype in (torch.float32, torch.float64):
         return nullcontext()
     return torch.autocast(device.type, dtype=amp_dtype)
 
 
 def build_scaler(device: torch.device, amp_dtype: torch.dtype) -> torch.amp.GradScaler:
-    """Return a gradient scaler that scales for float16 and passes everything through otherwise.
-
-    Only float16 needs it: its smallest numbers are larger than many gradients. One code path for
-    all types is the guard against scaling with a scaler that is not there.
-    """
+    """Return a gradient scaler, enabled for float16 only: its range is too small for gradients."""
     return torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)

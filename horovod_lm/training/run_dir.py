@@ -1,4 +1,4 @@
-"""One run, one folder: configuration as used, circumstances, metrics, logs and checkpoints."""
+"""The folder of a run: configuration, description, metrics, logs and checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PACKAGES = ("horovod_lm", "torch", "horovod", "numpy", "tokenizers", "pydantic"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where the parts of one run are. All paths are absolute."""
+    """The folders of a run, as absolute paths."""
 
     name: str
     run_dir: Path
@@ -33,10 +33,10 @@ class RunFolder:
 
     @classmethod
     def of(cls, config: Config, run_name: str) -> RunFolder:
-        """Return the folders that `config.paths` gives to a run of this name.
+        """Return the folders of a run, from `config.paths` and the run's name.
 
         Raises:
-            ConfigError: the name is no folder's name.
+            ConfigError: the name cannot be a folder's name.
         """
         if run_name in ("", ".", "..") or set(run_name) & set("/\\\0"):
             raise ConfigError(
@@ -47,11 +47,7 @@ class RunFolder:
         return cls(run_name, *(config.resolve(folder, run_name) for folder in folders))
 
     def archive_existing_run(self) -> Path | None:
-        """Rename the folder of an earlier run of this name, so that nothing of it is lost.
-
-        Returns:
-            Its new path, or None where there was no earlier run.
-        """
+        """Rename the folder of an earlier run. Return its new path; None: there is no such run."""
         if not (self.run_dir / "run.json").exists():
             return None
         numbers = range(1, sys.maxsize)
@@ -61,10 +57,10 @@ class RunFolder:
         return target
 
     def describe(self, config: Config, world_size: int, devices: str) -> None:
-        """Make the folder and write `config.yaml` and `run.json`: what was run, where, on what.
+        """Create the folder and write `config.yaml` and `run.json`.
 
-        `run.json` tells of every session: each time that ranks began, went on with the run, or
-        went on in another number.
+        `run.json` describes every session: command, versions, host and devices of each time that
+        the run was started or resumed.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -87,7 +83,7 @@ class RunFolder:
         try:
             save_config(config, self.run_dir / "config.yaml")
             temporary.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-            temporary.replace(path)  # a reader, or a death, finds the earlier sessions whole
+            temporary.replace(path)  # atomic: earlier sessions are never lost
         except OSError as error:
             raise ConfigError(
                 f"the run's folder {self.run_dir} cannot be written: {error.strerror}"
@@ -95,10 +91,7 @@ class RunFolder:
 
 
 def read_sessions(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Return what `run.json` tells of each session of a run, the first one first.
-
-    Empty where there is no such file, or it cannot be read.
-    """
+    """Return the sessions in a run's `run.json`, oldest first; none if it cannot be read."""
     try:
         return json.loads((Path(run_dir) / "run.json").read_text(encoding="utf-8"))["sessions"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -106,12 +99,12 @@ def read_sessions(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def default_run_name(prefix: str = "run") -> str:
-    """Return a name that no earlier run has: the prefix and the time to the second."""
+    """Return a name for a new run: the prefix and the time to the second."""
     return f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def newest_run(config: Config) -> str | None:
-    """Return the name of the run that was started last, or None where there is none."""
+    """Return the name of the run that was started last; None: there is none."""
     pattern = config.resolve(config.paths.run_dir, "*")
     started = {
         file.parent.name: file.stat().st_mtime

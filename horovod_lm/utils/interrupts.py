@@ -1,4 +1,4 @@
-"""Ctrl-C as a request: the step in progress is finished, everything is saved, then the run ends."""
+"""Ctrl-C as a request to stop: the run finishes the current step and saves a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 class StopRequest:
     """Inside `with StopRequest() as stop:`, Ctrl-C and SIGTERM set `stop.requested`.
 
-    A second one raises KeyboardInterrupt at once. Outside the main thread signals stay with whoever
-    owns them, and `requested` stays False unless it is set by hand.
+    A second signal raises KeyboardInterrupt. Outside the main thread, Python does not allow signal
+    handlers, and only the caller sets `requested`.
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -23,7 +23,7 @@ class StopRequest:
         try:
             for number in self._SIGNALS:
                 self._before[number] = signal.signal(number, self._request)
-        except ValueError:  # only the main thread may choose what a signal does
+        except ValueError:  # not in the main thread
             self._before.clear()
         return self
 

@@ -1,13 +1,12 @@
-"""What this machine grants a process (cores, memory, a GPU), and how fast it multiplies matrices.
+"""The machine's resources for a process: cores, memory, GPU driver, bfloat16 instructions.
 
-Importing this module imports nothing heavy: the installer and the notebook's kernel use it too.
+Importing this module does not import torch: the installer uses it too.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import shutil
 import statistics
 import time
@@ -18,17 +17,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# Without these a processor can compute in bfloat16 too, but slower than in float32.
+# Without these instructions, bfloat16 is slower than float32.
 _BFLOAT16_CPU_FLAGS = {"amx_bf16", "avx512_bf16"}
 CGROUP = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def available_cores() -> int:
-    """Return how many cores this process may keep busy: the least of affinity and CPU quota.
+    """Return the number of cores for this process: the minimum of affinity and CPU quota.
 
-    A quota of 1.5 cores counts as 1. Two threads would use it up in 75 of every 100 ms, and the
-    kernel would then stop both until the next 100 ms begin, while the other ranks wait.
+    A quota of 1.5 cores counts as 1: two threads would use it up in 75 of every 100 ms, and the
+    kernel would suspend both for the other 25 ms, while the other ranks wait.
     """
     has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
@@ -40,7 +39,7 @@ def container_cores(root: Path = CGROUP, membership: Path = MEMBERSHIP) -> float
     """Return the CPU quota of this process's control groups in cores; None: no limit.
 
     Args:
-        root: where control groups are mounted, version 2 or 1
+        root: mount point of the control groups, version 2 or 1
             (https://docs.kernel.org/admin-guide/cgroup-v2.html).
         membership: the file in which the kernel lists the groups of this process.
     """
@@ -55,10 +54,9 @@ def container_cores(root: Path = CGROUP, membership: Path = MEMBERSHIP) -> float
 
 
 def container_memory(root: Path = CGROUP, membership: Path = MEMBERSHIP) -> int | None:
-    """Return how many bytes this process's control groups still grant; None: no limit.
+    """Return the bytes left in this process's control groups; None: no limit.
 
-    Args:
-        root: as for `container_cores`, and so is `membership`.
+    Arguments as for `container_cores`.
     """
     free = []
     for folder in _control_groups("memory", root, membership):
@@ -106,10 +104,10 @@ def matmul_seconds(dtype: torch.dtype, device: torch.device, size: int = 768) ->
 
 
 def _control_groups(controller: str, root: Path, membership: Path) -> Iterator[Path]:
-    """Yield the folders of this process's group and of the groups around it: each can set a limit.
+    """Yield the folders of this process's group and its parents: each can set a limit.
 
-    In a container, `membership` may hold the host's path. No such folder is mounted there, but the
-    mount point itself is then the container's own group.
+    In a container, `membership` may hold the host's path, which is not mounted there; the mount
+    point itself is then the container's own group.
     """
     try:
         lines = membership.read_text(encoding="utf-8").splitlines()
@@ -136,7 +134,7 @@ def _words(path: Path) -> list[str]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Write a folder's entries to disk: without it, a renamed file may be lost in a power cut."""
+    """Write a folder's entries to disk, so that a renamed file survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -154,9 +152,9 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def cpu_flags() -> set[str]:
-    """Return the processor's feature flags; empty where the system does not tell."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if platform.system() != "Linux" or not cpuinfo.exists():
+    """Return the processor's feature flags; empty if the system does not list them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
         return set()
-    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     return set(next((line for line in lines if line.startswith("flags")), "").split())

@@ -1,13 +1,10 @@
-"""A small process beside a rank that kills it when it hangs, so that the others can go on.
+"""A process beside each rank that kills the rank if it hangs.
 
-A rank that dies is missed at once: its connections close. One that stands still (stopped by a
-signal, swapped out, waiting for a disk) is missed after the Gloo timeout, and even then elastic
-training waits: horovodrun counts it among the ranks of the next world until its process has ended.
-It cannot end itself, and the other ranks may be on other hosts. Hence this process: the rank sends
-it a byte many times in the time limit, and no byte for the whole limit means that it hangs.
-
-A job of a fixed number of ranks needs it on several hosts only. It ends without the rank that
-stands still; but horovodrun, which kills what is left on its own host, ends only ssh on the others.
+The other ranks detect a dead rank at once, because its connections close. They detect a hung one
+(stopped by a signal, swapped out, waiting for a disk) after the Gloo timeout. Elastic training then
+still waits for it: horovodrun counts it among the next ranks until its process ends. A job with
+fixed ranks ends, but horovodrun kills hung ranks on its own host only. Hence this process: the rank
+sends it bytes, and is killed if none arrives within the time limit.
 """
 
 from __future__ import annotations
@@ -20,16 +17,16 @@ import sys
 import threading
 import time
 
-BEATS_IN_THE_LIMIT = 10
-SECONDS_BETWEEN_LOOKS = 1.0
+HEARTBEATS_PER_LIMIT = 10
+SECONDS_BETWEEN_CHECKS = 1.0
 
 
 class Watchdog:
-    """Inside `with Watchdog(seconds):` this process is killed when it stands still for so long.
+    """Inside `with Watchdog(seconds, name):` this process is killed if it hangs for `seconds`.
 
     Args:
         seconds: the time limit.
-        name: what to call this process when it is killed.
+        name: the name of this process in the message.
     """
 
     def __init__(self, seconds: float, name: str) -> None:
@@ -52,27 +49,26 @@ class Watchdog:
         self._process.wait()
 
     def _beat(self) -> None:
-        while not self._ended.wait(self._seconds / BEATS_IN_THE_LIMIT):
+        while not self._ended.wait(self._seconds / HEARTBEATS_PER_LIMIT):
             try:
                 os.write(self._pipe.fileno(), b".")
-            except OSError:  # somebody killed the watchdog: this process goes on without one
+            except OSError:  # the watchdog was killed
                 return
 
 
 def watch(seconds: float, name: str) -> None:
-    """Read what the parent process sends; kill it when nothing comes for `seconds`."""
+    """Read the parent process's bytes; kill it if none arrives for `seconds`."""
     parent, last = os.getppid(), time.monotonic()
-    while os.getppid() == parent:  # a process whose parent has died gets another one
-        readable, _, _ = select.select([sys.stdin], [], [], SECONDS_BETWEEN_LOOKS)
+    while os.getppid() == parent:  # the number changes when the parent dies
+        readable, _, _ = select.select([sys.stdin], [], [], SECONDS_BETWEEN_CHECKS)
         if readable:
             if not os.read(sys.stdin.fileno(), 4096):
-                return  # the parent has closed its end: all is well
+                return  # the parent has closed its end
             last = time.monotonic()
         elif time.monotonic() - last > seconds:
             os.kill(parent, signal.SIGKILL)
             print(
-                f"{name} (process {parent}) stood still for {seconds:g} s: it was killed, so that"
-                " the others can go on",
+                f"{name} (process {parent}) stood still for {seconds:g} s and was killed",
                 file=sys.stderr,
                 flush=True,
             )

@@ -52,18 +52,14 @@ def test_sums_are_those_of_all_tokens_at_once(model):
     assert tokens == 3 * 11 - 8 + 6 + 2 * 11
 
 
-def test_sums_of_parts_are_the_sum_of_the_whole_and_means_are_over_tokens(model):
+def test_sums_of_parts_add_up_and_perplexity_is_exp_of_the_mean_over_tokens(model):
     parts = batches(3, 1, 2)
-    total = sum((evaluate(model, [part]) for part in parts), Evaluation())
-    whole = evaluate(model, parts)
-    assert total.tokens == whole.tokens and total.nats == pytest.approx(whole.nats, rel=1e-12)
-    both = Evaluation(nats=90.0, tokens=90, correct=45) + Evaluation(30.0, 10, 0)
-    assert both.loss == 1.2 and both.accuracy == 0.45  # the mean of the two means would be 2
-
-
-def test_perplexity_is_exp_of_the_mean_not_the_mean_of_exps():
-    """Fault 7: over batches of loss 1 and 3, mean(exp(loss)) is 11.4; the perplexity is exp(2)."""
-    both = Evaluation(10.0, 10, 0) + Evaluation(30.0, 10, 0)
+    whole, each = evaluate(model, parts), [evaluate(model, [part]) for part in parts]
+    assert whole.tokens == sum(part.tokens for part in each)
+    assert whole.nats == pytest.approx(sum(part.nats for part in each), rel=1e-12)
+    # Fault 7: over batches of loss 1 and 3, mean(exp(loss)) is 11.4; the perplexity is exp(2).
+    both = Evaluation(nats=10.0 + 30.0, tokens=20, correct=5)
+    assert both.loss == 2.0 and both.accuracy == 0.25
     assert both.perplexity == pytest.approx(math.exp(2)) == perplexity(2.0)
     assert perplexity(1000.0) == math.inf
     assert math.isnan(Evaluation().loss) and math.isnan(Evaluation().perplexity)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -57,7 +59,7 @@ def test_the_table_has_the_designs_columns(tmp_path, open_recorder):
     assert (line["event"], line["rank"], line["unknown"]) == ("metrics", 0, "only in the lines")
 
 
-@given(st.lists(st.floats(allow_nan=False), max_size=20))
+@given(st.lists(st.floats(), max_size=20))
 @settings(max_examples=50, deadline=None)
 def test_numbers_come_back_to_the_bit(tmp_path_factory, values):
     folder = tmp_path_factory.mktemp("run")
@@ -65,26 +67,13 @@ def test_numbers_come_back_to_the_bit(tmp_path_factory, values):
     recorder._events = None  # TensorBoard keeps float32
     for step, value in enumerate(values):
         recorder.record("train", step=step, loss=value)
+        assert len(read_metrics(folder)) == step + 1  # on the disk at once
     recorder.close()
     rows = read_metrics(folder)
-    assert [(row["step"], row["loss"]) for row in rows] == list(enumerate(values))
-    assert all(type(row["step"]) is int and type(row["loss"]) is float for row in rows)
-
-
-def test_a_loss_that_is_no_number_is_recorded_as_such(tmp_path, open_recorder):
-    recorder = open_recorder()
-    recorder.record("train", step=1, loss=float("nan"), gradient_norm=float("inf"))
-    recorder.close()
-    (row,) = read_metrics(tmp_path)
-    assert math.isnan(row["loss"]) and row["gradient_norm"] == math.inf
-
-
-def test_each_measurement_is_on_the_disk_at_once(tmp_path, open_recorder):
-    recorder = open_recorder()
-    fill(recorder, 1, 5)
-    assert len(read_metrics(tmp_path)) == len(lines(tmp_path)) == 6
-    assert [row["step"] for row in read_metrics(tmp_path, "validation")] == [5]
-    recorder.close()
+    assert [row["step"] for row in rows] == list(range(len(values)))
+    for row, value in zip(rows, values, strict=True):
+        assert type(row["step"]) is int and type(row["loss"]) is float
+        assert row["loss"] == value or (math.isnan(value) and math.isnan(row["loss"]))
 
 
 def test_a_resumed_run_drops_the_rows_that_will_come_again(tmp_path, open_recorder):
@@ -114,12 +103,11 @@ def test_a_line_that_a_death_cut_anywhere_is_dropped(tmp_path, open_recorder):
 
 
 def test_a_new_run_begins_a_new_table(tmp_path, open_recorder):
-    recorder = open_recorder()
-    fill(recorder, 1, 3)
+    recorder = open_recorder(resume_step=3)  # there is nothing to keep
+    fill(recorder, 1, 5)
     recorder.close()
+    assert [row["step"] for row in read_metrics(tmp_path, "validation")] == [5]
     open_recorder().close()
-    assert read_metrics(tmp_path) == []
-    open_recorder(resume_step=3).close()  # nothing to keep is nothing to fail on
     assert read_metrics(tmp_path) == []
 
 
@@ -133,19 +121,16 @@ def test_other_ranks_write_their_own_lines_and_nothing_else(tmp_path, open_recor
     assert all(line["rank"] == 1 and line["time"] > 0 for line in lines(tmp_path, 1))
 
 
-def test_tensorboard_shows_the_same_numbers(tmp_path, open_recorder):
+def test_tensorboard_shows_the_same_numbers_and_is_optional(tmp_path, open_recorder, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     recorder = open_recorder()
     fill(recorder, 1, 5)
     recorder.close()
     events = accumulator.EventAccumulator(str(tmp_path / "events")).Reload()
-    assert "train/loss" in events.Tags()["scalars"]
     seen = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert seen == [(step, pytest.approx(1 / step)) for step in range(1, 6)]
-
-
-def test_a_run_without_tensorboard_is_complete(tmp_path, open_recorder, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    shutil.rmtree(tmp_path / "events")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     recorder = open_recorder()
     fill(recorder, 1, 2)
     recorder.close()

@@ -23,14 +23,6 @@ def test_a_signal_is_a_request_a_second_one_an_interrupt(number):
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_after_the_block_signals_mean_what_they_meant():
-    with StopRequest() as stop:
-        pass
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-    assert not stop.requested
-
-
 def test_outside_the_main_thread_signals_are_left_alone():
     seen = []
 
