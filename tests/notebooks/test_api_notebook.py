@@ -65,7 +65,8 @@ def calls_of_the_contract() -> set[str]:
     tree = ast.parse(CONTRACT_TEST.read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     ours = [node for node in imports if (node.module or "").startswith("horovod_lm")]
-    return {alias.name for node in ours for alias in node.names}
+    names = {alias.name for node in ours for alias in node.names}
+    return names - {"distributed"}  # a module
 
 
 def test_the_headings_are_the_contracts(page):
@@ -112,13 +113,9 @@ def test_each_kind_of_error_is_shown_as_one_sentence(page):
     assert "Traceback" not in "".join(texts)
 
 
-def test_two_ranks_have_really_spoken(page):
+def test_two_ranks_have_run_and_nothing_is_left_behind(page):
     for identity in ("setup-run", "optimizer-run"):
         assert {line[:3] for line in printed_by(page, identity).splitlines()} == {"[0]", "[1]"}
     assert "average 1.5" in printed_by(page, "setup-run")
     assert printed_by(page, "optimizer-run").count("equal: True") == 2
-
-
-def test_the_page_leaves_nothing_behind(page, code):
     assert printed_by(page, page.cells[-1].id) == "left behind: False\n"
-    assert "mkdtemp" in code

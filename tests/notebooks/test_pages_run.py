@@ -56,7 +56,7 @@ def test_page_09_gives_its_stored_outputs_where_hosts_cannot_be_simulated():
 
 
 @pytest.mark.timeout(1800)
-def test_the_example_gives_its_stored_outputs_again(tmp_path):
+def test_the_example_gives_its_stored_outputs_again_or_runs_where_they_differ(tmp_path):
     stored = "".join(
         output.get("text", "")
         for cell in read_notebook(EXAMPLE).cells
@@ -65,9 +65,27 @@ def test_the_example_gives_its_stored_outputs_again(tmp_path):
     assert f"step 1/600  loss {FIRST_LOSSES[0]:.4f}" in stored, "renew FIRST_LOSSES with the page"
     shutil.copy(EXAMPLE, tmp_path)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    if first_losses(tmp_path) != FIRST_LOSSES:
-        pytest.skip("its page was stored with another Python's library or another processor")
-    compare(tmp_path / EXAMPLE.name, seconds_for_a_cell=900)
+    if first_losses(tmp_path) == FIRST_LOSSES:
+        compare(tmp_path / EXAMPLE.name, seconds_for_a_cell=900)
+    else:
+        run_with_a_smaller_model(tmp_path / EXAMPLE.name)
+
+
+def run_with_a_smaller_model(example: Path) -> None:
+    """Run every part of the example; its outputs differ from the stored ones."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "horovod_lm.teaching.notebooks", example.name, "--in-place"],
+        cwd=example.parent, env={**ENVIRONMENT, "HOROVOD_LM_FAST": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    for shown in (
+        "resuming at step ",
+        "largest difference below 1e-10: True",
+        "all losses equal to the last bit: True",
+    ):
+        assert shown in finished.stdout
+    assert (example.parent / "runs" / "example" / "example.png").stat().st_size > 10_000
 
 
 def compare(path: Path, seconds_for_a_cell: int, prefix: Sequence[str] = ()) -> None:
