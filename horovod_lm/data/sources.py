@@ -236,14 +236,18 @@ def _hub(config: Config) -> Corpus:
     open_once = cache(partial(_open_hub_dataset, config))
 
     def documents(split: str) -> Iterator[Document]:
-        rows = open_once().get(split, ())
         try:
+            rows = open_once().get(split, ())
             for index, text in enumerate(_join_articles(_row_texts(config, rows))):
                 yield text_document(f"{name} {split} {index}", text)
         except DataError:
             raise
         except Exception as error:  # any of the libraries behind a stream may raise
-            raise _hub_error(name, error) from None
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(
+                f"the dataset {name} cannot be read ({type(error).__name__}: {reason}); "
+                "check data.hub_dataset, data.hub_config and the network"
+            ) from None
 
     folder = config.resolve(name)
     local_files = sorted(file for file in folder.rglob("*") if file.is_file())
@@ -297,23 +301,13 @@ def _open_hub_dataset(config: Config) -> dict[str, Iterable[dict[str, Any]]]:
             "or use another data.source"
         ) from None
     local = config.resolve(name)
-    try:
-        if any((local / file).exists() for file in ("dataset_info.json", "dataset_dict.json")):
-            saved = datasets.load_from_disk(str(local))
-            return saved if isinstance(saved, dict) else {"train": saved}
-        if not local.exists():
-            check_reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-        return datasets.load_dataset(str(local) if local.exists() else name, subset, streaming=True)
-    except Exception as error:  # any of the libraries behind it may raise
-        raise _hub_error(name, error) from None
-
-
-def _hub_error(name: str, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:200]
-    return DataError(
-        f"the dataset {name} cannot be read ({type(error).__name__}: {reason}); "
-        "check data.hub_dataset, data.hub_config and the network"
-    )
+    if any((local / file).exists() for file in ("dataset_info.json", "dataset_dict.json")):
+        saved = datasets.load_from_disk(str(local))
+        return saved if isinstance(saved, dict) else {"train": saved}
+    if local.exists():
+        return datasets.load_dataset(str(local), subset, streaming=True)
+    check_reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    return datasets.load_dataset(name, subset, streaming=True)
 
 
 def _first_bytes(documents: Iterator[Document], limit: int) -> Iterator[Document]:

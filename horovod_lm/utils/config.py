@@ -9,6 +9,7 @@ same file works from the root and from `notebooks/`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher
@@ -39,11 +40,7 @@ class Section(BaseModel):
     """A frozen group of settings: no unknown keys, no type coercion."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        protected_namespaces=(),
-        use_attribute_docstrings=True,
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
     )
 
 
@@ -374,9 +371,9 @@ def load_config(
     if not isinstance(content, dict | None):
         raise ConfigError(f"{path} must contain sections such as 'model:', not {_short(content)}")
     config = config_from_dict(
-        content or {}, find_project_root(file.resolve().parent), str(path), overrides or ()
+        content or {}, find_project_root(file.parent), str(path), overrides or ()
     )
-    config._project_root = _root_of_run(config, file.resolve())
+    config._project_root = _root_of_run(config, file)
     return config
 
 
@@ -535,14 +532,11 @@ def _absolute(path: str | Path, root: Path) -> Path:
 
 
 def _find_file(path: str | Path) -> Path:
-    try:
-        given = Path(path).expanduser()
-        found = [file for file in (given, find_project_root() / given) if file.is_file()]
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{_short(str(path))} is not a path: {_one_line(error)}") from None
-    if found:
-        return found[0]
-    folder = given.parent if given.parent.is_dir() else find_project_root() / given.parent
-    names = sorted(str(given.parent / file.name) for file in folder.glob("*.yaml"))
+    here, in_project = (_absolute(path, folder) for folder in (Path.cwd(), find_project_root()))
+    for file in (here, in_project):
+        if os.path.isfile(file):
+            return file
+    folder = here.parent if os.path.isdir(here.parent) else in_project.parent
+    names = sorted(str(Path(path).parent / file.name) for file in folder.glob("*.yaml"))
     hint = f"; there are {', '.join(names)}" if names else ""
     raise ConfigError(f"there is no configuration file {path}{hint}")

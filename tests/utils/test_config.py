@@ -195,14 +195,12 @@ def test_strange_texts_are_saved_as_they_are(tmp_path, text):
 
 def test_a_config_cannot_be_changed_only_copied():
     config = Config()
-    for change in (lambda: setattr(config, "seed", 1), lambda: setattr(config.model, "d_ff", 1)):
-        with pytest.raises(Exception, match="frozen"):
-            change()
+    with pytest.raises(Exception, match="frozen"):
+        config.seed = 1
     with pytest.raises(Exception, match="frozen"):
         del config.model.d_ff
-    assert config.with_overrides(["model.d_ff=8"]).model.d_ff == 8
-    assert config.model.d_ff == 3072
     config.to_dict()["model"]["d_ff"] = 5
+    assert config.with_overrides(["model.d_ff=8"]).model.d_ff == 8
     assert config.model.d_ff == 3072
 
 
@@ -252,19 +250,12 @@ def test_run_name_stands_in_paths(write):
         config.resolve(config.paths.log_dir)
 
 
-@pytest.mark.parametrize(
-    ("path", "uses"),
-    [
-        ("~nobody-has-this-name/x", (resolve_path, Config().resolve, load_config)),
-        ("a\0b", (resolve_path, Config().resolve, load_config)),
-        ("x" * 5000, (load_config,)),
-    ],
-)
-def test_what_cannot_be_a_path_is_a_sentence(path, uses):
-    for use in uses:
-        with pytest.raises(ConfigError) as error:
-            use(path)
-        complaint(error)
+@pytest.mark.parametrize("use", [resolve_path, Config().resolve, load_config])
+@pytest.mark.parametrize("path", ["~nobody-has-this-name/x", "a\0b"])
+def test_what_cannot_be_a_path_is_a_sentence(path, use):
+    with pytest.raises(ConfigError, match="is not a path") as error:
+        use(path)
+    complaint(error)
 
 
 # YAML, as people write it ----------------------------------------------------------------------
@@ -418,8 +409,9 @@ def test_a_missing_file_is_one_sentence_that_names_the_others(write, monkeypatch
     monkeypatch.chdir(path.parent.parent)
     with pytest.raises(ConfigError, match="configs/other.yaml, configs/tiny.yaml"):
         load_config("configs/tinny.yaml")
-    with pytest.raises(ConfigError, match="no configuration file"):
-        load_config(path.parent)
+    for no_file in (path.parent, "x" * 5000):
+        with pytest.raises(ConfigError, match="no configuration file"):
+            load_config(no_file)
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
