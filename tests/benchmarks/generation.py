@@ -1,11 +1,10 @@
-"""Tokens per second of `TransformerLM.generate` beside `transformers`' generate, same weights.
+"""Tokens per second of `TransformerLM.generate` and of `transformers`' generate, same weights.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/generation.py
 
-Both use their key-value cache, float32, one prompt of 16 tokens, and the same settings. Rounds of
-the two alternate, so that a noisy moment meets both; the medians of the rounds are compared. With
-one thread the clock is the process's own CPU time: on a quiet machine that is the wall clock, on a
-busy one it leaves out the turns of others (but not their traffic on the memory bus).
+Both use their key-value cache, float32, one prompt of 16 tokens, and the same settings. The two
+take turns, so that other load affects both; medians are compared. With one thread the clock is the
+process's CPU time, which leaves out other processes (but not their traffic on the memory bus).
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ def seconds(run) -> float:
 
 
 def bandwidth(megabytes: int = 512) -> float:
-    """Measure how fast memory is read by a sum over more than any cache holds, in bytes/s."""
+    """Return the memory bandwidth in bytes/s of a sum over more than any cache holds."""
     data = torch.ones(megabytes * 2**18)
     data.sum()
     return data.nbytes / min(seconds(data.sum) for _ in range(5))
@@ -50,32 +50,21 @@ def compare(name: str, new_tokens: int, rounds: int, bytes_per_second: float) ->
     theirs = GPT2LMHeadModel(config).eval()
     ours = to_column_major(from_gpt2(theirs))  # as load_model_for_generation does
     prompt = torch.randint(1, config.vocab_size, (1, PROMPT_LENGTH))
-    mask = torch.ones_like(prompt)
+    lengths = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "pad_token_id": 0}
     size = sum(p.nbytes for p in ours.parameters())
     print(f"\n{name}: {ours.num_parameters() / 1e6:.1f} M parameters, {new_tokens} new tokens")
-    for label, ours_settings, their_settings in (
-        ("greedy", {"temperature": 0.0}, {"do_sample": False}),
-        (
-            "sampled",
-            {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
-            {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.9},
-        ),
+    for label, settings in (
+        ("greedy", {}),
+        ("sampled", {"temperature": 0.8, "top_k": 50, "top_p": 0.9}),
     ):
-
-        def run_ours(settings=ours_settings):
-            ours.generate(prompt, new_tokens, eos_token_id=None, seed=0, **settings)
-
-        def run_theirs(settings=their_settings):
-            theirs.generate(
-                prompt,
-                attention_mask=mask,
-                min_new_tokens=new_tokens,
-                max_new_tokens=new_tokens,
-                pad_token_id=0,
-                use_cache=True,
-                **settings,
-            )
-
+        run_ours = partial(
+            ours.generate, prompt, new_tokens, eos_token_id=None, seed=0,
+            **(settings or {"temperature": 0.0}),
+        )  # fmt: skip
+        run_theirs = partial(
+            theirs.generate, prompt, attention_mask=torch.ones_like(prompt), use_cache=True,
+            do_sample=bool(settings), **lengths, **settings,
+        )  # fmt: skip
         run_ours(), run_theirs()
         times = [(seconds(run_ours), seconds(run_theirs)) for _ in range(rounds)]
         our_rate, their_rate = (new_tokens / statistics.median(t) for t in zip(*times, strict=True))

@@ -1,16 +1,15 @@
-"""One training step: tokens per second and peak memory, ours beside `transformers`' GPT-2.
+"""One training step: tokens per second and peak memory of our model and `transformers`' GPT-2.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/step.py            # speed
     OMP_NUM_THREADS=1 python tests/benchmarks/step.py --memory   # peak memory at vocabulary 50257
 
 A step is forward, loss, backward, and torch's AdamW; the same shapes, float32, dropout 0, same
 threads. Steps take turns and their medians are compared; with one thread the clock is the process's
-own CPU time (see generation.py). Peak memory is what a fresh process has reached at its end
-(ru_maxrss), less what importing torch and a model of almost no size takes.
+CPU time (see generation.py). Peak memory is ru_maxrss of a new process at its end, less that of a
+process with a model of almost no size.
 
-"plain loss" is our model with the whole matrix of logits and torch's cross_entropy: what pieces
-cost or save. nanoGPT can stand beside them: `--nanogpt PATH` names its `model.py`, not a part
-of this project.
+"plain loss" is our model with the whole matrix of logits and torch's cross_entropy, to measure the
+chunked loss. `--nanogpt PATH` compares nanoGPT's `model.py` too, which is not part of this project.
 """
 
 from __future__ import annotations
@@ -125,9 +124,9 @@ def speed(names: list[str], rounds: int, nanogpt: str | None) -> None:
             print(f"  {label:13} {rate:8.0f} tokens/s   ours is {rates['ours'] / rate:.2f} of it")
 
 
-def peak(label: str, shape_name: str | None) -> float:
-    """Run two steps in a fresh process; return its peak memory in GB."""
-    command = [sys.executable, __file__, "--peak-of", label, shape_name or "nothing"]
+def peak(label: str, shape_name: str) -> float:
+    """Run two steps in a new process; return its peak memory in GB."""
+    command = [sys.executable, __file__, "--peak-of", label, shape_name]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1e9
 
 
@@ -141,11 +140,11 @@ def report_peak(label: str, shape_name: str) -> None:
 
 def memory(names: list[str]) -> None:
     for name in names:
-        used = {label: peak(label, name) - peak(label, None) for label in ("ours", "transformers")}
+        ours, theirs = (
+            peak(label, name) - peak(label, "nothing") for label in ("ours", "transformers")
+        )
         print(
-            f"{name}, vocabulary 50257: ours {used['ours']:.2f} GB, transformers "
-            f"{used['transformers']:.2f} GB, ratio {used['ours'] / used['transformers']:.2f}",
-            flush=True,
+            f"{name}: ours {ours:.2f} GB, transformers {theirs:.2f} GB, ratio {ours / theirs:.2f}"
         )
 
 
