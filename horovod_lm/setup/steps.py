@@ -79,10 +79,11 @@ def call(
                 raise subprocess.TimeoutExpired(command, seconds)
     finally:
         if process.poll() is None:
-            _end_group(process, grace)
+            end_group(process, grace)
 
 
-def _end_group(process: subprocess.Popen[Any], grace: float) -> None:
+def end_group(process: subprocess.Popen[Any], grace: float) -> None:
+    """Interrupt a process and its children once; kill what is left after `grace` seconds."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):

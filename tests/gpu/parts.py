@@ -1,16 +1,19 @@
-"""The parts of `make gpu`: each runs in a process of its own and writes what it found.
+"""The parts of `make gpu`: each runs in a process of its own and writes its measurements.
 
     python tests/gpu/parts.py logits --device cuda --work FOLDER --result logits.json
 
-A part calls `found.fact` for what it measured and `found.at_most` for what must hold; the file
-gets all of them, and the names of those that did not hold. `--device cpu` takes small models.
+A part calls `found.fact` for measurements, and `found.at_most` and `found.holds` for what must
+hold; the file gets all of them, and the names of those that did not hold. `--device cpu` uses small
+models.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -29,7 +32,7 @@ STEPS = 20
 
 @dataclass
 class Found:
-    """What a part has measured, in the order in which it is shown."""
+    """The measurements of a part, in the order in which they are shown."""
 
     device: torch.device
     work: Path
@@ -39,6 +42,10 @@ class Found:
     @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return GPT2_SMALL if self.on_gpu else SMALL
 
     def fact(self, name: str, value: Any) -> None:
         self.facts[name] = value
@@ -56,7 +63,7 @@ class Found:
 
 
 def build_model(shape: dict[str, int], dropout: float = 0.0, **changes: Any) -> torch.nn.Module:
-    """A model on the CPU; weights larger than at the start, so that no two logits nearly tie."""
+    """Return a model on the CPU; its weights are larger than usual, so that logits do not tie."""
     from horovod_lm.models.transformer_lm import TransformerLM
 
     torch.manual_seed(0)
@@ -78,7 +85,7 @@ def random_ids(shape: dict[str, int], rows: int) -> torch.Tensor:
 
 
 def difference(one: torch.Tensor, two: torch.Tensor) -> float:
-    """The largest difference, relative to the largest value."""
+    """Return the largest difference, relative to the largest value."""
     one, two = one.detach().double().cpu(), two.detach().double().cpu()
     return float((one - two).abs().max() / two.abs().max().clamp(min=1e-30))
 
@@ -106,15 +113,12 @@ def largest(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float
 @torch.no_grad()
 def logits(found: Found) -> None:
     """The device's logits are the CPU's, and those of `transformers` where it is installed."""
-    shape = GPT2_SMALL if found.on_gpu else SMALL
-    ids = random_ids(shape, 2)
-    model = build_model(shape).eval()
+    ids = random_ids(found.shape, 2)
+    model = build_model(found.shape).eval()
     expected = model.double()(ids)[0]
     for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         ours = model.to(found.device, dtype)(ids.to(found.device))[0]
-        found.at_most(
-            f"{dtype}".removeprefix("torch.") + ", to the CPU's", difference(ours, expected), limit
-        )
+        found.at_most(f"{dtype}, to the CPU's", difference(ours, expected), limit)
     with torch.autocast(found.device.type, torch.bfloat16):
         ours = model(ids.to(found.device))[0]
     found.at_most("bfloat16, to the CPU's", difference(ours, expected), 0.05)
@@ -125,50 +129,47 @@ def logits(found: Found) -> None:
         return
     from horovod_lm.models.gpt2 import from_gpt2
 
-    theirs = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).eval()
+    theirs = GPT2LMHeadModel(GPT2Config(**found.shape, bos_token_id=0, eos_token_id=0)).eval()
     for parameter in theirs.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.02)
     ours = from_gpt2(theirs).eval()
     ids = ids.to(found.device)
     for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        name = f"{dtype}".removeprefix("torch.") + ", to transformers'"
         theirs, ours = theirs.to(found.device, dtype), ours.to(found.device, dtype)
-        found.at_most(name, difference(ours(ids)[0], theirs(ids).logits), limit)
+        off = difference(ours(ids)[0], theirs(ids).logits)
+        found.at_most(f"{dtype}, to transformers'", off, limit)
 
 
 def loss_in_pieces(found: Found) -> None:
     """The loss that never holds all logits is the loss of all logits, gradients too."""
-    shape = GPT2_SMALL if found.on_gpu else SMALL
-    ids = random_ids(shape, 4 if found.on_gpu else 16).to(found.device)
-    model = build_model(shape).to(found.device)
-    found.fact("positions x vocabulary", f"{ids.numel()} x {shape['vocab_size']}")
+    ids = random_ids(found.shape, 4 if found.on_gpu else 16).to(found.device)
+    model = build_model(found.shape).to(found.device)
+    found.fact("positions x vocabulary", f"{ids.numel()} x {found.shape['vocab_size']}")
     for dtype, limit in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
         model.to(dtype)
         pieces = loss_and_gradients(model, ids, return_logits=False)
         whole = loss_and_gradients(model, ids, return_logits=True)
-        name = f"{dtype}".removeprefix("torch.")
-        found.at_most(f"{name}, loss and gradients", largest(pieces, whole), limit)
+        found.at_most(f"{dtype}, loss and gradients", largest(pieces, whole), limit)
 
 
 def gradient_checkpointing(found: Found) -> None:
     """Activations that are computed again give the same bits, dropout included."""
     torch.use_deterministic_algorithms(True)
-    shape = GPT2_SMALL if found.on_gpu else SMALL
-    ids = random_ids(shape, 4).to(found.device)
+    ids = random_ids(found.shape, 4).to(found.device)
     for amp in (None, torch.bfloat16):
         plain, again = (
-            loss_and_gradients(
-                build_model(shape, dropout=0.1, gradient_checkpointing=on).to(found.device).train(),
-                ids, amp, return_logits=False,
+            loss_and_gradients(model.to(found.device).train(), ids, amp, return_logits=False)
+            for model in (
+                build_model(found.shape, dropout=0.1, gradient_checkpointing=on)
+                for on in (False, True)
             )
-            for on in (False, True)
-        )  # fmt: skip
-        name = "bfloat16" if amp else "float32"
+        )
+        name = amp or torch.float32
         found.at_most(f"{name}, loss and gradients", largest(plain, again), 0.0)
 
 
 def cached_generation(found: Found) -> None:
-    """The cache changes no token: greedy and drawn, padded, and beyond the context."""
+    """The cache changes no token: greedy and sampled, padded, and beyond the context."""
     shape = SMALL | {"vocab_size": 500, "n_positions": 32}
     model = build_model(shape).double().to(found.device).eval()
     ids = random_ids(shape, 3)[:, :7]
@@ -181,9 +182,9 @@ def cached_generation(found: Found) -> None:
             for use_cache in (True, False)
         )  # fmt: skip
         found.holds(f"float64, temperature {temperature}: equal", torch.equal(cached, uncached))
-    shape = GPT2_SMALL if found.on_gpu else SMALL
-    model = build_model(shape).to(found.device).eval()
-    prompt, new_tokens = random_ids(shape, 1)[:, :8].to(found.device), shape["n_positions"] - 8
+    model = build_model(found.shape).to(found.device).eval()
+    prompt = random_ids(found.shape, 1)[:, :8].to(found.device)
+    new_tokens = found.shape["n_positions"] - 8
     for name, use_cache in (("with the cache", True), ("without", False)):
         model.generate(prompt, 8, 0.0, eos_token_id=None, use_cache=use_cache)
         started = time.perf_counter()
@@ -196,7 +197,7 @@ def cached_generation(found: Found) -> None:
 
 
 def settings(found: Found, **changes: Any) -> dict[str, Any]:
-    """Settings of a small run that needs no file and no network, all of it in the work folder."""
+    """Return the settings of a small run whose files are all in the work folder."""
     return {
         "training.device": found.device.type, "model.dropout": 0.1,
         "model.vocab_size": 257, "data.tokenizer": "byte",
@@ -217,7 +218,7 @@ def final_model(found: Found, run: str) -> dict[str, Any]:
 
 
 def resume(found: Found) -> None:
-    """A run that is resumed half-way ends with the bits of one that never stopped."""
+    """A run that is resumed half-way equals an uninterrupted one, bit for bit."""
     from horovod_lm.train import run_distributed_training
     from horovod_lm.utils.config import load_config
 
@@ -267,13 +268,13 @@ def two_ranks(found: Found) -> None:
 
 
 def first_line_of_run(said: str) -> str:
-    """The line with which a run says what it trains on."""
+    """Return the line in which a run names its device."""
     lines = [line for line in said.splitlines() if " parameters, " in line]
     return lines[0].partition(": ")[2] if lines else "no line about it"
 
 
 def horovodrun(ranks: int, arguments: list[str], env: dict[str, str]) -> str:
-    """Run Python on so many ranks of this machine; return what they printed."""
+    """Run Python on ranks of this machine; return their output."""
     launcher = [sys.executable, "-m", "horovod.runner.launch", "--gloo", "-np", str(ranks)]
     done = subprocess.run(
         [*launcher, sys.executable, *arguments], env=env, text=True,
@@ -289,7 +290,7 @@ def horovodrun(ranks: int, arguments: list[str], env: dict[str, str]) -> str:
 
 
 def collectives(found: Found) -> None:
-    """Every collective on every type, through NCCL on one rank, and on two where two GPUs are."""
+    """Every collective on every type, through NCCL on one rank, and on two with two GPUs."""
     gpus = torch.cuda.device_count() if found.on_gpu else 2
     for ranks in (1, 2) if gpus >= 2 else (1,):
         result, log = (found.work / f"collectives-{ranks}.{end}" for end in ("json", "log"))
@@ -354,12 +355,8 @@ def speed(found: Found) -> None:
 
     shape = (50257, 768, 12, 12, 16, 512) if found.on_gpu else (5000, 64, 4, 2, 2, 64)
     builders = {"ours": benchmark.build_ours, "plain loss": benchmark.build_plain_loss}
-    try:
-        import transformers  # noqa: F401
-
+    if importlib.util.find_spec("transformers"):
         builders["transformers"] = benchmark.build_transformers
-    except ImportError:
-        found.fact("transformers", "not installed")
     torch.set_default_device(found.device)
     for name, build in builders.items():
         if found.on_gpu:
@@ -371,10 +368,8 @@ def speed(found: Found) -> None:
             started = time.perf_counter()
             take_step()  # returns the loss as a number, so it waits for the GPU
             times.append(time.perf_counter() - started)
-        found.fact(
-            f"{name}, tokens per second",
-            round(shape[-1] * shape[-2] / sorted(times)[len(times) // 2]),
-        )
+        rate = shape[-1] * shape[-2] / statistics.median(times)
+        found.fact(f"{name}, tokens per second", round(rate))
         if found.on_gpu:
             found.fact(f"{name}, peak GB", round(torch.cuda.max_memory_allocated() / 1e9, 2))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu.kit import MODEL, Kit, Part
+from tests.gpu.kit import Kit
 from tests.gpu.parts import Found
 
 KIT = str(Path(__file__).with_name("kit.py"))
@@ -25,23 +25,14 @@ def test_without_a_gpu_it_says_so_and_exits_1():
 
 def test_a_rehearsal_writes_a_report_and_a_failing_part_stops_nothing(tmp_path, capsys):
     kit = Kit("cpu", tmp_path, source=None)
-    kit.run(
-        [
-            Part("no_such_part", 30, MODEL),
-            Part("logits", 0.1, MODEL),
-            Part("resume", 30, {"a package": "no_such_module"}),
-            Part("gradient_checkpointing", 60, MODEL),
-        ]
-    )
+    kit.run({"no_such_part": 30, "logits": 0.1, "gradient_checkpointing": 60})
     kit.write()
-    assert not kit.passed()
     [report] = tmp_path.glob("gpu-CPU-*.json")
-    wrong, late, lacking, right = json.loads(report.read_text())["parts"]
-    assert "invalid choice: 'no_such_part'" in wrong["result"]
-    assert late["result"] == "FAILED: not done after 0 s"
-    assert lacking["result"] == "not run: a package not installed here"
+    wrong, late, right = json.loads(report.read_text())["parts"]
+    assert "FAILED: " in wrong["result"] and "invalid choice: 'no_such_part'" in wrong["result"]
+    assert late["result"] == "FAILED: not done in time"
     assert right["result"] == "holds"
-    assert right["facts"]["bfloat16, loss and gradients"] == {"value": 0.0, "at_most": 0.0}
+    assert right["facts"]["torch.bfloat16, loss and gradients"] == {"value": 0.0, "at_most": 0.0}
     [table] = tmp_path.glob("gpu-CPU-*.md")
     assert table.read_text() in capsys.readouterr().out
 
