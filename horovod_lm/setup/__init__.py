@@ -1,5 +1,5 @@
-"""From a fresh machine to an environment with a Horovod that works.
+"""From a fresh machine to an environment with a working Horovod.
 
-`bootstrap`, `preflight` and `environment` are `make setup`; `toolchain`, `patches`, `build`,
-`progress` and `trial` serve `horovod_lm.setup.install_horovod`, which builds Horovod.
+`bootstrap` and `environment` are `make setup`; `install_horovod` builds and installs Horovod, with
+`toolchain`, `cuda`, `patches`, `build` and `trial`; `doctor` and `doctor_hosts` check machines.
 """

@@ -45,6 +45,15 @@ INSTALL = "horovod_lm.setup.install_horovod"
 LEAST_MEMORY, LEAST_DISK, LEAST_SHARED_MEMORY = 2 * GIB, 1 * GIB, 0.25 * GIB
 
 
+def gpus_seen() -> list[str]:
+    """Return the names of the GPUs that torch can use; empty without torch."""
+    try:
+        import torch
+    except ImportError:
+        return []
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+
+
 def check_python() -> Iterator[Finding]:
     """Python, and the folder of the package."""
     version = ".".join(map(str, sys.version_info[:3]))
@@ -180,7 +189,7 @@ def check_memory() -> Iterator[Finding]:
     yield enough("memory", free, memory.total, LEAST_MEMORY, "close other programs, or add memory")
     if os.path.isdir("/dev/shm"):
         shared = shutil.disk_usage("/dev/shm")
-        fix = "give the container more (docker run --shm-size 1g), or keep data.num_workers=0"
+        fix = "give the container more (docker run --shm-size 1g), or set data.num_workers=0"
         yield enough("/dev/shm", shared.free, shared.total, LEAST_SHARED_MEMORY, fix)
     disk = shutil.disk_usage(".")
     yield enough("disk", disk.free, disk.total, LEAST_DISK, "free space, or work on a larger disk")
@@ -215,15 +224,6 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_memory,
     check_two_ranks,
 )
-
-
-def gpus_seen() -> list[str]:
-    """Return the names of the GPUs that torch can use; empty without torch."""
-    try:
-        import torch
-    except ImportError:
-        return []
-    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
 def examine(folder: Path) -> Iterator[Finding]:

@@ -172,9 +172,8 @@ class Setup:
             )
         if moved_from := former_folder(self.folder):
             missing.append(
-                f"{self.folder} was moved, and its programs start the Python of {moved_from}; "
-                "delete it, and it is created again (most downloads are in pip's cache), or "
-                + ANOTHER_FOLDER
+                f"{self.folder} was moved, and its programs start the Python of {moved_from};"
+                f" delete it and run this again (pip's cache has most files), or {ANOTHER_FOLDER}"
             )
         missing += missing_for_build(environment.include if environment else None)
         for folder, name in ((self.folder, "VENV"), (cache_folder(), "HOROVOD_LM_CACHE")):
@@ -199,28 +198,29 @@ class Setup:
             installed = downloaded = 0.0
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         pip_cache = Path(os.environ.get("PIP_CACHE_DIR") or f"{base}/pip").expanduser()
-        needed: dict[int, float] = {}
-        place: dict[int, Path] = {}
-        for folder, size in (
-            (self.folder, installed + downloaded),  # temporary files are there, too
-            (pip_cache, downloaded),
-            (cache_folder(), BYTES_FOR_BUILD),
-        ):
-            disk = existing(folder).stat().st_dev
-            place.setdefault(disk, existing(folder))
-            needed[disk] = needed.get(disk, 0) + size
-        return [
-            f"{needed[disk] / 1e9:.1f} GB are needed on the disk of {place[disk]}, and "
-            f"{free / 1e9:.1f} GB are free; delete files there, or choose folders on another "
-            "disk: make setup VENV=... HOROVOD_LM_CACHE=... PIP_CACHE_DIR=..."
-            for disk in needed
-            if (free := shutil.disk_usage(place[disk]).free) < needed[disk]
-        ]
+        places = [existing(path) for path in (self.folder, pip_cache, cache_folder())]
+        # The environment's folder also holds the temporary files.
+        sizes = (installed + downloaded, downloaded, BYTES_FOR_BUILD)
+        disks: dict[int, list[tuple[Path, float]]] = {}
+        for place, size in zip(places, sizes, strict=True):
+            disks.setdefault(place.stat().st_dev, []).append((place, size))
+        missing = []
+        for on_disk in disks.values():
+            place, needed = on_disk[0][0], sum(size for _, size in on_disk)
+            free = shutil.disk_usage(place).free
+            if free < needed:
+                missing.append(
+                    f"{needed / 1e9:.1f} GB are needed on the disk of {place}, and {free / 1e9:.1f}"
+                    " GB are free; delete files there, or choose folders on another disk: make"
+                    " setup VENV=... HOROVOD_LM_CACHE=... PIP_CACHE_DIR=..."
+                )
+        return missing
 
     def lacks_torch(self, environment: Environment | None) -> bool:
         """Return whether torch is not installed, or too old."""
-        found = environment.torch if environment else None
-        return found is None or numbers(found) < numbers(self.pins["oldest_torch"])
+        if environment is None or environment.torch is None:
+            return True
+        return numbers(environment.torch) < numbers(self.pins["oldest_torch"])
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:

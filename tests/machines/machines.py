@@ -3,14 +3,10 @@
     make machines                                     # the default rows
     make machines ROWS="trixie bookworm:g++-11:python=/opt/python-3.10"
 
-A row is SUITE[:COMPILER][:PYTHON]. SUITE is any suite of Debian or Ubuntu whose mirror answers.
-COMPILER is a package of that suite such as g++-11 or clang-19, used as CXX. PYTHON is a package
-such as python3.13, or python=FOLDER: the folder holds bin/python3 (a standalone build, or a version
-of pyenv) and is mounted read-only at the same path.
-
-For each row an ordinary user clones the current commit into a path with a space and runs
-`make setup`, `make example` and a part of the tests there. A table of versions, times and results
-is printed; the exit code is 0 when every row passed. See README.md beside this file.
+A row is SUITE[:COMPILER][:PYTHON]; README.md beside this file explains it. For each row an ordinary
+user clones the current commit into a path with a space and runs `make setup`, `make example` and a
+part of the tests there. A table of versions, times and results is printed; the exit code is 0 when
+every row passed.
 """
 
 from __future__ import annotations
@@ -45,7 +41,7 @@ COLUMNS = ["row", "compiler", "Python", "torch", "set-up", "example", "tests", "
 
 
 class RowError(Exception):
-    """A row that cannot be made or did not pass; the text says why."""
+    """A row cannot be prepared or did not pass; the text is the reason."""
 
 
 class Row:
@@ -73,7 +69,7 @@ class Row:
         self.found = {"row": self.name, "result": "passed"}
 
     def run(self) -> dict[str, str]:
-        """Run the row in namespaces of its own; remove what it installed if it passed."""
+        """Run the row in namespaces of its own; if it passed, remove what it installed."""
         for folder in (self.logs, self.work):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -91,7 +87,7 @@ class Row:
         return self.found | found
 
     def run_inside(self) -> None:
-        """Make the root where it is missing, run the steps, and write result.json."""
+        """Create the root if it is missing, run the steps, and write result.json."""
         pristine = self.root.with_suffix("")
         try:
             if not pristine.exists():
@@ -103,7 +99,7 @@ class Row:
         (self.logs / "result.json").write_text(json.dumps(self.found))
 
     def make_root(self, place: Path) -> None:
-        """A root with compiler, Python and an ordinary user, under its name only when whole."""
+        """Create a root with compiler, Python and an ordinary user; its name appears at the end."""
         script = SCRIPTS / self.suite
         if not script.exists():  # a suite newer than this debootstrap
             script = SCRIPTS / "sid"
@@ -124,7 +120,7 @@ class Row:
         self.root.rename(place)
 
     def copy_root(self, pristine: Path) -> None:
-        """Lay a writable folder over the root, and mount what the row needs of this machine."""
+        """Mount a writable layer over the root, and this machine's files that the row needs."""
         for folder in ("upper", "work", "root"):
             (self.work / folder).mkdir()
         self.root = self.work / "root"
@@ -147,7 +143,7 @@ class Row:
             self.install(f"{self.python} {self.python}-dev {self.python}-venv")
 
     def mount_system(self) -> None:
-        """What every process expects, and how this machine reaches the network."""
+        """Mount the system's folders, and this machine's settings for the network."""
         mount("-t", "proc", "proc", self.root / "proc")
         mount("--rbind", "/sys", self.root / "sys")
         mount("--rbind", "/dev", self.root / "dev")
@@ -171,7 +167,7 @@ class Row:
         mount("-o", "remount,bind,ro", place)
 
     def run_steps(self) -> None:
-        """Set-up, example and tests, and their columns of the table."""
+        """Run set-up, example and tests, and fill in their columns of the table."""
         bundle = self.root / "tmp/project.bundle"
         create = ["git", "-C", str(PROJECT), "bundle", "create", str(bundle), "HEAD"]
         self.execute("clone", 2, create)
@@ -201,7 +197,7 @@ class Row:
             self.found[name] = f"{seconds // 60}m{seconds % 60:02d}s"
 
     def ask(self, command: str) -> str:
-        """The last line that a command prints."""
+        """Return the last line that a command prints."""
         self.as_user("versions", 2, command)
         return (self.logs / "versions.log").read_text().splitlines()[-1]
 
@@ -227,7 +223,7 @@ class Row:
         return ["chroot", *user, str(self.root), "env", "-i", *env, "sh", "-c", command]
 
     def execute(self, name: str, minutes: float, command: list[str]) -> None:
-        """Run a command to its end with everything it prints in the log of that name.
+        """Run a command with its output in the log of that name.
 
         Raises:
             RowError: it failed, or took longer than its limit.
@@ -250,12 +246,12 @@ def mount(*arguments: str | Path) -> None:
 
 
 def output(*command: str) -> str:
-    """What a command prints."""
+    """Return what a command prints."""
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def pip_settings() -> tuple[dict[str, str], set[Path]]:
-    """This machine's settings of pip as variables, proxies too, and the paths that they name."""
+    """Return this machine's settings of pip and its proxies as variables, and the paths in them."""
     passed_on = re.compile(r".*_proxy|TORCH_INDEX_URL", re.IGNORECASE)
     variables = {name: value for name, value in os.environ.items() if passed_on.fullmatch(name)}
     paths = set()

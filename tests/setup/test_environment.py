@@ -333,11 +333,6 @@ def finished(tmp_path) -> Setup:
     return setup
 
 
-def rename_lib(setup: Setup) -> None:
-    lib = setup.folder / f"lib/python3.{sys.version_info[1]}"
-    lib.rename(setup.folder / "lib/python3.9")
-
-
 CHANGES: dict[str, Callable[[Setup], object]] = {
     "other options": lambda setup: setup.horovod_options.append("--mpi"),
     "another torch": lambda setup: next(setup.folder.glob("lib/*/*/torch-*")).rename(
@@ -345,7 +340,6 @@ CHANGES: dict[str, Callable[[Setup], object]] = {
     ),
     "no Horovod": lambda setup: next(setup.folder.glob("lib/*/*/horovod-*")).rmdir(),
     "no Python": lambda setup: (setup.folder / "bin" / "python").unlink(),
-    "another Python": rename_lib,
     "stamps cut short": lambda setup: setup.stamps_path.write_text('{"horovod": "01'),
 }
 

@@ -1,9 +1,8 @@
-"""The patches that Horovod's last release needs to build and work today, and what applies them.
+"""The patches that Horovod's last release needs to build and work today, and how they are applied.
 
-Horovod 0.28.1 (June 2023) is the newest release. Its version and hash are pinned here, and not in
-pyproject.toml, because the patches fit that source only. Each NN-name.patch mends one fault; its
-header says what goes wrong without it and where upstream discusses it. `tests/horovod` shows the
-patches for faults that are not build errors at work.
+Horovod 0.28.1 (June 2023) is the newest release. Its version and hash are pinned here because the
+patches fit that source only. Each NN-name.patch fixes one fault; its header says what goes wrong
+without it and where upstream discusses it. `tests/horovod` tests the patches that change behaviour.
 """
 
 from __future__ import annotations
@@ -40,15 +39,11 @@ class Patch:
         """Read a file: Subject, Upstream, an empty line, the reason, an empty line, the diff."""
         header, diff = path.read_text(encoding="utf-8").split("\n\n--- ", 1)
         subject, upstream, _, why = header.split("\n", 3)
-        return cls(
-            subject.removeprefix("Subject: "),
-            why.replace("\n", " "),
-            upstream.removeprefix("Upstream: "),
-            f"--- {diff}",
-        )
+        name, upstream = subject.removeprefix("Subject: "), upstream.removeprefix("Upstream: ")
+        return cls(name, why.replace("\n", " "), upstream, f"--- {diff}")
 
     def hunks(self) -> list[tuple[str, str, str]]:
-        """Return each hunk as its file, the lines that it expects, and the lines that it leaves."""
+        """Return each hunk as its file, its old lines and its new lines, context included."""
         found = []
         for part in re.split(r"^--- a/", self.diff, flags=re.MULTILINE)[1:]:
             head, *bodies = re.split(r"^@@ .*\n", part, flags=re.MULTILINE)
@@ -66,12 +61,8 @@ PATCHES = tuple(Patch.read(path) for path in sorted(Path(__file__).parent.glob("
 def apply_patches(source: Path, patches: tuple[Patch, ...] = PATCHES) -> None:
     """Patch Horovod's unpacked source in place, or change nothing if a patch does not fit.
 
-    Args:
-        source: the root of the unpacked source distribution.
-        patches: the patches, in order.
-
     Raises:
-        UserError: a file is missing, or does not hold the lines of a hunk exactly once.
+        UserError: a file is missing, or does not contain the lines of a hunk exactly once.
     """
     texts: dict[str, str] = {}
     for patch in patches:
@@ -94,5 +85,5 @@ def apply_patches(source: Path, patches: tuple[Patch, ...] = PATCHES) -> None:
 
 
 def patches_digest(patches: tuple[Patch, ...] = PATCHES) -> str:
-    """Return a short hash of what the patches change, for the key of the build."""
+    """Return a short hash of the diffs, for the key of the build."""
     return hashlib.sha256("".join(patch.diff for patch in patches).encode()).hexdigest()[:12]
