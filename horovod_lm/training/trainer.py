@@ -358,12 +358,16 @@ class Trainer:
 
     def content(self) -> dict[str, Any]:
         """Return the content of a checkpoint: all that resuming and generation need."""
+        config = self.config.to_dict()
+        # Environment variables may hold secrets, and checkpoints are passed on.
+        for section in (config["distributed"], *config["distributed"]["hosts"]):
+            section["environment"] = {}
         return checkpoint_content(
             self.model,
             self.optimizer,
             self.scheduler,
             self.scaler,
-            config=self.config.to_dict(),
+            config=config,
             tokenizer=self.tokenizer.to_json(),
             **asdict(self.state),
         )
@@ -376,7 +380,7 @@ class Trainer:
 
     def save_after_lost_rank(self, error: Exception) -> LostRankError:
         """Save the last step that all ranks took, and return the error to raise."""
-        self._save_and_explain("another rank is gone; training ended")
+        self._save_and_explain("another rank was lost; training ended")
         return LostRankError(
             f"rank {self.rank} lost another rank after step {self.state.global_step}"
             f" ({' '.join(str(error).split())})"
