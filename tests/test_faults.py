@@ -22,7 +22,7 @@ GUARDS = {
     ),
     "3: clipping before synchronize()": ("training/test_equivalence.py::test_two_ranks_equal_one"),
     "4: helpers that catch ImportError only": (
-        "utils/test_distributed.py::test_every_helper_works_before_init"
+        "utils/test_distributed.py::test_every_helper_works_before_init_and_without_horovod"
     ),
     "5: checkpointing with a lambda that closes over the loop variable": (
         "models/test_transformer_lm.py::test_gradient_checkpointing_changes_no_bit"

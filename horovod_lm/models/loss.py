@@ -139,8 +139,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, chunk_size: int | None
     ) -> Tensor:
-        hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        weight_gradient = torch.zeros_like(lm_head_weight) if ctx.needs_input_grad[1] else None
+        hidden_gradient = torch.empty_like(hidden)  # (N, C)
+        weight_gradient = torch.zeros_like(lm_head_weight)  # (V, C)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         hidden, lm_head_weight = _autocast_once(hidden, lm_head_weight)
         for rows in _chunks(len(hidden), len(lm_head_weight), chunk_size):
@@ -148,29 +148,30 @@ class _SummedCrossEntropy(torch.autograd.Function):
             chunk_total, gradient = _loss_and_gradient(_at_least_float32(logits), targets[rows])
             total += chunk_total
             gradient = gradient.to(lm_head_weight.dtype)  # (n, V)
-            if hidden_gradient is not None:
-                hidden_gradient[rows] = gradient @ lm_head_weight  # (n, V) @ (V, C) -> (n, C)
-            if weight_gradient is not None:
-                _add_product(weight_gradient, gradient, hidden[rows])
+            hidden_gradient[rows] = gradient @ lm_head_weight  # (n, V) @ (V, C) -> (n, C)
+            if weight_gradient.dtype == gradient.dtype:  # summed inside the product
+                weight_gradient.addmm_(gradient.t(), hidden[rows])  # (V, n) @ (n, C) -> (V, C)
+            else:
+                weight_gradient += gradient.t() @ hidden[rows]
         ctx.gradients = (hidden_gradient, weight_gradient)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, total_gradient: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, total_gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         if ctx.gradients is None:
             raise RuntimeError(
                 "the first backward() freed the gradients of the chunked loss; "
                 "for a second one, compute the loss with return_logits=True"
             )
         hidden_gradient, weight_gradient = ctx.gradients
-        ctx.gradients = None  # scaled in place below: a copy would have the embedding's size
-        for gradient in (hidden_gradient, weight_gradient):
-            if gradient is not None:
-                gradient.mul_(total_gradient)
-        return hidden_gradient, weight_gradient, None, None
+        ctx.gradients = None  # scaled in place: a copy would have the embedding's size
+        return (
+            hidden_gradient.mul_(total_gradient),
+            weight_gradient.mul_(total_gradient),
+            None,
+            None,
+        )
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,11 +184,3 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     gradient.scatter_add_(1, targets, torch.full_like(log_normalizer, -1.0))
     gradient.masked_fill_(ignored[:, None], 0.0)
     return losses.sum(), gradient
-
-
-def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """Add gradient (n, V) transposed times hidden (n, C) to the embedding's gradient (V, C)."""
-    if total.dtype == gradient.dtype:
-        total.addmm_(gradient.t(), hidden)  # (V, n) @ (n, C), summed inside the product
-    else:
-        total += gradient.t() @ hidden

@@ -11,9 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 
-from horovod_lm.training.checkpoint import read_checkpoint
 from horovod_lm.training.metrics import read_metrics
 from tests.elastic_runs import (
     COMMIT_INTERVAL,
@@ -24,6 +22,7 @@ from tests.elastic_runs import (
     assert_nothing_was_lost,
     what_was_said,
 )
+from tests.training.test_resume import assert_same_run
 
 pytestmark = pytest.mark.skipif(
     not Path(sys.executable).with_name("horovodrun").exists(),
@@ -59,22 +58,7 @@ def assert_equal_to_a_static_resume(run: ElasticRun, at: int, ranks: int, train)
     shutil.copytree(run.folder, twin)
     [checkpoint] = (twin / "checkpoints").glob(f"*_step{at}.pt")
     train("--resume", str(checkpoint), ranks=ranks)
-    assert_same_end(run.folder, twin)
-
-
-def assert_same_end(one: Path, two: Path) -> None:
-    a, b = (read_checkpoint(run / "checkpoints" / "final_model.pt") for run in (one, two))
-    for name, tensor in a["model"].items():
-        assert torch.equal(tensor, b["model"][name]), name
-    assert len(a["optimizer"]["state"]) == len(b["optimizer"]["state"]) > 0
-    for number, state in a["optimizer"]["state"].items():
-        for name, tensor in state.items():
-            assert torch.equal(tensor, b["optimizer"]["state"][number][name]), (number, name)
-    assert a.get("scaler") == b.get("scaler")
-    position = ("epoch", "step", "global_step", "samples_seen", "tokens")
-    assert [a[key] for key in position] == [b[key] for key in position]
-    losses = [[row["loss"] for row in read_metrics(run)] for run in (one, two)]
-    assert losses[0] == losses[1]
+    assert_same_run(run.folder, twin)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +167,7 @@ def test_elastic_and_nothing_happens_equals_static(elastic, tiny_project, train)
     first = overrides.index("--config")
     arguments = [part.replace("calm", "calm-static") for part in overrides[first:]]
     train(*arguments, ranks=2)
-    assert_same_end(run.folder, run.folder.with_name("calm-static"))
+    assert_same_run(run.folder, run.folder.with_name("calm-static"))
     assert read_metrics(run.folder, "train")[-1]["steps_replayed"] == 0
 
 

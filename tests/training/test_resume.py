@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from horovod_lm.data import load_preprocessed_data
+from horovod_lm.train import run_distributed_training
 from horovod_lm.training.checkpoint import read_checkpoint
 from horovod_lm.training.metrics import read_metrics
+from horovod_lm.utils.config import load_config
 from tests.conftest import ROOT
 
 STEPS = 150  # time enough to interrupt a run half-way
@@ -29,26 +31,30 @@ def final(run_dir: Path) -> dict:
     return read_checkpoint(run_dir / "checkpoints" / "final_model.pt")
 
 
-def assert_same_run(one: Path, two: Path, tolerance: float = 0.0, steps: int = STEPS) -> None:
+def assert_same_run(one: Path, two: Path, tolerance: float = 0.0) -> None:
     """Compare two runs' final parameters, moments, losses and position."""
     a, b = final(one), final(two)
     for name, tensor in a["model"].items():
-        assert (tensor - b["model"][name]).abs().max().item() <= tolerance, name
+        torch.testing.assert_close(b["model"][name], tensor, rtol=0, atol=tolerance)
     for number, state in a["optimizer"]["state"].items():
         for name, tensor in state.items():
-            difference = tensor - b["optimizer"]["state"][number][name]
-            assert difference.abs().max().item() <= tolerance, (number, name)
-    position = ("epoch", "step", "global_step", "samples_seen", "tokens")
+            other = b["optimizer"]["state"][number][name]
+            torch.testing.assert_close(other, tensor, rtol=0, atol=tolerance)
+    position = ("epoch", "step", "global_step", "samples_seen", "tokens", "scaler")
     assert [a[key] for key in position] == [b[key] for key in position]
-    rows, others = (read_metrics(run, "train") for run in (one, two))
-    assert (
-        [row["step"] for row in rows] == [row["step"] for row in others] == [*range(1, steps + 1)]
-    )
+    rows, others = read_metrics(one), read_metrics(two)
     for row, other in zip(rows, others, strict=True):
+        assert (row["phase"], row["step"]) == (other["phase"], other["step"])
         assert abs(row["loss"] - other["loss"]) <= tolerance
-        assert row["learning_rate"] == other["learning_rate"]
-    evaluations = [[row["loss"] for row in read_metrics(run, "validation")] for run in (one, two)]
-    assert evaluations[0] == pytest.approx(evaluations[1], abs=tolerance, rel=0)
+        assert row.get("learning_rate") == other.get("learning_rate")
+    steps = [row["step"] for row in rows if row["phase"] == "train"]
+    assert steps == list(range(1, a["global_step"] + 1))
+
+
+def train_here(project: Path, name: str, settings, resume: Path | None = None) -> Path:
+    """Train on one rank in this process; return the run's folder."""
+    config = load_config(project / "configs" / "tiny.yaml", settings)
+    return run_distributed_training(config, 0, 1, 0, resume, name).run_dir
 
 
 def process_id(run_dir: Path, rank: int) -> int:
@@ -77,13 +83,13 @@ def uninterrupted(tiny_project, start_for_module):
     return run
 
 
-@pytest.mark.parametrize(("ranks", "victim"), [(0, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize("victim", [0, 1])
 def test_killed_in_an_epoch_and_resumed_is_bit_equal(
-    tiny_project, start, train, uninterrupted, ranks, victim
+    tiny_project, start, train, uninterrupted, victim
 ):
-    name = f"killed-{ranks}-{victim}"
+    name = f"killed-{victim}"
     folder = tiny_project / "runs" / name
-    command = start(["-m", "horovod_lm.train", *RUN, "--run-name", name], ranks)
+    command = start(["-m", "horovod_lm.train", *RUN, "--run-name", name], ranks=2)
     command.wait_until(lambda: steps_done(folder) > STEPS // 3, timeout=90)
     os.kill(process_id(folder, victim), signal.SIGKILL)
     finished = command.wait(30)
@@ -91,10 +97,10 @@ def test_killed_in_an_epoch_and_resumed_is_bit_equal(
     assert command.left_behind() == []
     assert not (folder / "checkpoints" / "final_model.pt").exists()
 
-    resumed = train("--resume", "auto", "--run-name", name, ranks=ranks)
+    resumed = train("--resume", "auto", "--run-name", name, ranks=2)
     step = int(re.search(r"resuming at step (\d+)", resumed.output).group(1))
     assert 0 < step < STEPS
-    assert_same_run(uninterrupted(ranks), folder)
+    assert_same_run(uninterrupted(2), folder)
 
 
 # ranks -> name: (settings, largest difference allowed)
@@ -153,7 +159,7 @@ def test_more_ranks_resume_bit_equal_with_fixed_groups_and_nearly_without(resume
     _, tolerance = MORE_RANKS[ranks][case]
     name = f"{case}-on-{ranks}"
     runs = resumed(ranks)
-    assert_same_run(runs / name, runs / f"{name}-again", tolerance, FEW_STEPS)
+    assert_same_run(runs / name, runs / f"{name}-again", tolerance)
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
@@ -169,7 +175,7 @@ def test_ctrl_c_stops_every_rank_saves_and_says_how_to_resume(
     assert finished.code == (0 if ranks else 130)
     assert command.left_behind() == []
     assert "Traceback" not in finished.output
-    step = int(re.search(r"stopped after step (\d+); saved \S+\.pt", finished.output).group(1))
+    step = int(re.search(r"stopped after step (\d+); saved .+\.pt", finished.output).group(1))
     assert steps_done(folder) == step + len(read_metrics(folder, "validation"))
 
     advice = re.search(r"to resume: (?:horovodrun -np (\d+) )?python (-m .*)", finished.output)
@@ -181,13 +187,14 @@ def test_ctrl_c_stops_every_rank_saves_and_says_how_to_resume(
 
 
 def test_resume_at_another_world_size_sees_every_sample_once(tiny_project, train):
-    epoch = ("--config", "configs/tiny.yaml", "--set", "training.max_steps=null")
-    train(*epoch, "--set", "training.num_epochs=1", "--set", "training.checkpoint_interval=7",
-          "--set", "training.keep_last_checkpoints=100", "--run-name", "two", ranks=2)  # fmt: skip
-    checkpoint = next((tiny_project / "runs" / "two" / "checkpoints").glob("*_step14.pt"))
+    settings = ["training.max_steps=null", "training.num_epochs=1",
+                "training.checkpoint_interval=7", "training.keep_last_checkpoints=99"]  # fmt: skip
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    train("--config", "configs/tiny.yaml", *overrides, "--run-name", "two", ranks=2)
+    [checkpoint] = (tiny_project / "runs" / "two" / "checkpoints").glob("*_step14.pt")
     samples = read_checkpoint(checkpoint)["samples_seen"]
     assert samples == 14 * 2 * 4
-    train("--resume", str(checkpoint), "--run-name", "then-one")
+    train_here(tiny_project, "then-one", settings, checkpoint)
     data, _ = load_preprocessed_data(tiny_project / "data")
     whole, mixed = (final(tiny_project / "runs" / name) for name in ("two", "then-one"))
     assert whole["tokens"] == mixed["tokens"] == data.num_tokens - 1
@@ -195,18 +202,15 @@ def test_resume_at_another_world_size_sees_every_sample_once(tiny_project, train
     assert mixed["epoch"] == 1 and mixed["samples_seen"] == 0
 
 
-def test_best_loss_is_not_the_loss_of_the_checkpoint_that_was_loaded(tiny_project, train):
-    train(*RUN, "--run-name", "best", "--set", "training.max_steps=30", "--set",
-          "training.eval_interval=10")  # fmt: skip
-    folder = tiny_project / "runs" / "best"
+def test_best_loss_is_not_the_loss_of_the_checkpoint_that_was_loaded(tiny_project):
+    settings = {"training.num_epochs": 20, "training.max_steps": 30}
+    folder = train_here(tiny_project, "best", settings)
     losses = [row["loss"] for row in read_metrics(folder, "validation")]
     last = final(folder)
     assert last["best_loss"] == min(losses) != last["loss"]
-    assert torch.isfinite(torch.tensor(last["loss"]))
-    # A run that goes on after a far better best must leave best_model.pt alone.
+    # A resumed run with a better best loss must not overwrite best_model.pt.
     best = folder / "checkpoints" / "best_model.pt"
     before = best.read_bytes()
-    content = torch.load(folder / "checkpoints" / "final_model.pt", weights_only=True)
-    torch.save({**content, "best_loss": 0.001}, folder / "checkpoints" / "final_model.pt")
-    train("--resume", "auto", "--run-name", "best", "--set", "training.max_steps=50")
+    torch.save({**last, "best_loss": 0.001}, folder / "checkpoints" / "final_model.pt")
+    train_here(tiny_project, "best", settings | {"training.max_steps": 40}, folder / "checkpoints")
     assert best.read_bytes() == before

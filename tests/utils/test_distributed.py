@@ -1,4 +1,4 @@
-"""The door to Horovod: open on two real ranks, and safe before init and with nothing behind it."""
+"""The functions around Horovod: on two real ranks, before init, and without Horovod."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from horovod_lm.utils.config import DistributedConfig
 from horovod_lm.utils.errors import ConfigError, DistributedError
 from tests.conftest import ROOT
 
-# What stands for Horovod in a folder that comes first on Python's path. An install that cannot be
-# loaded raises OSError: it was built for another torch.
+# Replacements of Horovod's package. A build for another torch raises OSError when it is loaded.
 MISSING = "raise ModuleNotFoundError(\"No module named 'horovod'\", name='horovod')"
 BROKEN = "raise OSError('mpi_lib_v2.so: undefined symbol: _ZN3c10\\nand a second line')"
 
@@ -74,26 +73,23 @@ def run_python(tmp_path):
     return run
 
 
-def test_every_helper_works_before_init(run_python):
-    # Fault 4: Horovod before init raises ValueError, not ImportError, at every question.
-    pytest.importorskip("horovod.torch")
-    done = run_python("import horovod.torch\n" + HELPERS)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "all well\n", "")
+ALONE = "note: Horovod is not installed: training alone, in one process"
+DOES_NOT_LOAD = (
+    "note: Horovod is installed but does not load (mpi_lib_v2.so: undefined symbol: _ZN3c10):"
+    " run python -m horovod_lm.setup.install_horovod"
+)
 
 
 @pytest.mark.parametrize(
-    ("horovod", "says"),
-    [
-        (MISSING, ["note: Horovod is not installed: training alone, in one process"]),
-        (BROKEN, ["note: Horovod is installed but does not load (mpi_lib_v2.so: undefined symbol:"
-                  " _ZN3c10): run python -m horovod_lm.setup.install_horovod",
-                  "note: Horovod is not installed: training alone, in one process"]),
-    ],
-)  # fmt: skip
-def test_every_helper_works_without_horovod_and_says_so_once(run_python, horovod, says):
-    done = run_python(HELPERS, horovod)
+    ("horovod", "notes"), [(None, []), (MISSING, [ALONE]), (BROKEN, [DOES_NOT_LOAD, ALONE])]
+)
+def test_every_helper_works_before_init_and_without_horovod(run_python, horovod, notes):
+    # Fault 4: Horovod before init raises ValueError, not ImportError.
+    if horovod is None:
+        pytest.importorskip("horovod.torch")
+    done = run_python(("import horovod.torch\n" if horovod is None else "") + HELPERS, horovod)
     assert (done.returncode, done.stdout) == (0, "all well\n"), done.stderr
-    assert done.stderr.splitlines() == says
+    assert done.stderr.splitlines() == notes
 
 
 @pytest.mark.parametrize(
