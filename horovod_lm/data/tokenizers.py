@@ -7,7 +7,6 @@ documents; no text encodes to it, not even the characters `<|endoftext|>`.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import tempfile
@@ -44,36 +43,25 @@ class Tokenizer(ABC):
         """Return the ids of each text; end-of-text is never among them."""
 
     @abstractmethod
-    def _decode_plain(self, ids: list[int]) -> str:
-        """Decode ids without end-of-text and without invalid ids."""
-
-    @abstractmethod
-    def _bytes_of_plain(self, token_id: int) -> bytes:
-        """Return the bytes of a token that is not end-of-text."""
+    def _bytes_of(self, token_id: int) -> bytes:
+        """Return the bytes of a valid id that is not end-of-text."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text; `encode_batch` is faster for many."""
         return self.encode_batch([text])[0]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`: end-of-text as `<|endoftext|>`, invalid ids as U+FFFD."""
-
-        def kind(token: int) -> str | None:
-            if token == self.eot_id:
-                return END_OF_TEXT
-            return None if 0 <= token < self.vocab_size else UNKNOWN
-
-        runs = itertools.groupby(map(int, ids), key=kind)
-        return "".join(
-            self._decode_plain(list(run)) if mark is None else mark * len(list(run))
-            for mark, run in runs
-        )
+        """Return the text of `ids`: incomplete characters and invalid ids as U+FFFD."""
+        return b"".join(self.token_bytes(int(one)) for one in ids).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes of one token; they may be a part of a character."""
-        if 0 <= token_id < self.vocab_size and token_id != self.eot_id:
-            return self._bytes_of_plain(token_id)
-        return self.decode([token_id]).encode()
+        """Return the bytes of one token, which may be a part of a character.
+
+        End-of-text gives `<|endoftext|>`, an invalid id U+FFFD.
+        """
+        if token_id == self.eot_id:
+            return END_OF_TEXT.encode()
+        return self._bytes_of(token_id) if 0 <= token_id < self.vocab_size else UNKNOWN.encode()
 
     def to_json(self) -> str:
         """Return the tokenizer as JSON text for `load_tokenizer`."""
@@ -93,10 +81,7 @@ class ByteTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode("utf-8")) for text in texts]
 
-    def _decode_plain(self, ids: list[int]) -> str:
-        return bytes(ids).decode("utf-8", errors="replace")
-
-    def _bytes_of_plain(self, token_id: int) -> bytes:
+    def _bytes_of(self, token_id: int) -> bytes:
         return bytes([token_id])
 
 
@@ -118,10 +103,7 @@ class BPETokenizer(Tokenizer):
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def _decode_plain(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
-
-    def _bytes_of_plain(self, token_id: int) -> bytes:
+    def _bytes_of(self, token_id: int) -> bytes:
         byte_of = _byte_of_letter()
         return bytes(byte_of[letter] for letter in self._tokenizer.id_to_token(token_id))
 
@@ -204,10 +186,7 @@ class GPT2Tokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._encoding.encode_ordinary(text) for text in texts]
 
-    def _decode_plain(self, ids: list[int]) -> str:
-        return self._encoding.decode(ids)
-
-    def _bytes_of_plain(self, token_id: int) -> bytes:
+    def _bytes_of(self, token_id: int) -> bytes:
         return self._encoding.decode_single_token_bytes(token_id)
 
 

@@ -38,17 +38,12 @@ def brute_force_entropy(grammar: Grammar) -> float:
     return -math.fsum(p * math.log(p) for _, p in grammar.texts())
 
 
-def test_entropy_and_count_equal_brute_force_with_weights_ties_and_conditions():
+def test_entropy_count_and_probabilities_equal_brute_force():
+    texts = dict(SMALL.texts())
+    assert math.fsum(texts.values()) == pytest.approx(1.0, abs=1e-12)
     assert SMALL.entropy() == pytest.approx(brute_force_entropy(SMALL), abs=1e-12)
-    assert SMALL.count() == len(set(dict(SMALL.texts()))) == len(list(SMALL.texts()))
-
-
-def test_probabilities_of_all_texts_sum_to_one():
-    assert math.fsum(p for _, p in SMALL.texts()) == pytest.approx(1.0, abs=1e-12)
-
-
-def test_parsing_a_text_gives_the_probability_it_is_written_with():
-    for text, probability in SMALL.texts():
+    assert SMALL.count() == len(texts) == len(list(SMALL.texts()))
+    for text, probability in texts.items():
         assert SMALL.log_probability(text) == pytest.approx(math.log(probability), abs=1e-12)
 
 
