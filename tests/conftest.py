@@ -1,7 +1,8 @@
-"""What many tests share: a tiny configuration with its data, and real ranks under `horovodrun`."""
+"""Shared by many tests: a tiny configuration with its data, and real ranks under `horovodrun`."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,12 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-# Threads that spin while they wait for one another take the cores that ranks and kernels need: on a
-# busy machine small products then take fifty times as long. The numbers are the same. OpenMP reads
-# this when torch is loaded, here and in every process that a test starts.
+# OpenMP threads that spin while they wait take the cores of other ranks and kernels: on a busy
+# machine, small products then take fifty times as long. OpenMP reads this when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 ROOT = Path(__file__).resolve().parent.parent
-# Jobs of several hosts start `python` and `horovodrun` by name, also when no environment is active.
+# Jobs on several hosts start `python` and `horovodrun` by name, also without an active environment.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 TINY = """
@@ -36,7 +36,7 @@ seed: 7
 
 @pytest.fixture(scope="session")
 def tiny_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a project: `configs/tiny.yaml`, 10,000 parameters, data prepared, a space in its path."""
+    """A project with `configs/tiny.yaml`, 10,000 parameters, prepared data, a space in its path."""
     root = tmp_path_factory.mktemp("a project")
     (root / "configs").mkdir()
     (root / "configs" / "tiny.yaml").write_text(TINY, encoding="utf-8")
@@ -49,7 +49,7 @@ def tiny_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that has ended: exit code, what it printed, and how long it took."""
+    """Exit code, output and duration of a command."""
 
     code: int
     output: str
@@ -57,7 +57,7 @@ class Finished:
 
 
 class Command:
-    """A command in a process group of its own, whose whole family can be watched and ended."""
+    """A command in a process group of its own; all its descendants are tracked."""
 
     def __init__(self, arguments: Sequence[str], cwd: Path, env: dict[str, str]) -> None:
         self.started = time.monotonic()
@@ -67,25 +67,23 @@ class Command:
                 arguments, cwd=cwd, env=env, stdout=log, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
-        self._family: dict[int, psutil.Process] = {}
+        self._descendants: dict[int, psutil.Process] = {}
 
-    def family(self) -> list[psutil.Process]:
-        """Every process that this command has started so far and that still lives."""
-        try:
+    def descendants(self) -> list[psutil.Process]:
+        """Return the processes that this command has started so far and that still run."""
+        with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.process.pid).children(recursive=True):
-                self._family.setdefault(child.pid, child)
-        except psutil.NoSuchProcess:
-            pass
-        return [child for child in self._family.values() if alive(child)]
+                self._descendants.setdefault(child.pid, child)
+        return [child for child in self._descendants.values() if alive(child)]
 
     def output(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def wait(self, timeout: float) -> Finished:
-        """Wait for the end; kill everything and fail the test when it does not come."""
+        """Wait until the command ends; kill it and fail the test after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while self.process.poll() is None and time.monotonic() < deadline:
-            self.family()
+            self.descendants()
             time.sleep(0.1)
         seconds = time.monotonic() - self.started
         if self.process.poll() is None:
@@ -99,19 +97,19 @@ class Command:
         while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
-                pytest.fail(f"it did not come so far:\n{self.output()[-4000:]}")
-            self.family()
+                pytest.fail(f"the condition was not met:\n{self.output()[-4000:]}")
+            self.descendants()
             time.sleep(0.05)
 
-    def left_behind(self, patience: float = 10) -> list[int]:
-        """Process ids of the family that still live after `patience` seconds."""
-        deadline = time.monotonic() + patience
-        while (left := self.family()) and time.monotonic() < deadline:
+    def left_behind(self, grace_period: float = 10) -> list[int]:
+        """Return the ids of the descendants that still run after `grace_period` seconds."""
+        deadline = time.monotonic() + grace_period
+        while (left := self.descendants()) and time.monotonic() < deadline:
             time.sleep(0.1)
         return [child.pid for child in left]
 
     def kill(self) -> None:
-        for child in self.family():
+        for child in self.descendants():
             child.kill()
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -119,15 +117,14 @@ class Command:
 
 
 def alive(process: psutil.Process) -> bool:
-    """Say whether a process runs; one that ends while it is looked at does not."""
-    try:
+    """Return whether a process runs; a zombie does not."""
+    with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return False
 
 
 def _starter(cwd: Path):
-    """Yield a function that starts Python commands, and end whatever is left of them."""
+    """Yield a function that starts Python commands; kill what is left of them."""
     started: list[Command] = []
 
     def start(
@@ -158,7 +155,7 @@ def start(tiny_project: Path):
 
 @pytest.fixture(scope="module")
 def start_for_module(tiny_project: Path):
-    """The same for what a whole module's tests look at."""
+    """As `start`, for commands that several tests of a module check."""
     yield from _starter(tiny_project)
 
 
@@ -181,7 +178,7 @@ FAULT = "fault"
 
 @pytest.fixture
 def note_fault(record_property):
-    """Note a fault that a test has made: seconds until it was known, and what was said of it."""
+    """Record an injected fault for the table: seconds until it was detected, and the message."""
 
     def note(seconds: float, said: object) -> None:
         record_property(FAULT, (seconds, str(said)))
@@ -190,7 +187,7 @@ def note_fault(record_property):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Show what the faults of this session came to; the tests hold that no process was left."""
+    """Print the table of injected faults."""
     ended = [
         one for outcome in ("passed", "failed") for one in terminalreporter.getreports(outcome)
     ]
@@ -201,7 +198,7 @@ def pytest_terminal_summary(terminalreporter):
         if name == FAULT and report.when == "call"
     ]
     if rows:
-        terminalreporter.section("faults: seconds until known, test, what was said")
+        terminalreporter.section("faults: seconds until detected, test, message")
     for name, seconds, said in rows:
         last = said.strip().splitlines()[-1] if said.strip() else ""
         terminalreporter.write_line(f"{seconds:6.1f}  {name}: {last}")
@@ -209,13 +206,13 @@ def pytest_terminal_summary(terminalreporter):
 
 # ---- several workers -----------------------------------------------------------------------------
 
-# Only one worker makes hosts of network namespaces at a time: each test sees that none are left.
+# Only one worker creates network namespaces at a time: the tests check that none are left.
 MAKE_HOSTS = ("test_simulated_hosts", "test_doctor_hosts", "test_job_files", "test_links")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """With `-n 2 --dist loadgroup`, keep each file's tests together: they share what they made."""
+    """With `-n 2 --dist loadgroup`, keep each file's tests together: they share fixtures."""
     for item in items:
         page_09 = "09_beyond_one_machine" in item.name or "page_09" in item.name
         makes_hosts = item.path.stem in MAKE_HOSTS or page_09
@@ -247,8 +244,8 @@ def make_model():
         model = TransformerLM(**(SMALL_MODEL | changes))
         with torch.no_grad():
             for parameter in model.parameters():
-                # Larger than GPT-2's start: so that attention is not uniform and no two
-                # logits nearly tie, and a wrong mask or position shows in every number.
+                # Larger than GPT-2's initialisation, so that attention is not uniform, no two
+                # logits nearly tie, and a wrong mask or position changes every number.
                 parameter.add_(torch.randn_like(parameter) * 0.02 * scale)
         return model
 

@@ -88,7 +88,7 @@ class ElasticRun:
 
     def signal(self, rank: int, number: signal.Signals) -> float:
         """Send a signal to a rank; return when, as `time.time()`."""
-        self.command.family()
+        self.command.descendants()
         os.kill(self.process_id(rank), number)
         return time.time()
 
