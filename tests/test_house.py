@@ -1,4 +1,4 @@
-"""The structure that the design promises: floors, one door to Horovod, files that can be read."""
+"""The structure of the package: layers, one module that calls Horovod, functions of one screen."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ LAYERS = (
     "utils", "models", "data", "training", "generation", "analysis", "launch", "setup",
     "train", "generate", "jupyter", "teaching",
 )  # fmt: skip
-# elastic.py derives from Horovod's elastic state; the others run where Horovod is.
+# elastic.py subclasses Horovod's elastic state; the others run in processes that have Horovod.
 USERS_OF_HOROVOD = {
-    "utils/distributed.py", "training/elastic.py", "jupyter/live/engine_side.py",
+    "utils/distributed.py", "training/elastic.py", "jupyter/live/rank_loop.py",
     "jupyter/live/rendezvous.py", "jupyter/run_cell/framed_horovodrun.py",
 }  # fmt: skip
-# The contract's public methods: one method generates, one function serves terminal and notebook.
+# Methods of the public contract that need a higher layer.
 IMPORTS_UPWARDS = {
     ("models/transformer_lm.py", "horovod_lm.generation.sampling"),
     ("generate.py", "horovod_lm.jupyter.widgets.playground"),
 }
 MOST_MODULES = 12  # in a folder
 LONGEST_FUNCTION = 60  # lines, docstring included: one screen
-# Command lines are tables of options, and lists of settings are lists.
+# Command lines are tables of options.
 MAY_BE_LONGER = {"_parser", "parse", "main", "build_parser"}
 
 
@@ -49,17 +49,16 @@ def layer_of(file: Path) -> int | None:
 
 
 def imports(file: Path) -> set[str]:
-    """Return the modules a file imports, also inside functions; not those for type checkers."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    skipped = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
-        for node in ast.walk(block)
-    }
+    """Return the modules a file imports, also inside functions, but not for type checkers."""
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    blocks = [
+        node for node in nodes
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    ]  # fmt: skip
+    skipped = [node for block in blocks for node in ast.walk(block)]
     found: set[str] = set()
-    for node in ast.walk(tree):
-        if id(node) in skipped:
+    for node in nodes:
+        if node in skipped:
             continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -71,12 +70,9 @@ def imports(file: Path) -> set[str]:
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_imports_go_down_the_layers(file):
     own = layer_of(file)
-    if own is None:
-        return
+    allowed = tuple(up for name, up in IMPORTS_UPWARDS if name == name_of(file))
     for module in imports(file):
-        if any(name_of(file) == name and module.startswith(up) for name, up in IMPORTS_UPWARDS):
-            continue
-        if module.startswith("horovod_lm."):
+        if own is not None and module.startswith("horovod_lm.") and not module.startswith(allowed):
             other = layer_of(PACKAGE / (module.split(".")[1] + ".py"))
             assert other is None or other <= own, f"{name_of(file)} imports {module}"
 
@@ -98,13 +94,13 @@ def test_a_folder_holds_few_modules():
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_only_the_top_floor_knows_jupyter_and_figures(file):
+def test_only_the_top_layers_import_jupyter_and_matplotlib(file):
     if not name_of(file).startswith(("jupyter/", "teaching/")):
         tops = {module.split(".")[0] for module in imports(file)}
         assert not tops & {"IPython", "ipywidgets", "matplotlib", "nbclient", "nbformat"}
 
 
-def test_horovod_has_one_door():
+def test_few_modules_import_horovod():
     users = {
         name_of(file)
         for file in FILES
@@ -113,29 +109,16 @@ def test_horovod_has_one_door():
     assert "utils/distributed.py" in users and users <= USERS_OF_HOROVOD
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "horovod_lm",
-        "horovod_lm.utils.config",
-        "horovod_lm.utils.machine",
-        "horovod_lm.data.prepare",
-    ],
-)
-def test_a_light_import_stays_light(name):
-    code = f"import sys, {name}; assert not {{'torch', 'horovod'}} & set(sys.modules)"
+def test_modules_without_tensors_do_not_import_torch():
+    names = "horovod_lm.utils.config, horovod_lm.utils.machine, horovod_lm.data.prepare"
+    code = f"import sys, {names}; assert not {{'torch', 'horovod'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-@pytest.mark.parametrize("file", sorted((PACKAGE / "models").glob("*.py")), ids=name_of)
-def test_model_files_are_short(file):
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= 360
-
-
 @pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_functions_fit_a_screen_and_public_ones_are_explained(file):
+def test_functions_fit_a_screen_and_public_ones_have_a_docstring(file):
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    assert ast.get_docstring(tree), f"{name_of(file)} does not say what it is"
+    assert ast.get_docstring(tree), f"{name_of(file)} has no docstring"
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     for scope in (tree, *classes):
         for node in scope.body:
@@ -149,7 +132,7 @@ def test_functions_fit_a_screen_and_public_ones_are_explained(file):
 
 
 def test_every_distributed_line_of_training_is_tagged():
-    """Each statement of the trainer that goes through the door to Horovod stands at a tag."""
+    """Each statement of the trainer that calls utils/distributed.py has the tag `# Horovod:`."""
     lines = (PACKAGE / "training" / "trainer.py").read_text(encoding="utf-8").splitlines()
     uses = [
         number

@@ -1,6 +1,6 @@
-"""A command that is printed works when it is pasted: from any folder, with no active environment.
+"""A printed command can be pasted: in any folder, without an active environment.
 
-To hold another command to this, let a test print it and give it to `Shell.paste`.
+To check another command, let a test print it and pass it to `Shell.paste`.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from tests.conftest import ROOT, Command, Finished
 
 PACKAGE = ROOT / "horovod_lm"
 COMMANDS = Path(sys.executable).parent
-# The rest of a line from one of our programs on; its path may hold quotes and blanks.
+# The rest of a line, starting with one of our programs; its path may have quotes and spaces.
 PRINTED = re.compile(r"""(?:^|\s)((?:[^\s']|'[^']*')*\b(?:python[\d.]*|horovodrun)'? -.*)$""", re.M)
 TYPED = re.compile(r"python3? -m horovod_lm|(?<!%)horovodrun -(?:np|H)\b")
-# Help and documentation name the programs plainly: their reader has activated the environment.
+# Help and documentation use the plain names: their reader has activated the environment.
 PLAIN = {"prog", "help", "description", "epilog"}
 ACTIVATES_FIRST = {"environment.py"}  # set-up prints the line that activates above the command
 
 
 class Shell:
-    """A shell in a folder, as a login gives it: it knows nothing of this environment."""
+    """A login shell in a folder, without this environment."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.started: list[Command] = []
 
     def start(self, line: str) -> Command:
-        """Start a line as if it were pasted."""
+        """Start a pasted line."""
         passed_on = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}
         env = {**passed_on, "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
         env["OMP_NUM_THREADS"] = "1"
@@ -43,14 +43,14 @@ class Shell:
         return self.started[-1]
 
     def paste(self, line: str, timeout: float = 120) -> Finished:
-        """Run a line to its end, which must be a good one."""
+        """Run a line to its end and check its exit code."""
         finished = self.start(line).wait(timeout)
         assert finished.code == 0, f"{line}\n{finished.output[-4000:]}"
         return finished
 
 
 def printed_by(finished: Finished) -> list[str]:
-    """Return the commands in what a command has printed."""
+    """Return the commands in the output of a command."""
     return PRINTED.findall(re.sub(r"^\[\d+\]<std\w+>:", "", finished.output, flags=re.M))
 
 
@@ -96,7 +96,7 @@ def test_an_elastic_call_works_as_printed(shell):
 
 
 def plain_texts(tree: ast.Module) -> set[int]:
-    """Return the nodes of a module's docstrings and of what a command's --help shows."""
+    """Return the nodes of a module's docstrings and of the texts of --help."""
     nodes = list(ast.walk(tree))
     helps = [node.value for node in nodes if isinstance(node, ast.keyword) and node.arg in PLAIN]
     names = {node.id for node in helps if isinstance(node, ast.Name)}

@@ -1,4 +1,4 @@
-"""The doors of the project: make, conda, pip and continuous integration say the same."""
+"""make, conda, pip, continuous integration and the README agree."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import yaml
 
 from tests.conftest import ROOT
 
-# What conda brings: what is needed before pip can work. Everything else is pyproject.toml's.
+# conda installs what pip needs to work; everything else is in pyproject.toml.
 TOOLCHAIN = {"python", "pip", "cxx-compiler", "make", "cmake"}
 
 
 @pytest.fixture(scope="module")
 def project() -> dict:
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of TOML")
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML reader")
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -39,15 +39,10 @@ def test_the_conda_environment_holds_the_toolchain_with_the_versions_of_pyprojec
     assert not any(version for name, version in conda.items() if name not in ours)
 
 
-def test_versions_stand_in_pyproject_alone(project):
-    packages = "|".join(
-        name_and_version(requirement)[0]
-        for group in (
-            project["project"]["dependencies"],
-            *project["project"]["optional-dependencies"].values(),
-        )
-        for requirement in group
-    )
+def test_only_pyproject_has_versions(project):
+    optional = sum(project["project"]["optional-dependencies"].values(), [])
+    requirements = project["project"]["dependencies"] + optional
+    packages = "|".join(name_and_version(requirement)[0] for requirement in requirements)
     pinned = re.compile(rf"\b({packages})\s*[=~<>]=+\s*\d", re.IGNORECASE)
     for file in ("Makefile", ".ci/run", "README.md"):
         assert not pinned.search((ROOT / file).read_text(encoding="utf-8")), file
@@ -63,7 +58,7 @@ def test_help_lists_every_command_of_the_makefile():
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run make as from a shell, also when these tests were started by make."""
+    """Run make as a shell does, also if make runs the tests."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     command = ["make", "--no-print-directory", "-C", str(ROOT), *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True)
@@ -71,7 +66,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def words(tmp_path) -> str:
-    """A program that prints its arguments, one a line; its path has a blank."""
+    """A program that prints its arguments, one per line; its path has a space."""
     program = tmp_path / "a python"
     program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     program.chmod(0o755)

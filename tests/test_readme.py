@@ -1,4 +1,4 @@
-"""What the README tells its reader to type works as written, in a project with a small model."""
+"""The README's commands and code run as written, in a project with a small model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL))
 ACTIVATE = "source .venv/bin/activate"
 THIS_MACHINE = "distributed: {hosts: [{name: localhost, slots: 2}]}\n"
-# What a row leaves to its reader: the body of a cell, and to see a job to its end.
+# Added to a row: the body of a cell, and the end of a job.
 BODY = "\nimport horovod.torch as hvd\nhvd.init()\nhvd.rank()"
 AFTER = {"job.add_worker()": "await job"}
 
@@ -35,7 +35,7 @@ def needs_horovod():
 
 @pytest.fixture(scope="module")
 def project(tiny_project, tmp_path_factory) -> Path:
-    """A folder as a reader has it: the configurations, made small, and the environment."""
+    """A project as a reader has it: small configurations, and the environment."""
     folder = tmp_path_factory.mktemp("a project")
     shutil.copytree(tiny_project / "configs", folder / "configs")
     shutil.copytree(tiny_project / "data", folder / "data")
@@ -55,7 +55,7 @@ def code_in(section: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def commands(project) -> Finished:
-    """The README's commands, run by a shell in which no environment is active."""
+    """Run the README's commands in a shell without an active environment."""
     if not (Path(sys.prefix) / "bin" / "activate").exists():
         pytest.skip("this environment is not one that make setup creates")
     assert f"    {ACTIVATE}\n" in SECTIONS["Two commands"]

@@ -409,7 +409,8 @@ def config_from_dict(
         overrides = dict(map(_parse_override, overrides))
     try:
         merged = _merge(content, overrides)
-        sections = {key: value for key, value in merged.items() if value is not None}  # or empty
+        # A section of a file may be empty.
+        sections = {key: value for key, value in merged.items() if value is not None}
         config = Config.model_validate(sections)
         config.model_dump_json()  # raises if a text contains an unpaired surrogate
     except ValidationError as error:
