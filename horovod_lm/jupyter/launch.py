@@ -23,7 +23,7 @@ from horovod_lm.jupyter.run_cell.job import (
     threads_per_rank,
 )
 from horovod_lm.jupyter.run_cell.job_result import RankError
-from horovod_lm.jupyter.widgets.dashboard_view import RunReader
+from horovod_lm.jupyter.widgets.dashboard_view import RunView
 from horovod_lm.launch.elastic_hosts import elastic_command, loopback_name, read_hosts, write_hosts
 from horovod_lm.launch.hosts import check_names, horovodrun_command, write_hostfile
 from horovod_lm.training.run_dir import RunFolder, default_run_name
@@ -89,8 +89,7 @@ class TrainingJob:
 
     def __init__(self, run: RunFolder, spec: JobSpec) -> None:
         self.run, self.size = run, spec.size
-        self._reader = RunReader(run.log_dir)
-        self._reader.skip_existing()
+        self._view = RunView(run.run_dir, run.log_dir, skip_existing=True)
         # horovodrun never uses a host name again on which a rank has failed.
         self._names_used = {loopback_name(number) for number in range(spec.size)}
         run.log_dir.mkdir(parents=True, exist_ok=True)
@@ -115,10 +114,10 @@ class TrainingJob:
     def status(self) -> str:
         """Its state in words."""
         if self.is_running:
-            self._reader.update()
-        total = self._reader.total_steps
-        at = f"step {self._reader.step} of {total}" if total else "it was started"
-        loss = "" if math.isnan(self._reader.loss) else f", loss {self._reader.loss:.4f}"
+            self._view.update()
+        total = self._view.total_steps
+        at = f"step {self._view.step} of {total}" if total else "it was started"
+        loss = "" if math.isnan(self._view.loss) else f", loss {self._view.loss:.4f}"
         if self.is_running:
             return f"running: {at}{loss}" if total else "starting"
         after = f"after {at}{loss}, {format_seconds(self._process.seconds)}"
@@ -245,7 +244,7 @@ class TrainingJob:
 
     def _note(self, event: dict[str, Any]) -> None:
         if event["event"] == "closed":
-            self._reader.update()  # for the last time: a later run of this name takes the folder
+            self._view.update()  # for the last time: a later run of this name takes the folder
 
     def _log_of(self, rank: int | None) -> Path:
         return self.run.log_dir / f"console-rank{rank or 0}.log"

@@ -17,6 +17,9 @@ import psutil
 import pytest
 import requests
 
+from horovod_lm.data import prepare_data
+from horovod_lm.train import run_distributed_training
+from horovod_lm.utils.config import load_config
 from tests.conftest import ROOT, alive
 
 CHROMIUM = next(
@@ -36,8 +39,10 @@ SETTINGS = {
     },
     "@jupyterlab/docmanager-extension/plugin.jupyterlab-settings": {"autosave": False},
 }  # fmt: skip
+PICTURE = ".jp-OutputArea-output img"
 TOKEN = "only-this-machine"
 PATIENCE = 90  # seconds for whatever must come: other tests may keep the machine busy
+SCREENSHOTS = os.environ.get("HOROVOD_LM_SCREENSHOTS")  # the folder for pictures of the widgets
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
@@ -86,11 +91,17 @@ class Lab:
             )  # fmt: skip
         self._wait()
 
+    def ask(self, method: str, path: str, **options) -> requests.Response:
+        """Send a request to the server."""
+        return requests.request(
+            method, f"{self.url}/api/{path}", params={"token": TOKEN}, timeout=60, **options
+        )
+
     def _wait(self) -> None:
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                requests.get(f"{self.url}/api/status", params={"token": TOKEN}, timeout=5)
+                self.ask("GET", "status")
                 return
             except requests.ConnectionError:
                 time.sleep(0.1)
@@ -98,26 +109,18 @@ class Lab:
 
     def start_kernel(self, name: str) -> str:
         """Start the notebook's session before the page asks for it; return the kernel's id."""
-        session = requests.post(
-            f"{self.url}/api/sessions",
-            params={"token": TOKEN},
-            json={"path": name, "name": name, "type": "notebook", "kernel": {"name": "python3"}},
-            timeout=60,
-        )
+        kernel = {"path": name, "name": name, "type": "notebook", "kernel": {"name": "python3"}}
+        session = self.ask("POST", "sessions", json=kernel)
         session.raise_for_status()
         return session.json()["kernel"]["id"]
 
     def kernels(self) -> list[psutil.Process]:
         """Every kernel's process."""
-        return [child for child in self.children() if _is_kernel(child)]
+        return [child for child in self.children() if "ipykernel" in command_of(child)]
 
     def end_kernels(self) -> None:
-        for session in requests.get(
-            f"{self.url}/api/sessions", params={"token": TOKEN}, timeout=10
-        ).json():
-            requests.delete(
-                f"{self.url}/api/sessions/{session['id']}", params={"token": TOKEN}, timeout=60
-            )
+        for session in self.ask("GET", "sessions").json():
+            self.ask("DELETE", f"sessions/{session['id']}")
 
     def children(self) -> list[psutil.Process]:
         """Every process that this JupyterLab has started and that lives."""
@@ -136,11 +139,12 @@ class Lab:
                 child.kill()
 
 
-def _is_kernel(process: psutil.Process) -> bool:
+def command_of(process: psutil.Process) -> str:
+    """Return a process's command line; empty if it has just ended."""
     try:
-        return any("ipykernel" in word for word in process.cmdline())
-    except psutil.NoSuchProcess:  # it ended while we looked
-        return False
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 # Of a module, not of the session: other tests count their processes, and Playwright keeps an event
@@ -160,11 +164,6 @@ def chromium():
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
-
-
-def asked_for_pictures() -> str | None:
-    """Return the folder that the widgets' pictures are to go to, if any."""
-    return os.environ.get("HOROVOD_LM_SCREENSHOTS")
 
 
 class Page:
@@ -196,9 +195,7 @@ class Page:
 
     def run_all(self) -> None:
         """Run every cell, without waiting for their ends."""
-        self.page.evaluate(
-            "() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }"
-        )
+        self.command("notebook:run-all-cells")
 
     def run_cell(self, number: int) -> None:
         """Run one more cell, without waiting for its end."""
@@ -209,11 +206,9 @@ class Page:
             number,
         )
 
-    def interrupt(self) -> None:
-        """Press the Stop button."""
-        self.page.evaluate(
-            "() => { window.jupyterapp.commands.execute('notebook:interrupt-kernel'); }"
-        )
+    def command(self, name: str) -> None:
+        """Start one of JupyterLab's commands, without waiting for its end."""
+        self.page.evaluate("name => { window.jupyterapp.commands.execute(name); }", name)
 
     def wait_for(self, text: str, seconds: float = PATIENCE) -> None:
         """Wait until an output shows a text."""
@@ -260,6 +255,18 @@ class Page:
         """A widget's button, by what is written on it."""
         return self.page.locator("button.jupyter-button").filter(has_text=name)
 
+    def picture(self) -> str:
+        """The address of the first picture of an output, once it is drawn."""
+        self.page.wait_for_function(
+            f"() => document.querySelector('{PICTURE}')?.naturalWidth > 900"
+        )
+        return self.page.locator(PICTURE).get_attribute("src")
+
+    def wait_for_another_picture(self, old: str) -> None:
+        """Wait until the first picture of an output has another address."""
+        changed = f"old => document.querySelector('{PICTURE}').src !== old"
+        self.page.wait_for_function(changed, arg=old)
+
     def choose_theme(self, name: str) -> None:
         """Change JupyterLab's colours: to `Light` or `Dark`."""
         self.page.evaluate(
@@ -275,19 +282,15 @@ class Page:
         self.page.wait_for_function("() => !document.getElementById('jupyterlab-splash')")
 
     def screenshot(self, name: str) -> None:
-        """Take pictures of the first output, light and dark, where they are asked for.
-
-        HOROVOD_LM_SCREENSHOTS names the folder that they go to, as `name.png` and `name_dark.png`.
-        """
-        folder = asked_for_pictures()
-        if not folder:
+        """Take pictures of the first output, light and dark, if SCREENSHOTS names a folder."""
+        if not SCREENSHOTS:
             return
         self.page.set_viewport_size({"width": 1300, "height": 1700})
         for theme, ending in (("Dark", "_dark"), ("Light", "")):
             self.choose_theme(theme)
             self.page.wait_for_timeout(500)  # the theme's colours fade in
             output = self.page.locator(".jp-OutputArea-output").first
-            output.screenshot(path=Path(folder) / f"{name}{ending}.png")
+            output.screenshot(path=Path(SCREENSHOTS) / f"{name}{ending}.png")
 
     def close(self) -> None:
         self.page.close()
@@ -303,7 +306,7 @@ def open_page(lab: Lab, chromium, *cells: str) -> Page:
 
 @pytest.fixture
 def open_notebook(lab, chromium):
-    """What opens cells of code as a notebook, for the time of a test."""
+    """Return a function that opens cells of code as a notebook until the end of the test."""
     opened: list[Page] = []
 
     def open_cells(*cells: str) -> Page:
@@ -316,38 +319,15 @@ def open_notebook(lab, chromium):
 
 
 @pytest.fixture(scope="session")
-def storyteller(tmp_path_factory) -> Path:
-    """A checkpoint of a model that has read some stories: a folder to load it from."""
-    import torch
-
-    from horovod_lm.data.synthetic.stories import generate_stories
-    from horovod_lm.data.tokenizers import train_bpe
-    from horovod_lm.models.transformer_lm import TransformerLM
-    from horovod_lm.training.checkpoint import save_checkpoint
-    from horovod_lm.utils.config import config_from_dict
-
-    stories = list(generate_stories(400, seed=0))
-    tokenizer = train_bpe(stories, 512)
-    ids = torch.tensor(
-        [one for text in stories for one in [tokenizer.eot_id, *tokenizer.encode(text)]]
-    )
-    sizes = {"vocab_size": tokenizer.vocab_size, "d_model": 64, "n_heads": 4, "n_layers": 2,
-             "d_ff": 128, "max_seq_len": 128, "dropout": 0.0, "pad_token_id": None}  # fmt: skip
-    how = {"max_new_tokens": 60, "seed": 1, "temperature": 1.0}
-    config = config_from_dict({"model": sizes, "generation": how})
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = TransformerLM(**sizes)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(150):
-        starts = torch.randint(len(ids) - 65, (8, 1), generator=generator)
-        batch = ids[starts + torch.arange(64)]  # (8, 64)
-        loss = model(batch, labels=batch, return_logits=False)[1]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    folder = tmp_path_factory.mktemp("storyteller")
-    save_checkpoint(model, None, 0, 150, loss.item(), folder, "best_model.pt",
-                    config=config.to_dict(), tokenizer=tokenizer.to_json())  # fmt: skip
-    return folder
+def storyteller(tiny_project) -> Path:
+    """The folder of a finished run: a model of 2 layers and 4 heads that has read some stories."""
+    sizes = {"vocab_size": 512, "d_model": 64, "n_heads": 4, "d_ff": 128, "max_seq_len": 128}
+    changes = {
+        "model": {**sizes, "dropout": 0.0},
+        "data": {"num_stories": 400, "data_dir": "storyteller"},
+        "training": {"max_steps": 150, "num_epochs": 20, "per_gpu_batch_size": 8},
+        "generation": {"max_new_tokens": 60, "seed": 1, "temperature": 1.0},
+    }
+    config = load_config(tiny_project / "configs" / "tiny.yaml", changes)
+    prepare_data(config)
+    return run_distributed_training(config, 0, 1, 0, run_name="storyteller").run_dir

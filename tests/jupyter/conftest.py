@@ -7,9 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
+
+from horovod_lm.train import run_distributed_training
+from horovod_lm.utils.config import load_config
 
 needs_horovod = pytest.mark.skipif(
     importlib.util.find_spec("horovod") is None,
@@ -57,6 +61,13 @@ def held() -> tuple[int, int, int]:
         last = now
         time.sleep(0.5)
     return now
+
+
+@pytest.fixture(scope="session")
+def past_run(tiny_project) -> Path:
+    """The folder of a run of one process that is over."""
+    config = load_config(tiny_project / "configs" / "tiny.yaml")
+    return run_distributed_training(config, 0, 1, 0, run_name="past").run_dir
 
 
 @pytest.fixture

@@ -67,9 +67,8 @@ def test_the_weights_are_the_model_s_own_over_the_text_as_in_training(model, tex
     assert attention.weights.shape == (3, 4, size, size)
     torch.testing.assert_close(attention.weights.sum(-1), torch.ones(3, 4, size))
     assert attention.tokens[0] == "<|endoftext|>" and len(attention.tokens) == size
-    assert (
-        0 <= attention.entropy_bits.min() <= attention.entropy_bits.max() <= math.log2(size) + 1e-6
-    )
+    bits = attention.entropy_bits
+    assert 0 <= bits.min() <= bits.max() <= math.log2(size) + 1e-6
 
 
 def test_entropy_is_in_bits():
@@ -79,14 +78,13 @@ def test_entropy_is_in_bits():
 
 def test_a_text_fills_the_context_and_no_more(model):
     assert len(read_attention(model, TOKENIZER, "x" * 63).tokens) == 64
-    with pytest.raises(DataError, match="has 65 tokens .* is 64 tokens: shorten it") as caught:
+    with pytest.raises(DataError, match="has 65 tokens .* is 64 tokens: shorten it"):
         read_attention(model, TOKENIZER, "x" * 64)
-    assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="unpaired surrogate"):
         read_attention(model, TOKENIZER, "a\ud800")
 
 
-def test_a_thumbnail_keeps_every_strong_look():
+def test_a_thumbnail_keeps_every_large_weight():
     weights = torch.zeros(1, 2, 100, 100)
     weights[0, 1, 57, 3] = 0.8
     small = thumbnails(weights)
@@ -95,27 +93,31 @@ def test_a_thumbnail_keeps_every_strong_look():
     assert thumbnails(weights[..., :7, :7]).shape == (1, 2, 7, 7)
 
 
-def test_it_shows_the_sentence_at_once(explorer, model):
+def test_it_shows_the_sentence_at_once_and_all_heads_as_a_figure(explorer, model):
     attention = read_attention(model, TOKENIZER, "Once upon")
     assert explorer.view.tokens == attention.tokens and explorer.view.grid == [3, 4, 10]
     assert np.array_equal(shown_weights(explorer), attention.weights[0, 0].numpy())
     assert len(explorer.view.thumbnails) == 3 * 4 * 10 * 10
-    assert explorer.view.entropy_bits[2][3] == pytest.approx(
-        attention.entropy_bits[2, 3].item(), abs=1e-4
-    )
+    assert explorer.view.entropy_bits == attention.entropy_bits.tolist()
     bits = attention.entropy_bits[0, 0].item()
     assert f"layer 1, head 1: mean entropy {bits:.3f} bits" in explorer.message.value
+    panel = explorer.plot_all().axes[8]
+    assert panel.get_title() == f"3.1: {attention.entropy_bits[2, 0].item():.2f} bit"
+    np.testing.assert_allclose(panel.images[0].get_array(), attention.weights[2, 0], rtol=1e-6)
+    assert repr(explorer) == "attention explorer: attention of 3 layers with 4 heads over 10 tokens"
 
 
-def test_a_head_is_chosen_by_list_or_by_its_picture(explorer):
+def test_a_head_is_chosen_by_list_or_by_its_picture_and_stays_for_the_next_sentence(explorer):
     weights = explorer.attention.weights
     explorer.layer.value = 2
     assert np.array_equal(shown_weights(explorer), weights[2, 0].numpy())
-    explorer.view._handle_custom_msg({"kind": "head", "layer": 1, "head": 3}, [])
+    explorer.view._handle_custom_msg([1, 3], [])
     assert (explorer.layer.value, explorer.head.value) == (1, 3)
     assert (explorer.view.layer, explorer.view.head) == (1, 3)
     assert np.array_equal(shown_weights(explorer), weights[1, 3].numpy())
     assert "layer 2, head 4" in explorer.message.value
+    read(explorer, "Then")
+    assert np.array_equal(shown_weights(explorer), explorer.attention.weights[1, 3].numpy())
 
 
 @pytest.mark.parametrize("sentence", ["", "<b>&amp;", "🙂 שלום \u202e", "\x1b[2J\x00\n", "x" * 63])
@@ -126,14 +128,7 @@ def test_any_sentence_is_read_and_shown_as_itself(explorer, sentence):
     assert "entropy" in explorer.message.value
 
 
-def test_a_head_stays_chosen_for_the_next_sentence(explorer):
-    explorer.choose(2, 1)
-    read(explorer, "Then")
-    assert (explorer.view.layer, explorer.view.head) == (2, 1)
-    assert np.array_equal(shown_weights(explorer), explorer.attention.weights[2, 1].numpy())
-
-
-def test_what_cannot_be_read_is_said_and_the_last_sentence_stays(explorer, monkeypatch):
+def test_errors_are_shown_and_the_last_sentence_stays(explorer, monkeypatch):
     before = explorer.view.tokens
     read(explorer, "x" * 64)
     assert "DataError: the text has 65 tokens" in explorer.message.value
@@ -141,7 +136,7 @@ def test_what_cannot_be_read_is_said_and_the_last_sentence_stays(explorer, monke
     monkeypatch.setattr(explorer._model, "attention_weights", lambda *_: 1 / 0)
     read(explorer, "fine")
     assert "ZeroDivisionError" in explorer.message.value
-    explorer.view._handle_custom_msg({"kind": "head", "layer": 7, "head": 0}, [])
+    explorer.view._handle_custom_msg([7, 0], [])
     assert "role='alert'" in explorer.message.value
 
 
@@ -153,15 +148,3 @@ def test_a_closed_explorer_leaves_no_task(explorer):
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(work())
-
-
-def test_pictures_for_readers_without_a_kernel(explorer):
-    explorer.choose(1, 2)
-    one, everything = explorer.plot(), explorer.plot_all()
-    assert repr(one) == "figure: Layer 2, head 3: 10 words"
-    assert len(everything.axes) == 12
-    bits = explorer.attention.entropy_bits[2, 0].item()
-    assert everything.axes[8].get_title() == f"3.1: {bits:.2f} bit"
-    [image] = everything.axes[8].images
-    np.testing.assert_allclose(image.get_array(), explorer.attention.weights[2, 0], rtol=1e-6)
-    assert repr(explorer) == "attention explorer: attention of 3 layers with 4 heads over 10 tokens"

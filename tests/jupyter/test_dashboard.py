@@ -1,4 +1,4 @@
-"""The training dashboard without a browser: what it shows of real runs, and its Stop."""
+"""The training dashboard without a browser: what it shows of real runs, and its Stop button."""
 
 from __future__ import annotations
 
@@ -18,17 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from horovod_lm.jupyter.launch import launch
+from horovod_lm.jupyter.widgets import dashboard as dashboard_module
 from horovod_lm.jupyter.widgets import widget_parts
 from horovod_lm.jupyter.widgets.dashboard import Dashboard
-from horovod_lm.jupyter.widgets.dashboard_view import (
-    RunReader,
-    RunView,
-    entropy_per_token,
-    open_run,
-)
-from horovod_lm.train import run_distributed_training
+from horovod_lm.jupyter.widgets.dashboard_view import RunView, entropy_per_token
 from horovod_lm.training.metrics import MetricsRecorder, read_metrics
-from horovod_lm.utils.config import load_config
 from horovod_lm.utils.errors import ConfigError
 from tests.jupyter.conftest import children, needs_horovod, wait_until
 
@@ -41,38 +35,30 @@ def in_project(tiny_project, monkeypatch):
     monkeypatch.chdir(tiny_project)
 
 
-@pytest.fixture(scope="module")
-def past_run(tiny_project):
-    """A run of one process that is over."""
-    config = load_config(tiny_project / CONFIG)
-    return run_distributed_training(config, 0, 1, 0, run_name="past").run_dir
-
-
-def test_a_run_of_the_past_is_shown_and_cannot_be_stopped(past_run):
+def test_a_past_run_is_shown_with_the_numbers_of_its_metrics_file_and_cannot_be_stopped(past_run):
     dashboard = Dashboard(past_run)
     assert dashboard.headline.value.startswith("step 20 of 20 &emsp; loss ")
     assert "left" not in dashboard.headline.value
-    assert (dashboard.bar.value, dashboard.bar.max) == (20, 20)
-    assert dashboard.stop.disabled and "this run has ended" in dashboard.message.value
+    assert (dashboard.bar.value, dashboard.bar.max, dashboard.bar.bar_style) == (20, 20, "success")
+    assert dashboard.stop.disabled
+    assert "this run has ended after its last step, 20" in dashboard.message.value
     assert "<td>ended</td>" in dashboard.ranks.value
     width, height = Image.open(io.BytesIO(bytes(dashboard.picture.value))).size
     assert width > 900 and height > 250
-
-
-def test_the_numbers_are_those_of_the_metrics_file(past_run):
-    view, rows = open_run(past_run), read_metrics(past_run)
-    assert [row["step"] for row in view.rows] == [row["step"] for row in rows]
-    for ours, stored in zip(view.rows, rows, strict=True):
+    rows = read_metrics(past_run)
+    assert [row["step"] for row in dashboard.view.rows] == [row["step"] for row in rows]
+    for ours, stored in zip(dashboard.view.rows, rows, strict=True):
         assert ours["loss"] == pytest.approx(stored["loss"], rel=1e-12)
-    assert f"perplexity {math.exp(view.rows[-1]['loss']):,.2f}" in view.headline() or (
-        view.rows[-1]["phase"] == "validation"
-    )
+    last = [row["loss"] for row in rows if row["phase"] == "train"][-1]
+    assert f"perplexity {math.exp(last):,.2f}" in dashboard.view.headline()
 
 
 def test_the_entropy_is_the_exact_entropy_shared_among_a_story_s_tokens(past_run, tiny_project):
     stories = json.loads((tiny_project / "data" / "metadata.json").read_text())["stories"]
     expected = stories["entropy_nats_per_story"] / stories["tokens_per_story"]
-    assert open_run(past_run).entropy == entropy_per_token(past_run) == pytest.approx(expected)
+    view = RunView(past_run)
+    view.update()
+    assert view.entropy == entropy_per_token(past_run) == pytest.approx(expected)
     assert entropy_per_token(tiny_project / "configs") is None
 
 
@@ -80,32 +66,31 @@ def test_every_line_is_read_once_wherever_it_was_cut(tmp_path_factory):
     @given(st.lists(st.integers(1, 60), max_size=30))
     def check(cuts):
         folder = tmp_path_factory.mktemp("logs")
-        events = [{"event": "other", "rank": 0, "number": number} for number in range(12)]
+        events = [{"event": "other", "rank": 0, "time": number} for number in range(12)]
         sent = "".join(json.dumps(event) + "\n" for event in events).encode()
-        reader, got, at = RunReader(folder), [], 0
+        view, got, at = RunView(folder, log_dir=folder), [], 0
         with open(folder / "rank0.jsonl", "ab", buffering=0) as file:
             for cut in [*cuts, len(sent)]:
                 file.write(sent[at : at + cut])
                 at += cut
-                got += reader.update()
+                got += view.update()
         assert got == events
 
     check()
 
 
 def test_what_a_recorder_writes_is_read(tmp_path):
-    reader = RunReader(tmp_path / "logs")
-    assert reader.update() == [] and math.isnan(reader.loss)
+    view = RunView(tmp_path)
+    assert view.update() == [] and math.isnan(view.loss)
     recorders = [MetricsRecorder(tmp_path, tmp_path / "logs", tmp_path / "tb", r) for r in (0, 10)]
     for recorder in recorders:
         recorder.event("start", step=4, total_steps=9, pid=1)
         recorder.record("train", epoch=0, step=5, tokens=10, loss=2.5)
         recorder.record("validation", epoch=0, step=5, tokens=10, loss=9.0)
         recorder.close()
-    assert [event["rank"] for event in reader.update()] == [0, 0, 0, 10, 10, 10]
-    assert (reader.step, reader.total_steps, reader.loss) == (5, 9, 2.5)
-    later = RunReader(tmp_path / "logs")
-    later.skip_existing()  # the events of a run before it was resumed
+    assert [event["rank"] for event in view.update()] == [0, 0, 0, 10, 10, 10]
+    assert (view.step, view.total_steps, view.loss) == (5, 9, 2.5)
+    later = RunView(tmp_path, skip_existing=True)  # a resumed run
     assert later.update() == [] and later.total_steps == 0
 
 
@@ -125,7 +110,7 @@ def copy_of(run: Path, folder: Path, lines: int | None = None) -> Path:
 
 def hear(dashboard: Dashboard, kind: str) -> None:
     """Give the dashboard a message of its page."""
-    dashboard._tracker._handle_custom_msg({"kind": kind}, [])
+    dashboard._tracker._handle_custom_msg(kind, [])
 
 
 def test_steps_that_a_resumed_run_repeats_are_shown_once(tmp_path):
@@ -146,11 +131,9 @@ def test_steps_that_a_resumed_run_repeats_are_shown_once(tmp_path):
 
 
 def test_how_far_a_run_came_is_said(past_run, tmp_path):
-    assert "this run has ended after its last step, 20" in Dashboard(past_run).message.value
-    assert Dashboard(past_run).bar.bar_style == "success"
-    cut = copy_of(past_run, tmp_path, lines=8)
-    assert "this run has ended at step 7 of 20, before its last one" in Dashboard(cut).message.value
-    assert Dashboard(cut).bar.bar_style == "warning"
+    dashboard = Dashboard(copy_of(past_run, tmp_path, lines=8))
+    assert "this run has ended at step 7 of 20, before its last one" in dashboard.message.value
+    assert dashboard.bar.bar_style == "warning"
 
 
 def test_a_run_of_another_machine_is_not_said_to_have_ended(past_run, tmp_path):
@@ -170,7 +153,7 @@ def test_a_run_that_has_only_just_been_described_is_waited_for(past_run, tmp_pat
 
     async def watch() -> None:
         dashboard = Dashboard(folder)
-        assert dashboard.is_polling and dashboard.headline.value == "waiting for the first step"
+        assert dashboard.is_busy and dashboard.headline.value == "waiting for the first step"
         dashboard.stop.click()
         assert "nothing to stop" in dashboard.message.value and not dashboard.stop.disabled
         shutil.copytree(past_run / "logs", folder / "logs", dirs_exist_ok=True)
@@ -192,7 +175,7 @@ def test_an_error_inside_is_shown_and_not_lost(past_run, monkeypatch):
         monkeypatch.setattr(dashboard.view, "update", fail)
         error = "<b role='alert'>RuntimeError: the disk is &lt;gone&gt;</b>"
         await seen(lambda: dashboard.message.value == error, 10)
-        assert dashboard.is_polling  # the next look may succeed
+        assert dashboard.is_busy  # the next look may succeed
         dashboard.close()
 
     asyncio.run(watch())
@@ -200,19 +183,20 @@ def test_an_error_inside_is_shown_and_not_lost(past_run, monkeypatch):
 
 def test_a_page_that_does_not_answer_is_gone_until_it_answers(past_run, monkeypatch):
     monkeypatch.setattr(widget_parts, "PING_INTERVAL", 0.0)
-    monkeypatch.setattr(widget_parts, "PING_TIMEOUT", 2.0)
+    monkeypatch.setattr(widget_parts, "PING_TIMEOUT", 0.5)
+    monkeypatch.setattr(dashboard_module, "POLL_INTERVAL", 0.05)
 
     async def watch() -> None:
         monkeypatch.setattr(Dashboard, "is_live", True)
         dashboard = Dashboard(past_run)
         hear(dashboard, "opened")
-        for _ in range(3):
-            await asyncio.sleep(1)
+        for _ in range(10):
+            await asyncio.sleep(0.1)
             hear(dashboard, "pong")
-        assert dashboard.is_polling and dashboard._tracker.pings > 1
-        await seen(lambda: not dashboard.is_polling, 10)
+        assert dashboard.is_busy and dashboard._tracker.pings > 1
+        await seen(lambda: not dashboard.is_busy, 10)
         hear(dashboard, "pong")  # the connection was lost, and is back
-        assert dashboard.is_polling
+        assert dashboard.is_busy
         dashboard.close()
 
     asyncio.run(watch())
@@ -224,13 +208,13 @@ def test_it_watches_as_long_as_a_page_shows_it(past_run, monkeypatch):
         dashboard = Dashboard(past_run)
         for kind in ("opened", "opened", "closed"):  # seen at two places, then at one
             hear(dashboard, kind)
-        assert dashboard.is_polling
+        assert dashboard.is_busy
         hear(dashboard, "closed")
         await asyncio.sleep(0.1)
-        assert not dashboard.is_polling and len(asyncio.all_tasks()) == 1
+        assert not dashboard.is_busy and len(asyncio.all_tasks()) == 1
         dashboard.headline.value = ""
         hear(dashboard, "opened")
-        assert dashboard.is_polling and "step 20" in dashboard.headline.value
+        assert dashboard.is_busy and "step 20" in dashboard.headline.value
         dashboard.close()
 
     asyncio.run(watch())
@@ -251,9 +235,15 @@ async def seen(condition, seconds: float = 60) -> None:
 @needs_horovod
 @pytest.mark.usefixtures("nothing_left")
 class TestLive:
-    def test_stop_ends_the_job_and_the_end_is_said(self):
+    def test_a_closed_one_stops_watching_and_another_stops_the_job_and_says_its_end(self):
         async def watch() -> None:
             job = launch(CONFIG, 2, overrides=LONG, run_name="watched")
+            before = len(asyncio.all_tasks())
+            unseen = job.dashboard()
+            await seen(lambda: unseen.bar.value > 0)
+            unseen.close()
+            await asyncio.sleep(0.1)
+            assert job.is_running and len(asyncio.all_tasks()) == before
             dashboard = job.dashboard()
             await seen(lambda: dashboard.bar.value > 3)
             assert "left" in dashboard.headline.value and not dashboard.stop.disabled
@@ -263,7 +253,7 @@ class TestLive:
             assert dashboard.stop.disabled and dashboard.stop.description == "Stopping"
             await seen(lambda: "stopped by you after step" in dashboard.message.value, 30)
             assert not job.is_running and dashboard.stop.description == "Ended"
-            await seen(lambda: not dashboard.is_polling, 5)
+            await seen(lambda: not dashboard.is_busy, 5)
 
         asyncio.run(watch())
         assert children() == []
@@ -276,19 +266,6 @@ class TestLive:
             os.kill(job.processes[1], signal.SIGKILL)
             await seen(lambda: "rank 1 was killed by SIGKILL" in dashboard.message.value, 20)
             assert dashboard.bar.bar_style == "danger"
-
-        asyncio.run(watch())
-
-    def test_a_closed_dashboard_stops_watching_and_the_run_goes_on(self):
-        async def watch() -> None:
-            job = launch(CONFIG, 1, overrides=LONG, run_name="unseen")
-            before = len(asyncio.all_tasks())
-            dashboard = job.dashboard()
-            await seen(lambda: dashboard.bar.value > 0)
-            dashboard.close()
-            await asyncio.sleep(0.1)
-            assert job.is_running and len(asyncio.all_tasks()) == before
-            await asyncio.to_thread(job.stop)
 
         asyncio.run(watch())
 

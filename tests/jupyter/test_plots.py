@@ -13,8 +13,7 @@ from horovod_lm.analysis.ring import ring_allreduce
 from horovod_lm.analysis.scaling import GBIT, Job, Measurement, Network, breaking_point, step
 from horovod_lm.analysis.timeline import Span
 from horovod_lm.jupyter import plots
-from horovod_lm.jupyter.plots.charts import BAR_STYLES, LINE_STYLES
-from horovod_lm.jupyter.plots.tables import RANK_SHADES, name_of_sum
+from horovod_lm.jupyter.plots import BAR_STYLES, LINE_STYLES, RANK_SHADES, name_of_sum
 from horovod_lm.training.metrics import COLUMNS, PARTS_OF_A_STEP, MetricsRecorder, read_metrics
 
 
@@ -48,8 +47,6 @@ SPANS = [
     Span("unfinished", "NEGOTIATE_ALLREDUCE", 5.0, 5.1),
 ]
 JOB, NETWORK = Job(124e6, 0.4, overlap=0.8), Network(2e-5, 10 * GBIT)
-MEASURED = [Measurement(size, workers, workers * size / 1e9)
-            for workers in (2, 3) for size in (1e6, 1e7)]  # fmt: skip
 
 
 def lines(**options) -> plots.Plot:
@@ -67,9 +64,8 @@ def ring(workers: int) -> plots.Plot:
     return plots.plot_ring_steps(ring_allreduce(data))
 
 
-def scaling(job: Job = JOB, network: Network = NETWORK, workers: int = 48,
-            measurements=tuple(MEASURED)) -> plots.Plot:  # fmt: skip
-    return plots.plot_scaling(job, network, workers, 8, measurements=measurements)
+def scaling(job: Job = JOB, network: Network = NETWORK, workers: int = 48) -> plots.Plot:
+    return plots.plot_scaling(job, network, workers, 8)
 
 
 # Each figure, and the units that its axes must name.
@@ -138,9 +134,6 @@ FIVE = {str(number): [1.0] for number in range(5)}
         (lambda: plots.plot_loss(dict.fromkeys(FIVE, RUN["run"])), "1 to 4 runs, not 5"),
         (lambda: plots.plot_loss({}), "1 to 4 runs, not 0"),
         (lambda: plots.plot_allreduces({}, {}), "1 to 4 links, not 0"),
-        (lambda: plots.plot_shards({"many": [[0, 4]]}, ""), "ranks 0 to 3, not 4"),
-        (lambda: plots.plot_resumed_runs(WHOLE, {}, ""), "the end of the whole run"),
-        (lambda: plots.plot_resumed_runs([1.0], {"long": WHOLE}, ""), "the end of the whole run"),
     ],
 )
 def test_what_a_figure_cannot_show_is_refused(draw, message):
@@ -377,7 +370,6 @@ def test_scaling_shows_what_the_model_predicts_beside_what_was_measured():
     assert efficiency[f"chosen: {chosen:.0%}"] == [(48, chosen)]
     found = breaking_point(JOB, NETWORK, 8)
     assert [x for x, _ in efficiency[f"below it from {found:,} workers on"]] == [found, found]
-    assert links["2 nodes"] == [(1e6, 2e-3), (1e7, 2e-2)]
     for size, seconds in links["6 nodes"]:
         assert seconds == NETWORK.allreduce_seconds(size, 6)
     [chosen] = [points[0] for name, points in links.items() if "chosen" in name]
@@ -388,7 +380,7 @@ def test_scaling_shows_what_the_model_predicts_beside_what_was_measured():
 
 @pytest.mark.parametrize("workers", [1, 8])
 def test_one_node_has_no_link_to_draw(workers):
-    links = scaling(workers=workers, measurements=()).axes[2]
+    links = scaling(workers=workers).axes[2]
     assert not links.lines and "nothing crosses the network" in links.texts[0].get_text()
 
 

@@ -3,7 +3,7 @@
 model, tokenizer, config = load_model_for_generation("runs/my_run")
 explorer = AttentionExplorer(model, tokenizer, "Tom lost his red kite.")
 explorer                               # in a notebook: the widget
-explorer.plot()                        # the selected head as a figure, for pages without a kernel
+explorer.plot_all()                    # all heads as a figure, for pages without a kernel
 explorer.attention.weights[0, 1]       # layer 1, head 2: (T, T), a row for each query
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +22,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from horovod_lm.data.tokenizers import check_text
-from horovod_lm.jupyter.plots import Plot, plot_all_heads, plot_attention
-from horovod_lm.jupyter.widgets.visible import visible_token
-from horovod_lm.jupyter.widgets.widget_parts import Message, frontend, labelled, row
+from horovod_lm.jupyter.plots import Plot, plot_all_heads
+from horovod_lm.jupyter.widgets.widget_parts import (
+    BaseWidget,
+    frontend,
+    labelled,
+    row,
+    visible_token,
+)
 from horovod_lm.utils.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,15 +41,10 @@ THUMBNAIL_SIZE = 32  # rows and columns, at most
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """The attention weights of all heads for one text.
+    """The attention weights of all heads for one text."""
 
-    Attributes:
-        tokens: the T tokens as `visible` text, end-of-text first, as in training.
-        weights: (L, H, T, T) for L layers of H heads; each row sums to 1.
-    """
-
-    tokens: list[str]
-    weights: Tensor
+    tokens: list[str]  # the T tokens as `visible` text, end-of-text first, as in training
+    weights: Tensor  # (L, H, T, T) for L layers of H heads; each row sums to 1
 
     @property
     def entropy_bits(self) -> Tensor:
@@ -106,11 +105,7 @@ def thumbnails(weights: Tensor) -> Tensor:
 
 
 class AttentionView(anywidget.AnyWidget):
-    """One head's weights as a heat map and as lines, and thumbnails of all heads.
-
-    Args:
-        on_head: called with (layer, head), both from 0, when a head is selected in the browser.
-    """
+    """One head as a heat map and as lines, and all heads; a click on one sends [layer, head]."""
 
     _esm = frontend("attention.js")
     _css = frontend("attention.css")
@@ -122,19 +117,13 @@ class AttentionView(anywidget.AnyWidget):
     weights = traitlets.Bytes(b"", help="the head's (T, T), float32").tag(sync=True)
     thumbnails = traitlets.Bytes(b"", help="(L, H, n, n), a byte each").tag(sync=True)
 
-    def __init__(self, on_head: Callable[[int, int], None]) -> None:
-        super().__init__()
-        self._on_head = on_head
-        self.on_msg(self._receive)
-
     def show(self, attention: AttentionMap, layer: int, head: int) -> None:
         """Show a map, with one head selected."""
         small = thumbnails(attention.weights)
-        bits = attention.entropy_bits.tolist()
         with self.hold_sync():
             self.tokens = attention.tokens
             self.grid = list(small.shape[:3])
-            self.entropy_bits = [[round(one, 4) for one in layer_bits] for layer_bits in bits]
+            self.entropy_bits = attention.entropy_bits.tolist()
             self.thumbnails = small.numpy().tobytes()
             self.show_head(attention, layer, head)
 
@@ -144,12 +133,8 @@ class AttentionView(anywidget.AnyWidget):
             self.layer, self.head = layer, head
             self.weights = attention.weights[layer, head].contiguous().numpy().tobytes()
 
-    def _receive(self, _: Any, content: dict[str, Any], buffers: Any) -> None:
-        if content.get("kind") == "head":
-            self._on_head(int(content["layer"]), int(content["head"]))
 
-
-class AttentionExplorer(widgets.VBox):
+class AttentionExplorer(BaseWidget):
     """A sentence, and the attention weights of every head for it.
 
     Args:
@@ -168,26 +153,26 @@ class AttentionExplorer(widgets.VBox):
         self, model: TransformerLM, tokenizer: Tokenizer, sentence: str = "Once upon a time"
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._task: asyncio.Task[None] | None = None
-        self.message = Message()
-        self.sentence = labelled(widgets.Textarea, "Sentence", value=sentence, rows=2, width="auto")
-        self.read = self.message.button(
+        self.attention = read_attention(model, tokenizer, sentence)
+        super().__init__()
+        self.sentence = labelled(widgets.Textarea, "Sentence", "auto", value=sentence, rows=2)
+        self.read = self.button(
             "Show", "eye", "read the sentence and show its attention weights", self.start
         )
-        self.attention = read_attention(model, tokenizer, sentence)
         n_layers, n_heads = self.attention.weights.shape[:2]
         self.layer, self.head = self._chooser("Layer", n_layers), self._chooser("Head", n_heads)
-        self.view = AttentionView(on_head=self.message.guarded(self.choose))
+        self.view = AttentionView()
+        self.view.on_msg(self.guarded(lambda _, place, buffers: self.choose(*place)))
         controls = row(self.read, self.layer, self.head)
-        super().__init__([self.sentence, controls, self.message, self.view])
+        self.children = [self.sentence, controls, self.message, self.view]
         self._show()
 
     def start(self) -> None:
         """Read the sentence of the input."""
-        if self._task is None or self._task.done():
+        if not self.is_busy:
             self.read.disabled = True
-            self.message.say("reading")
-            self._task = self.message.start(self._read, self.sentence.value)
+            self.say("reading")
+            self.start_task(self._read, self.sentence.value)
 
     def choose(self, layer: int, head: int) -> None:
         """Select a head; both numbers count from 0."""
@@ -196,23 +181,10 @@ class AttentionExplorer(widgets.VBox):
         self.view.show_head(self.attention, layer, head)
         self._describe_head()
 
-    def plot(self) -> Plot:
-        """Return the selected head as a figure."""
-        layer, head = self.layer.value, self.head.value
-        words = [token.replace("\n", "").strip() or token for token in self.attention.tokens]
-        weights = self.attention.weights[layer, head]
-        return plot_attention(weights, words, f"Layer {layer + 1}, head {head + 1}")
-
     def plot_all(self) -> Plot:
         """Return small maps of all heads as a figure."""
         entropy = self.attention.entropy_bits
         return plot_all_heads(self.attention.weights, entropy, "Where every head looks")
-
-    def close(self) -> None:
-        """Remove the widget."""
-        if self._task is not None:
-            self._task.cancel()
-        super().close()
 
     def __repr__(self) -> str:
         """Describe the widget for pages without a kernel."""
@@ -235,15 +207,14 @@ class AttentionExplorer(widgets.VBox):
     def _describe_head(self) -> None:
         layer, head = self.layer.value, self.head.value
         bits = self.attention.entropy_bits[layer, head].item()
-        self.message.say(
+        self.say(
             f"layer {layer + 1}, head {head + 1}: mean entropy {bits:.3f} bits, as for "
             f"{2**bits:.1f} tokens with equal weights; {len(self.attention.tokens)} tokens"
         )
 
-    def _chooser(self, name: str, count: int) -> widgets.Dropdown:
+    def _chooser(self, name: str, count: int) -> Any:
         options = [(str(index + 1), index) for index in range(count)]
-        made = labelled(widgets.Dropdown, name, options=options, width="9em")
-        made.observe(
-            self.message.guarded(lambda _: self.choose(self.layer.value, self.head.value)), "value"
+        return self.on_change(
+            labelled(widgets.Dropdown, name, "9em", options=options),
+            lambda: self.choose(self.layer.value, self.head.value),
         )
-        return made

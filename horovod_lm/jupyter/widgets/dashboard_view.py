@@ -22,57 +22,7 @@ from horovod_lm.utils.progress import format_seconds
 RECENT_STEPS = 20  # that current speeds and times are the mean of
 SILENCE_SECONDS = 10  # after which the table shows that a rank writes nothing
 START_SECONDS = 60  # from a run's folder to the first event of its ranks, at most
-
-
-@dataclass
-class RunReader:
-    """Reads the JSON lines of a run while they are written, one file per rank.
-
-    Args:
-        log_dir: holds `rank0.jsonl`, `rank1.jsonl`, ...; it need not exist yet.
-
-    Attributes:
-        step: optimizer steps that rank 0 has finished.
-        total_steps: number of steps of the run; 0 until rank 0 has started.
-        loss: nats per token of the last training step.
-    """
-
-    log_dir: Path
-    step: int = 0
-    total_steps: int = 0
-    loss: float = float("nan")
-    _positions: dict[Path, int] = field(default_factory=dict)
-
-    def update(self) -> list[dict[str, Any]]:
-        """Return the new events since the last call, by rank and in order.
-
-        A line that is still being written is left for the next call.
-        """
-        events: list[dict[str, Any]] = []
-        for file in self._files():
-            with open(file, "rb") as lines:
-                lines.seek(self._positions.get(file, 0))
-                whole, _, _ = lines.read().rpartition(b"\n")
-            if whole:
-                self._positions[file] = self._positions.get(file, 0) + len(whole) + 1
-                events += [json.loads(line) for line in whole.splitlines()]
-        for event in events:
-            if event["rank"] == 0 and event["event"] == "start":
-                self.step, self.total_steps = event["step"], event["total_steps"]
-            elif event["rank"] == 0 and event["event"] == "metrics" and event["phase"] == "train":
-                self.step, self.loss = event["step"], event["loss"]
-        return events
-
-    def skip_existing(self) -> None:
-        """Skip the events of an earlier session of the run."""
-        self._positions = {file: file.stat().st_size for file in self._files()}
-
-    def _files(self) -> list[Path]:
-        def rank_of(file: Path) -> int:
-            digits = file.stem.removeprefix("rank")
-            return int(digits) if digits.isdigit() else -1
-
-        return sorted(self.log_dir.glob("rank*.jsonl"), key=rank_of)
+COLUMNS = ("phase", "step", "loss", "learning_rate", "tokens_per_second")
 
 
 @dataclass
@@ -83,7 +33,7 @@ class RankView:
     pid: int | None = None
     step: int = 0
     last_event_at: float = 0.0  # seconds since 1970
-    recent: list[dict[str, float]] = field(default_factory=list)
+    recent: list[dict[str, float]] = field(default_factory=list)  # training steps
 
     def mean_seconds(self, part: str) -> float:
         """Return the mean seconds of a part of the recent steps."""
@@ -116,10 +66,8 @@ class RankView:
             f"{part.removeprefix('seconds_')} (ms)": f"{1000 * self.mean_seconds(part):.1f}"
             for part in PARTS_OF_A_STEP
         }
-        return {
-            "rank": str(self.rank), "step": str(self.step), **parts, "memory (MiB)": memory,
-            "state": state,
-        }  # fmt: skip
+        known = {"rank": str(self.rank), "step": str(self.step)}
+        return {**known, **parts, "memory (MiB)": memory, "state": state}
 
 
 class RunView:
@@ -127,37 +75,68 @@ class RunView:
 
     Args:
         run_dir: the run's folder.
-        log_dir: the folder of its JSON lines; default: `logs` inside.
+        log_dir: holds `rank0.jsonl`, `rank1.jsonl` ...; default: `logs` inside the run's folder.
+        skip_existing: whether to skip the events of an earlier session of the run.
 
     Attributes:
-        rows: metrics, as `read_metrics` returns them.
+        step: optimizer steps that rank 0 has finished.
+        total_steps: number of steps of the run; 0 until rank 0 has started.
+        loss: nats per token of the last training step.
+        rows: the `COLUMNS` of the metrics, as `read_metrics` returns them.
         ranks: the ranks by number.
         entropy: the corpus's exact entropy in nats per token; None: not known.
     """
 
-    def __init__(self, run_dir: str | Path, log_dir: str | Path | None = None) -> None:
+    def __init__(
+        self, run_dir: str | Path, log_dir: Path | None = None, skip_existing: bool = False
+    ) -> None:
         self.run_dir = Path(run_dir)
+        self.step, self.total_steps, self.loss = 0, 0, float("nan")
         self.rows: list[dict[str, Any]] = []
         self.ranks: dict[int, RankView] = {}
         self.entropy: float | None = None
-        self._reader = RunReader(Path(log_dir or self.run_dir / "logs"))
+        self._log_dir = log_dir or self.run_dir / "logs"
+        self._positions = {file: file.stat().st_size for file in self._log_files() if skip_existing}
 
-    def update(self) -> bool:
-        """Read new events; return whether there were any."""
-        events = self._reader.update()
+    def update(self) -> list[dict[str, Any]]:
+        """Read the events since the last call, and return them by rank and in order.
+
+        A line that is still being written is left for the next call.
+        """
+        events: list[dict[str, Any]] = []
+        for file in self._log_files():
+            with open(file, "rb") as lines:
+                position = lines.seek(self._positions.get(file, 0))
+                whole, _, _ = lines.read().rpartition(b"\n")
+            if whole:
+                self._positions[file] = position + len(whole) + 1
+                events += [json.loads(line) for line in whole.splitlines()]
         for event in events:
             self._add(event)
-        return bool(events)
+        return events
 
-    @property
-    def step(self) -> int:
-        """Optimizer steps that are done."""
-        return self._reader.step
+    def _log_files(self) -> list[Path]:
+        return sorted(self._log_dir.glob("rank*.jsonl"), key=lambda file: (len(file.stem), file))
 
-    @property
-    def total_steps(self) -> int:
-        """Number of steps of the run; 0 before training has begun."""
-        return self._reader.total_steps
+    def _add(self, event: dict[str, Any]) -> None:
+        rank = self.ranks.setdefault(event["rank"], RankView(event["rank"]))
+        rank.last_event_at = event["time"]
+        if event["event"] == "start":
+            rank.pid, rank.step = event["pid"], event["step"]
+        elif event["event"] == "metrics" and event["phase"] == "train":
+            rank.step = event["step"]
+            rank.recent = [*rank.recent[1 - RECENT_STEPS :], event]
+        if event["rank"] != 0:
+            return
+        self.step = rank.step
+        if event["event"] == "start":
+            self.total_steps = event["total_steps"]
+            # A resumed run repeats the steps after its checkpoint.
+            self.rows = [row for row in self.rows if row["step"] <= event["step"]]
+            self.entropy = self.entropy or entropy_per_token(self.run_dir)
+        elif event["event"] == "metrics":
+            self.rows.append({name: event[name] for name in COLUMNS if name in event})
+            self.loss = event["loss"] if event["phase"] == "train" else self.loss
 
     @property
     def is_running(self) -> bool:
@@ -173,18 +152,13 @@ class RunView:
             return False
         last_event_at = max((rank.last_event_at for rank in self.ranks.values()), default=0.0)
         is_new = last_event_at < created_at and time.time() - created_at < START_SECONDS
-        return is_new and self.is_local
+        return is_new and self.host == platform.node()
 
     @property
     def host(self) -> str | None:
         """The host on which the last session was started; None: not known."""
         sessions = read_sessions(self.run_dir)
         return sessions[-1]["host"] if sessions else None
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the run was started on this host."""
-        return self.host == platform.node()
 
     def ask_to_stop(self) -> None:
         """Ask every rank on this host to end after its current step; return at once.
@@ -201,7 +175,7 @@ class RunView:
 
     def describe_end(self) -> str:
         """Return how far a run came that does not run on this host, or no longer."""
-        if self.host is not None and not self.is_local:
+        if self.host not in (None, platform.node()):
             return f"the ranks are on {self.host}: only what they have written is shown here"
         if self.step >= self.total_steps > 0:
             return f"this run has ended after its last step, {self.step}"
@@ -234,39 +208,10 @@ class RunView:
 
     def _processes(self) -> dict[int, psutil.Process]:
         """Return the processes of the ranks that are alive on this host."""
-        if not self.is_local:
+        if self.host != platform.node():
             return {}
         found = {rank: view.process() for rank, view in self.ranks.items()}
         return {rank: process for rank, process in found.items() if process is not None}
-
-    def _add(self, event: dict[str, Any]) -> None:
-        rank = self.ranks.setdefault(event["rank"], RankView(event["rank"]))
-        rank.last_event_at = event["time"]
-        if event["event"] == "start":
-            rank.pid, rank.step = event["pid"], event["step"]
-            if event["rank"] == 0:
-                # A resumed run repeats the steps after its checkpoint.
-                self.rows = [row for row in self.rows if row["step"] <= event["step"]]
-                self.entropy = self.entropy or entropy_per_token(self.run_dir)
-        elif event["event"] == "metrics":
-            if event["rank"] == 0:
-                self.rows.append(event)
-            if event["phase"] == "train":
-                rank.step = event["step"]
-                rank.recent = [*rank.recent[1 - RECENT_STEPS :], event]
-
-
-def open_run(path: str | Path) -> RunView:
-    """Return the state of a run from its folder.
-
-    Raises:
-        ConfigError: the folder holds no run.
-    """
-    view = RunView(path)
-    if not (view.run_dir / "config.yaml").is_file():
-        raise ConfigError(f"{path} is not a run: it holds no config.yaml")
-    view.update()
-    return view
 
 
 def entropy_per_token(run_dir: Path) -> float | None:

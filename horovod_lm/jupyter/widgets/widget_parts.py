@@ -1,7 +1,7 @@
-"""What the widgets share: inputs, buttons, error messages, and whether a page shows a widget.
+"""What the widgets share: inputs, buttons, errors, background tasks, and text that can be shown.
 
 JupyterLab does not show an exception in a widget's callback or background task, so each of them
-runs through a `Message`, which shows the error in the widget.
+runs inside `BaseWidget.errors_shown`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import asyncio
 import base64
 import html
 import time
+import unicodedata
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +22,23 @@ import ipywidgets as widgets
 import traitlets
 
 if TYPE_CHECKING:
+    from horovod_lm.data.tokenizers import Tokenizer
     from horovod_lm.jupyter.plots import Plot
 
 PING_INTERVAL, PING_TIMEOUT = 5.0, 20.0  # seconds
+SYMBOLS = {"\n": "↵\n", "\t": "⇥\t", "\x7f": "␡"}
+CONTROL_PICTURES = 0x2400  # Unicode's symbols of the 32 control characters of ASCII
+# Controls, marks of format and direction, surrogates, unassigned characters, and separators.
+INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
+DOTTED_CIRCLE = "◌"  # carries a combining mark that would join the character before it
 
 
-def labelled(kind: type[widgets.Widget], description: str, **traits: Any) -> widgets.Widget:
-    """Make an input with a description that is not cut off; `width` is a CSS length."""
-    layout = {"width": traits.pop("width")} if "width" in traits else {}
-    return kind(
-        description=description, style={"description_width": "initial"}, layout=layout, **traits
-    )
+def labelled(
+    kind: type[widgets.Widget], description: str, width: str, label: str = "initial", **traits: Any
+) -> Any:
+    """Make an input; `width` and `label`, the width of its description, are CSS lengths."""
+    style, layout = {"description_width": label}, {"width": width}
+    return kind(description=description, style=style, layout=layout, **traits)
 
 
 def row(*parts: widgets.Widget) -> widgets.HBox:
@@ -46,10 +54,8 @@ def frontend(name: str) -> str:
 def html_table(label: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return an HTML table of plain texts; `label` is for screen readers."""
     header = "".join(f"<th scope='col'>{html.escape(name)}</th>" for name in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in values) + "</tr>"
-        for values in rows
-    )
+    lines = ("".join(f"<td>{html.escape(value)}</td>" for value in values) for values in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
     return (
         f"<div style='overflow-x: auto'><table aria-label='{html.escape(label)}'"
         " style='text-align: right; border-spacing: 1em 0; font-variant-numeric: tabular-nums'>"
@@ -61,6 +67,34 @@ def with_picture(bundle: dict[str, Any], plot: Plot) -> dict[str, Any]:
     """Add a picture to a widget's MIME bundle, for pages without a kernel."""
     picture = base64.b64encode(plot.png()).decode()
     return {**bundle, "text/plain": repr(plot), "image/png": picture}
+
+
+def visible(text: str) -> str:
+    """Return text with every character visible; a line end still ends the line.
+
+    A control character becomes its symbol (`␛`), any other invisible one its number (`⟨U+202E⟩`),
+    so that no text can change the page around it.
+    """
+    shown = "".join(map(_visible_character, text))
+    return DOTTED_CIRCLE + shown if text and unicodedata.category(text[0])[0] == "M" else shown
+
+
+def visible_token(tokenizer: Tokenizer, token_id: int) -> str:
+    """Return one token as `visible` text; bytes of an incomplete character become `⟨E2⟩`."""
+    return visible(tokenizer.token_bytes(token_id).decode("utf-8", errors="surrogateescape"))
+
+
+@lru_cache(maxsize=4096)
+def _visible_character(character: str) -> str:
+    if character in SYMBOLS:
+        return SYMBOLS[character]
+    if character < " ":
+        return chr(CONTROL_PICTURES + ord(character))
+    if "\udc80" <= character <= "\udcff":  # a byte that was not UTF-8: see `surrogateescape`
+        return f"⟨{ord(character) - 0xDC00:02X}⟩"
+    if character != " " and unicodedata.category(character) in INVISIBLE:
+        return f"⟨U+{ord(character):04X}⟩"
+    return character
 
 
 class ViewTracker(anywidget.AnyWidget):
@@ -82,8 +116,7 @@ class ViewTracker(anywidget.AnyWidget):
     ) -> None:
         super().__init__()
         self._on_opened, self._on_closed = on_opened, on_closed
-        self._views = 0
-        self._pinged_at = 0.0
+        self._views, self._pinged_at = 0, 0.0
         self._unanswered_since: float | None = None
         self.on_msg(self._receive)
 
@@ -100,13 +133,12 @@ class ViewTracker(anywidget.AnyWidget):
         self._pinged_at = now
         self.pings += 1
 
-    def _receive(self, _: Any, content: dict[str, Any], buffers: Any) -> None:
+    def _receive(self, _: Any, kind: str, buffers: Any) -> None:
         self._unanswered_since = None
-        kind = content.get("kind")
         if kind == "opened" or (kind == "pong" and not self._views):  # after a lost connection
             self._set_views(self._views + 1)
-        elif kind == "closed" and self._views:
-            self._set_views(self._views - 1)
+        elif kind == "closed":
+            self._set_views(max(0, self._views - 1))
 
     def _set_views(self, views: int) -> None:
         before, self._views = self._views, views
@@ -116,13 +148,24 @@ class ViewTracker(anywidget.AnyWidget):
             self._on_closed()
 
 
-class Message(widgets.HTML):
-    """A line that shows a widget's state and its errors."""
+class BaseWidget(widgets.VBox):
+    """A widget with a line for its state and its errors, and at most one background task."""
+
+    _task: asyncio.Task[None] | None = None  # also of a widget whose `__init__` has failed
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.message = widgets.HTML()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the background task runs."""
+        return self._task is not None and not self._task.done()
 
     def say(self, text: str, preformatted: str = "") -> None:
         """Show plain text, and a preformatted text below it."""
         below = f"<pre>{html.escape(preformatted)}</pre>" if preformatted else ""
-        self.value = html.escape(text) + below
+        self.message.value = html.escape(text) + below
 
     @contextmanager
     def errors_shown(self) -> Iterator[None]:
@@ -130,7 +173,8 @@ class Message(widgets.HTML):
         try:
             yield
         except Exception as error:
-            self.value = f"<b role='alert'>{html.escape(f'{type(error).__name__}: {error}')}</b>"
+            words = html.escape(f"{type(error).__name__}: {error}")
+            self.message.value = f"<b role='alert'>{words}</b>"
 
     def guarded(self, act: Callable[..., None]) -> Callable[..., None]:
         """Return a callback that shows its errors."""
@@ -141,21 +185,41 @@ class Message(widgets.HTML):
 
         return callback
 
-    def start(
-        self, work: Callable[..., Coroutine[Any, Any, None]], *arguments: Any
-    ) -> asyncio.Task[None]:
-        """Start a task of the kernel's event loop that shows its errors."""
+    def on_change(self, control: widgets.Widget, act: Callable[[], None]) -> Any:
+        """Call `act` whenever the control's value changes; return the control."""
+        control.observe(self.guarded(lambda _: act()), "value")
+        return control
+
+    def button(
+        self, description: str, icon: str, tooltip: str, act: Callable[[], None], **layout: str
+    ) -> widgets.Button:
+        """Make a button whose errors are shown."""
+        made = widgets.Button(description=description, icon=icon, tooltip=tooltip, layout=layout)
+        made.on_click(self.guarded(lambda _: act()))
+        return made
+
+    def start_task(
+        self,
+        work: Callable[..., Coroutine[Any, Any, None]],
+        *arguments: Any,
+        at_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Start the task in the kernel's event loop; `at_end` is called however it ends."""
 
         async def task() -> None:
             with self.errors_shown():
                 await work(*arguments)
 
-        return asyncio.ensure_future(task())
+        self._task = asyncio.ensure_future(task())
+        # A callback: a task that is cancelled before its first step never runs.
+        self._task.add_done_callback(lambda _: at_end())
 
-    def button(
-        self, description: str, icon: str, tooltip: str, act: Callable[[], None], **layout: str
-    ) -> widgets.Button:
-        """Make a button whose errors are shown here."""
-        made = widgets.Button(description=description, icon=icon, tooltip=tooltip, layout=layout)
-        made.on_click(self.guarded(lambda _: act()))
-        return made
+    def cancel_task(self) -> None:
+        """Cancel the task if it runs."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def close(self) -> None:
+        """Cancel the task and remove the widget."""
+        self.cancel_task()
+        super().close()

@@ -9,11 +9,10 @@ const LONGEST_NAME = 18; // characters
 const SMALLEST_NAME = 11; // pixels of a cell: below that the map has no names, hovering tells them
 const MOST_FAINT_LINES = 40; // tokens: with more, only the chosen token's lines are drawn
 
-function element(tag, className, text = "") {
-  const made = document.createElement(tag);
-  made.className = className;
-  made.textContent = text;
-  return made;
+const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
+
+function element(tag, properties) {
+  return Object.assign(document.createElement(tag), properties);
 }
 
 function drawing(tag, attributes, text = "") {
@@ -76,11 +75,12 @@ function render({ model, el }) {
     const size = tokens().length;
     if (!size || weights.length !== size * size) return; // the rest of a change is on its way
     paint(canvas, size, (cell) => weights[cell]);
-    const pixels = Math.max(260, Math.min(520, 22 * size));
+    const pixels = clamp(22 * size, 260, 520);
     canvas.style.width = canvas.style.height = `${pixels}px`;
     for (const names of [columnNames, rowNames]) {
       const fits = pixels / size >= SMALLEST_NAME;
-      names.replaceChildren(...(fits ? tokens().map((one) => element("bdi", "", short(one))) : []));
+      const texts = fits ? tokens() : [];
+      names.replaceChildren(...texts.map((one) => element("bdi", { textContent: short(one) })));
     }
     [row, column] = [Math.min(row, size - 1), Math.min(column, size - 1)];
     drawLinks();
@@ -137,18 +137,17 @@ function render({ model, el }) {
       for (let number = 0; number < layers * perLayer; number++) {
         const [layer, head] = [Math.floor(number / perLayer), number % perLayer];
         const entropy = model.get("entropy_bits")[layer][head].toFixed(2);
-        const button = element("button", "lm-head");
-        const small = element("canvas", "");
-        const start = number * size * size;
-        paint(small, size, (cell) => bytes[start + cell] / 255);
+        const ariaLabel = `layer ${layer + 1}, head ${head + 1}: ${entropy} bits`;
+        const button = element("button", { className: "lm-head", ariaLabel });
+        const small = document.createElement("canvas");
+        paint(small, size, (cell) => bytes[number * size * size + cell] / 255);
         button.append(small, `${layer + 1}.${head + 1}: ${entropy}`);
-        button.setAttribute("aria-label", `layer ${layer + 1}, head ${head + 1}: ${entropy} bits`);
-        button.addEventListener("click", () => model.send({ kind: "head", layer, head }));
+        button.addEventListener("click", () => model.send([layer, head]));
         heads.append(button);
       }
     }
     [...heads.children].forEach((button, number) => {
-      button.setAttribute("aria-pressed", String(number === chosen));
+      button.ariaPressed = String(number === chosen);
       button.tabIndex = number === chosen ? 0 : -1;
     });
   }
@@ -157,14 +156,15 @@ function render({ model, el }) {
     const box = canvas.getBoundingClientRect();
     const size = tokens().length;
     const place = (at, start, length) =>
-      Math.max(0, Math.min(size - 1, Math.floor(((at - start) / length) * size)));
+      clamp(Math.floor(((at - start) / length) * size), 0, size - 1);
     return [place(event.clientY, box.top, box.height), place(event.clientX, box.left, box.width)];
   }
 
   function chooseRow(place) {
-    row = Math.max(0, Math.min(tokens().length - 1, place));
+    const size = tokens().length;
+    row = clamp(place, 0, size - 1);
     drawLinks();
-    const values = [...weights.slice(row * tokens().length, row * tokens().length + row + 1)];
+    const values = [...weights.slice(row * size, row * size + row + 1)];
     say(row, values.indexOf(Math.max(...values)));
     const top = ROW * row; // scroll this box alone: the page stays where it is
     links.scrollTop = Math.max(top + 2 * ROW - links.clientHeight, Math.min(links.scrollTop, top - ROW));
@@ -180,8 +180,7 @@ function render({ model, el }) {
     });
   onKey(canvas, ([down, right]) => {
     const last = tokens().length - 1;
-    const within = (place) => Math.max(0, Math.min(last, place));
-    say(within(row + down), within(column + right));
+    say(clamp(row + down, 0, last), clamp(column + right, 0, last));
     drawLinks();
   });
   onKey(links, ([down, right]) => chooseRow(row + down + right));

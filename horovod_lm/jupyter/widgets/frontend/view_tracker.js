@@ -2,12 +2,12 @@
 
 function render({ model, el }) {
   el.hidden = true;
-  const answer = () => model.send({ kind: "pong" });
+  const answer = () => model.send("pong");
   model.on("change:pings", answer);
-  model.send({ kind: "opened" });
+  model.send("opened");
   return () => {
     model.off("change:pings", answer);
-    model.send({ kind: "closed" });
+    model.send("closed");
   };
 }
 
