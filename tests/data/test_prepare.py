@@ -45,35 +45,31 @@ def is_prepared_again(config: Config) -> bool:
     return bool(phases)
 
 
-@pytest.mark.parametrize("tokenizer", ["bpe", "byte"])
-def test_every_document_is_in_one_part_once(make_config, tokenizer):
-    config = make_config(tokenizer=tokenizer, num_stories=300, val_fraction=0.1)
-    metadata = prepare_data(config)
-    train, val = documents_in(config, "train"), documents_in(config, "val")
-    assert sorted(train + val) == sorted(generate_stories(300, config.seed))
-    assert not set(train) & set(val)
-    assert metadata["train"]["documents"] == len(train) and metadata["val"]["documents"] == len(val)
-    assert len(val) == pytest.approx(30, abs=4 * 300**0.5 * 0.3)
-
-
-def test_metadata_describes_the_files(make_config):
-    config = make_config(tokenizer="bpe")
+@pytest.mark.parametrize("name", ["bpe", "byte"])
+def test_every_document_is_in_one_part_once_and_metadata_describes_the_files(make_config, name):
+    config = make_config(tokenizer=name, num_stories=300, val_fraction=0.1)
     metadata = prepare_data(config)
     assert metadata == read_metadata(folder_of(config))
-    for part in ("train", "val"):
+    stories = list(generate_stories(300, config.seed))
+    documents = {part: documents_in(config, part) for part in ("train", "val")}
+    assert sorted(documents["train"] + documents["val"]) == sorted(stories)
+    assert not set(documents["train"]) & set(documents["val"])
+    assert len(documents["val"]) == pytest.approx(30, abs=4 * 300**0.5 * 0.3)
+    for part, texts in documents.items():
         data = (folder_of(config) / f"{part}.bin").read_bytes()
-        assert metadata[part]["sha256"] == hashlib.sha256(data).hexdigest()
-        assert metadata[part]["tokens"] == len(data) // 2
-    text = list(generate_stories(100, config.seed))
-    assert metadata["train"]["bytes"] + metadata["val"]["bytes"] == sum(map(len, text))
+        assert metadata[part] == {
+            "documents": len(texts),
+            "tokens": len(data) // 2,
+            "bytes": sum(map(len, texts)),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
     assert metadata["block_length"] == 16 and metadata["settings"]["seed"] == 7
-    assert metadata["tokenizer"]["name"] == "bpe"
-    stories = metadata["stories"]
-    assert stories["entropy_nats_per_story"] == story_entropy()
-    assert stories["different_stories"] == story_count()
+    assert metadata["tokenizer"]["name"] == name
+    assert metadata["stories"]["entropy_nats_per_story"] == story_entropy()
+    assert metadata["stories"]["different_stories"] == story_count()
     tokenizer = load_tokenizer(folder_of(config) / "tokenizer.json")
-    lengths = [len(tokenizer.encode(story)) + 1 for story in text]  # and end-of-text
-    assert stories["tokens_per_story"] == pytest.approx(np.mean(lengths), abs=1e-3)
+    lengths = [len(tokenizer.encode(story)) + 1 for story in stories]  # and end-of-text
+    assert metadata["stories"]["tokens_per_story"] == pytest.approx(np.mean(lengths), abs=1e-3)
 
 
 def test_preparing_twice_gives_the_same_bytes(make_config):
