@@ -21,10 +21,9 @@ import argparse
 import os
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import psutil
 
 from horovod_lm.launch.hosts import training_command
 from horovod_lm.utils.cli import add_config_arguments, program, run_cli
@@ -139,12 +138,8 @@ def elastic_command(
 
 
 def loopback_interface() -> str:
-    """Return the name of the loopback interface: `lo` on Linux, `lo0` on macOS."""
-    return next(
-        name
-        for name, addresses in psutil.net_if_addrs().items()
-        if any(address.address == LOOPBACK for address in addresses)
-    )
+    """Return the name of the loopback interface."""
+    return "lo0" if sys.platform == "darwin" else "lo"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -127,27 +127,16 @@ def idle():
     import torch
 
     names = "HOROVOD_CYCLE_TIME", "HOROVOD_CACHE_CAPACITY"
-    exported = {name: os.environ[name] for name in names if name in os.environ}
-
-    def clocks():
-        return time.monotonic(), time.process_time()
-
-    def share_of_a_core():
-        hvd.init()
-        hvd.allreduce(torch.ones(1), name="awake")
-        shares = []
-        for _ in range(5):
-            before = clocks()
-            time.sleep(0.6)
-            wall, cpu = (after - start for after, start in zip(clocks(), before))
-            shares.append(cpu / wall)
-        hvd.allreduce(torch.ones(1), name="nobody leaves while another is measured")
-        hvd.shutdown()
-        return min(shares)
-
-    as_it_is = share_of_a_core()
-    os.environ.update(dict.fromkeys(names, "(None,)"))  # what the release exports
-    return exported, as_it_is, share_of_a_core()
+    hvd.init()
+    hvd.allreduce(torch.ones(1), name="awake")
+    shares = []
+    for _ in range(5):
+        wall, cpu = time.monotonic(), time.process_time()
+        time.sleep(0.6)
+        shares.append((time.process_time() - cpu) / (time.monotonic() - wall))
+    hvd.allreduce(torch.ones(1), name="nobody leaves while another is measured")
+    hvd.shutdown()
+    return [os.environ[name] for name in names if name in os.environ], min(shares)
 
 
 def fail():
@@ -166,18 +155,14 @@ if __name__ == "__main__":
 def test_idle_ranks_of_horovod_run_do_not_use_a_whole_core(tmp_path, run):
     # 09-run-settings. Measured on two cores, quiet or with three busy loops beside: 0.05 to 0.15
     # of a core per rank, and 0.4 to 1.0 with what the release exports. The minimum of five, because
-    # a shared machine can only add to it; and without the timeline, whose writer alone keeps a core
-    # of rank 0 busy.
+    # other load can only add to it; without the timeline, whose writer keeps a core of rank 0 busy.
     (tmp_path / "idle.py").write_text(IDLE_RANKS)
     done = run(sys.executable, "idle.py")
     assert done.code == 0, done.output
     assert "RAISED process 0 was the first to fail, with exit code 1" in done.output
     ranks = json.loads(re.search(r"IDLE (.*)", done.output).group(1))
-    for exported, _, _ in ranks:
-        assert all(float(value) >= 0 for value in exported.values()), exported
-    as_it_is, as_released = (sum(rank[i] for rank in ranks) for i in (1, 2))
-    assert as_it_is < 0.5, f"two idle ranks use {as_it_is:.2f} cores"
-    assert as_it_is < as_released / 2, f"{as_it_is:.2f} cores, and {as_released:.2f} as released"
+    assert all(float(value) >= 0 for exported, _ in ranks for value in exported), ranks
+    assert sum(share for _, share in ranks) < 0.5, ranks
 
 
 def test_a_rank_in_the_place_of_its_shell_can_save_when_it_is_stopped(tmp_path):
