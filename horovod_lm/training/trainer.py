@@ -234,7 +234,7 @@ class Trainer:
                 batch = next(batches)
                 tokens = count_predicted(batch)
                 batch = {
-                    name: value.to(self.device, non_blocking=True) for name, value in batch.items()
+                    key: part.to(self.device, non_blocking=True) for key, part in batch.items()
                 }
             self._seed_dropout(backward_pass)
             with timer.part("forward"), autocast(self.device, self.amp_dtype):

@@ -339,12 +339,15 @@ def broadcast_object(value: Any, name: str, root_rank: int = 0) -> Any:
     map_tensors(value if is_root else outline, tensors.append)
     if not is_root:
         tensors = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
+    handles = []
     for number, tensor in enumerate(tensors):
         # As bytes, because Gloo does not know every type: (...,) -> (bytes,)
         data = tensor.detach().cpu().reshape(-1).view(torch.uint8)
         for start in range(0, len(data), MAX_BROADCAST_BYTES):
             part = data[start : start + MAX_BROADCAST_BYTES]
-            hvd.broadcast_(part, root_rank, f"{name}.{number}.{start}")
+            handles.append(hvd.broadcast_async_(part, root_rank, f"{name}.{number}.{start}"))
+    for handle in handles:
+        hvd.synchronize(handle)
     received = iter(tensors)
     return value if is_root else map_tensors(outline, lambda _: next(received))
 
