@@ -1,6 +1,6 @@
 """Elastic runs on real processes, for tests and for the table of faults.
 
-What happened is read from what the ranks wrote: see `ranks_elastic.py`.
+The ranks of `ranks_elastic.py` record every step; the functions here read these records.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class ElasticRun:
     """`horovodrun` with a file of hosts of one rank each: names of this machine, or others.
 
     Args:
-        project: holds `configs/tiny.yaml`.
-        name: the run's.
+        project: folder of `configs/tiny.yaml`.
+        name: the run's name.
         workers: ranks at the start.
         settings: override `SETTINGS`.
-        hurry: do not leave the time in which other ranks could join.
-        late: seconds that each rank takes before it asks for the others.
-        staged: let gradients travel as those of a GPU that ranks share.
-        hosts: their names; None: as many names of this machine as there are workers.
-        enter: what starts a command on the first of these hosts.
+        hurry: train at full speed, without time for other ranks to join.
+        late: seconds that each rank waits before it initialises Horovod.
+        staged: reduce gradients in CPU memory, as for ranks that share a GPU.
+        hosts: names of hosts; None: one name of this machine for each worker.
+        enter: the command that runs another one on the first host.
         **options: of `elastic_command`.
     """
 
@@ -84,8 +84,6 @@ class ElasticRun:
         environment["STAGE_GRADIENTS"] = "1" if staged else ""
         self.command = Command([*enter, *call], project, environment)
 
-    # ---- what is done to it ---------------------------------------------------------------------
-
     def signal(self, rank: int, number: signal.Signals) -> float:
         """Send a signal to a rank; return when, as `time.time()`."""
         self.command.descendants()
@@ -105,8 +103,6 @@ class ElasticRun:
         write_hosts(self._hosts_file, self.hosts)
         return time.time()
 
-    # ---- what is seen of it ---------------------------------------------------------------------
-
     def wait_for_step(self, step: int, timeout: float = 60) -> None:
         self.command.wait_until(lambda: self.last_step() >= step, timeout)
 
@@ -124,7 +120,7 @@ class ElasticRun:
         return max((line["step"] for line in self.witnesses()), default=0)
 
     def worlds(self) -> list[dict[str, Any]]:
-        """What rank 0 wrote whenever the ranks had changed."""
+        """Return rank 0's event of each change of ranks."""
         return [line for line in self._lines("logs/rank0.jsonl") if line["event"] == "new_world"]
 
     def process_id(self, rank: int) -> int:
@@ -133,12 +129,12 @@ class ElasticRun:
         return [line["pid"] for line in lines if line["event"] == "start"][-1]
 
     def witnesses(self) -> list[dict[str, Any]]:
-        """What every rank wrote after every step that it took."""
+        """Return every rank's record of every step."""
         names = [path.name for path in self.folder.glob("witness-*.jsonl")]
         return [line for name in names for line in self._lines(name)]
 
     def history(self) -> dict[int, list[dict[str, Any]]]:
-        """Return, for each step, what the ranks wrote that took it last."""
+        """Return, for each step, the records of the ranks that took it last."""
         by_step = defaultdict(list)
         for line in self.witnesses():
             by_step[line["step"]].append(line)
@@ -154,13 +150,13 @@ class ElasticRun:
 
 
 def what_was_said(output: str, world: dict[str, Any]) -> str:
-    """Return what a run said of a change of its ranks, and the steps that were lost."""
+    """Return a run's message about a change of its ranks, and the lost steps."""
     said = re.search(r"(a rank was lost|ranks left or joined).*", output)
     return f"{said.group() if said else 'nothing was said'}; lost: {world['steps_lost']}"
 
 
 def assert_nothing_was_lost(run: ElasticRun, tiny_project: Path) -> None:
-    """Look at every step that counts: all ranks equal, every sample once, replays counted."""
+    """Check each step: all ranks equal, every sample once, repeated steps counted."""
     history = run.history()
     assert sorted(history) == [*range(1, STEPS + 1)]
     samples: dict[int, Counter] = {}

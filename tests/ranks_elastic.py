@@ -1,4 +1,4 @@
-"""Run by horovodrun: train elastically, and write down what each step saw and what it left.
+"""Run by horovodrun: train elastically, and record the samples and the state of each step.
 
 SIGUSR1 raises an exception in this rank. Steps are slow until the test makes the file `hurry` in
 the run's folder, so that there is time for ranks to join.

@@ -34,13 +34,9 @@ def trained(in_project):
     config = load_config("configs/tiny.yaml", ["training.max_steps=3"])
     world_size, rank, local_rank, _ = setup_horovod(require_distributed=False)
     run_distributed_training(
-        config=config,
-        rank=rank,
-        world_size=world_size,
-        local_rank=local_rank,
-        resume_checkpoint=None,
-        run_name="my_training_run",
-    )
+        config=config, rank=rank, world_size=world_size, local_rank=local_rank,
+        resume_checkpoint=None, run_name="my_training_run",
+    )  # fmt: skip
     assert defaults(run_distributed_training) == {"resume_checkpoint": None, "run_name": None}
     return in_project / "runs/my_training_run/checkpoints"
 
@@ -93,24 +89,14 @@ def test_checkpoint_api(tmp_path, monkeypatch):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     epoch, step, loss, global_step = 5, 7, 1.25, 123
     save_checkpoint(
-        model=model,
-        optimizer=optimizer,
-        epoch=epoch,
-        step=step,
-        loss=loss,
-        checkpoint_dir="checkpoints",
-        filename="checkpoint_epoch5.pt",
-        scheduler=scheduler,
-        scaler=scaler,
-        global_step=global_step,
-    )
+        model=model, optimizer=optimizer, epoch=epoch, step=step, loss=loss,
+        checkpoint_dir="checkpoints", filename="checkpoint_epoch5.pt", scheduler=scheduler,
+        scaler=scaler, global_step=global_step,
+    )  # fmt: skip
     checkpoint = load_checkpoint(
-        checkpoint_path="checkpoints/checkpoint_epoch5.pt",
-        model=model,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        scaler=scaler,
-    )
+        checkpoint_path="checkpoints/checkpoint_epoch5.pt", model=model, optimizer=optimizer,
+        scheduler=scheduler, scaler=scaler,
+    )  # fmt: skip
     found = {name: checkpoint[name] for name in ("epoch", "step", "loss", "global_step")}
     assert found == {"epoch": 5, "step": 7, "loss": 1.25, "global_step": 123}
 
@@ -184,16 +170,9 @@ def test_generation_api(trained, capfd):
         device="cuda",
     )
     generated_texts = generate_text(
-        model=model,
-        tokenizer=tokenizer,
-        prompt="Once upon a time",
-        max_new_tokens=10,
-        temperature=0.8,
-        top_k=50,
-        top_p=0.9,
-        num_samples=2,
-        device="cuda",
-    )
+        model=model, tokenizer=tokenizer, prompt="Once upon a time", max_new_tokens=10,
+        temperature=0.8, top_k=50, top_p=0.9, num_samples=2, device="cuda",
+    )  # fmt: skip
     # Where there is no GPU, the CPU is used, and this is said once.
     notes = capfd.readouterr().err.count("note: there is no cuda here: the CPU is used")
     assert notes == (0 if torch.cuda.is_available() else 1)

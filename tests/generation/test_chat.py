@@ -39,16 +39,6 @@ def test_ctrl_c_at_the_prompt_ends_it(monkeypatch, capsys):
     chat(lambda prompt, settings: iter(()), CONFIG)
 
 
-def test_ctrl_c_in_a_text_stops_that_text_only(monkeypatch, capsys):
-    def answer(prompt, settings):
-        yield "so far"
-        if prompt == "first":
-            raise KeyboardInterrupt
-
-    _, output = talk(monkeypatch, capsys, "first\nsecond\nq\n", answer)
-    assert "firstso far [stopped]" in output and "secondso far\n" in output
-
-
 def test_a_user_error_is_printed_and_the_chat_continues(monkeypatch, capsys):
     def answer(prompt, settings):
         if prompt == "bad":

@@ -97,8 +97,7 @@ def test_the_rate_grows_with_the_world_only_when_asked_for():
     assert rates(scaled, 300, 150, world=4) == pytest.approx([4 * rate for rate in alone])
 
 
-def test_the_schedule_moves_the_optimizer_that_steps_also_after_loading():
-    # A schedule of an optimizer that was wrapped or loaded later turns a wheel of its own.
+def test_a_schedule_built_after_loading_replaces_the_loaded_rate():
     training = TrainingConfig(warmup_steps=10, learning_rate=1.0)
     one, two = (build_optimizer(torch.nn.Linear(2, 2), training) for _ in range(2))
     build_scheduler(one, training, 20, steps_done=3)

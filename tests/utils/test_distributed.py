@@ -17,7 +17,7 @@ import torch
 from horovod_lm.utils import distributed
 from horovod_lm.utils.cli import command
 from horovod_lm.utils.config import DistributedConfig
-from horovod_lm.utils.errors import ConfigError, DistributedError
+from horovod_lm.utils.errors import ConfigError
 from tests.conftest import ROOT
 
 # Replacements of Horovod's package. A build for another torch raises OSError when it is loaded.
@@ -111,28 +111,6 @@ run_cli(lambda _: setup_horovod(require_distributed={required}) and 0)
     )
 
 
-def test_the_contracts_call_starts_horovod_in_one_process_too(run_python):
-    pytest.importorskip("horovod.torch")
-    code = """
-from horovod_lm.utils import distributed as d
-world_size, rank, local_rank, use_cuda = d.setup_horovod(require_distributed=True)
-import torch
-assert (world_size, rank, local_rank, use_cuda) == (1, 0, 0, torch.cuda.is_available())
-assert d.is_distributed() and d.metric_average(2.0, name="a") == 2.0
-d.shutdown()
-"""
-    done = run_python(code)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_an_error_of_work_done_alone_is_raised_as_it_is():
-    def fail() -> None:
-        raise DistributedError("mine")
-
-    with pytest.raises(DistributedError, match="^mine$"):
-        distributed.local_rank_zero_first(fail)
-
-
 @pytest.mark.parametrize(
     ("threads", "local_size", "omp", "cores", "wanted"),
     [
@@ -211,38 +189,29 @@ def choose(monkeypatch):
 
 
 STAGED, NCCL = ", gradients reduced in CPU memory", ", gradients reduced by NCCL"
-# (ranks, GPUs of the host): the GPU of each rank, and the summary without the reduction
-DEVICES = {
-    (1, 0): ([None], "1 rank on the CPU, 1 thread each"),
-    (2, 0): ([None] * 2, "2 ranks on the CPU, 1 thread each"),
-    (4, 0): ([None] * 4, "4 ranks on the CPU, 1 thread each"),
-    (1, 1): ([0], "1 rank on 1 GPU (L4)"),
-    (1, 2): ([0], "1 rank on 1 GPU (L4)"),
-    (1, 4): ([0], "1 rank on 1 GPU (L4)"),
-    (2, 1): ([0, 0], "2 ranks on 1 GPU (L4)"),
-    (2, 2): ([0, 1], "2 ranks on 2 GPUs (L4)"),
-    (2, 4): ([0, 1], "2 ranks on 2 GPUs (L4)"),
-    (4, 1): ([0] * 4, "4 ranks on 1 GPU (L4)"),
-    (4, 2): ([0, 1, 0, 1], "4 ranks on 2 GPUs (L4)"),
-    (4, 4): ([0, 1, 2, 3], "4 ranks on 4 GPUs (L4)"),
-}
 
 
 @pytest.mark.parametrize("nccl", [True, False])
-@pytest.mark.parametrize(("size", "gpus"), DEVICES)
+@pytest.mark.parametrize("gpus", [0, 1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 4])
 def test_every_rank_gets_a_device_and_all_agree(choose, size, gpus, nccl):
-    numbers, summary = DEVICES[size, gpus]
     ranks = [PretendedRank(number, tuple("abcd"[:gpus]), nccl) for number in range(size)]
     choices = choose(ranks)
-    wanted = [torch.device("cpu") if n is None else torch.device("cuda", n) for n in numbers]
+    if gpus:
+        wanted = [torch.device("cuda", number % gpus) for number in range(size)]
+        assert [rank.selected for rank in ranks] == [device.index for device in wanted]
+    else:
+        wanted = [torch.device("cpu")] * size
     assert [choice.device for choice in choices] == wanted
-    assert [rank.selected for rank in ranks] == numbers
     # NCCL refuses two ranks on one GPU; Horovod without NCCL cannot reduce what is on a GPU.
     may_stay = gpus == 0 or (nccl and size <= gpus)
     assert {choice.staged for choice in choices} == {not may_stay}
+    [summary] = {choice.summary for choice in choices}
+    used = min(size, gpus)
+    where = f"{used} GPU{'s' * (used > 1)} (L4)" if gpus else "the CPU, 1 thread each"
+    assert summary.startswith(f"{size} rank{'s' * (size > 1)} on {where}")
     if gpus and size > 1:
-        summary += NCCL if may_stay else STAGED
-    assert {choice.summary for choice in choices} == {summary}
+        assert summary.endswith(NCCL if may_stay else STAGED)
 
 
 def test_a_gpu_that_each_rank_sees_as_its_only_one_is_its_own(choose):
