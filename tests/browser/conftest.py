@@ -39,7 +39,6 @@ SETTINGS = {
     },
     "@jupyterlab/docmanager-extension/plugin.jupyterlab-settings": {"autosave": False},
 }  # fmt: skip
-PICTURE = ".jp-OutputArea-output img"
 TOKEN = "only-this-machine"
 PATIENCE = 90  # seconds for whatever must come: other tests may keep the machine busy
 SCREENSHOTS = os.environ.get("HOROVOD_LM_SCREENSHOTS")  # the folder for pictures of the widgets
@@ -255,17 +254,17 @@ class Page:
         """A widget's button, by what is written on it."""
         return self.page.locator("button.jupyter-button").filter(has_text=name)
 
-    def picture(self) -> str:
-        """The address of the first picture of an output, once it is drawn."""
-        self.page.wait_for_function(
-            f"() => document.querySelector('{PICTURE}')?.naturalWidth > 900"
-        )
-        return self.page.locator(PICTURE).get_attribute("src")
+    def output(self, place: int = 0):
+        """The first output of a code cell."""
+        return self.page.locator(".jp-CodeCell").nth(place).locator(".jp-OutputArea-output").first
 
-    def wait_for_another_picture(self, old: str) -> None:
-        """Wait until the first picture of an output has another address."""
-        changed = f"old => document.querySelector('{PICTURE}').src !== old"
-        self.page.wait_for_function(changed, arg=old)
+    def picture(self, place: int = 0, unlike: str = "") -> str:
+        """Wait for a picture in an output, unlike an earlier one, and return its address."""
+        self.page.wait_for_function(
+            "([one, old]) => one.naturalWidth > 900 && one.src !== old",
+            arg=[self.output(place).locator("img").element_handle(), unlike],
+        )
+        return self.output(place).locator("img").get_attribute("src")
 
     def choose_theme(self, name: str) -> None:
         """Change JupyterLab's colours: to `Light` or `Dark`."""
@@ -281,16 +280,15 @@ class Page:
         # Two splash screens within 200 ms: JupyterLab takes the one away twice, and complains.
         self.page.wait_for_function("() => !document.getElementById('jupyterlab-splash')")
 
-    def screenshot(self, name: str) -> None:
-        """Take pictures of the first output, light and dark, if SCREENSHOTS names a folder."""
+    def screenshot(self, name: str, place: int = 0) -> None:
+        """Take pictures of an output, light and dark, if SCREENSHOTS names a folder."""
         if not SCREENSHOTS:
             return
         self.page.set_viewport_size({"width": 1300, "height": 1700})
         for theme, ending in (("Dark", "_dark"), ("Light", "")):
             self.choose_theme(theme)
             self.page.wait_for_timeout(500)  # the theme's colours fade in
-            output = self.page.locator(".jp-OutputArea-output").first
-            output.screenshot(path=Path(SCREENSHOTS) / f"{name}{ending}.png")
+            self.output(place).screenshot(path=Path(SCREENSHOTS) / f"{name}{ending}.png")
 
     def close(self) -> None:
         self.page.close()

@@ -26,11 +26,10 @@ def test_a_run_is_watched_and_stopped_by_its_button(lab, open_notebook, project)
     page.run_all()
     page.wait_for("left", 60)
     page.wait_for("running")
-    drawn = page.picture()
-    page.wait_for_another_picture(drawn)
+    page.picture(unlike=page.picture())
     if SCREENSHOTS:
         page.wait_for("step 150 of", 300)  # a curve, and not only its beginning
-        page.wait_for_another_picture(page.picture())
+        page.picture(unlike=page.picture())
     page.screenshot("dashboard")
     page.button("Stop").click()
     page.wait_for("stopped by you after step")

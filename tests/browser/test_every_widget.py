@@ -1,6 +1,6 @@
-"""What holds for every widget: whole in a narrow window, read in both themes, worked by keyboard.
+"""All widgets on one page of a real browser: what holds for each of them, and what each one does.
 
-And what stays of it on a page without a kernel.
+`test_playground.py` and `test_dashboard.py` have what needs a kernel or a run of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import nbformat
 import pytest
 
 from tests.browser.conftest import Page, open_page
-from tests.browser.test_playground import MODEL
+from tests.browser.test_playground import MODEL, fill
 
 # In the order of the page; each ends with what shows the widget.
 MODULES = "horovod_lm.jupyter.widgets"
@@ -21,7 +21,8 @@ WIDGETS = {
     "playground": f"from {MODULES}.playground import Playground\n"
     "Playground(model, tokenizer, config)",
     "attention explorer": f"from {MODULES}.attention_explorer import AttentionExplorer\n"
-    "AttentionExplorer(model, tokenizer, 'Once upon a time, Tom lost his red kite.')",
+    "explorer = AttentionExplorer(model, tokenizer, 'Once upon a time, Tom lost his red kite.')\n"
+    "explorer",
     "scaling lab": f"from {MODULES}.scaling_lab import ScalingLab\nScalingLab()",
     "ring stepper": f"from {MODULES}.ring_stepper import RingStepper\nRingStepper()",
 }
@@ -128,7 +129,7 @@ def test_every_text_can_be_read(page, name, theme):
 
 @pytest.mark.parametrize("name", WIDGETS)
 def test_the_tab_key_reaches_every_control_and_each_has_a_name(page, name):
-    output = cell(page, name).locator(".jp-OutputArea-output").first
+    output = page.output(PLACES[name])
     wanted = output.evaluate(FOCUS_FIRST, CONTROLS)
     seen: dict[int, str] = {}
     for _ in range(3 * len(wanted)):
@@ -153,3 +154,96 @@ def test_a_page_without_a_kernel_shows_a_picture_or_says_what_was_there(page):
         else:
             assert output.data["text/plain"].startswith(name)
             assert html.escape(output.data["text/plain"]) in shown
+
+
+def test_the_ring_stepper_moves_by_mouse_and_keyboard(page):
+    ring = page.output(PLACES["ring stepper"])
+    page.wait_for("start: each worker holds its own numbers")
+    assert page.button("Back").is_disabled()
+    page.button("Forward").click()
+    page.wait_for("step 1 of 6, reduce-scatter")
+    page.wait_for("24 bytes, 0.25 times its 96")
+    assert {"3+0", "chunk 3"} <= set(ring.locator("svg[role=img] text").all_text_contents())
+    page.button("Forward").click()
+    page.wait_for("step 2 of 6")
+    page.screenshot("ring_stepper", PLACES["ring stepper"])
+    page.button("Back").click()
+    page.wait_for("step 1 of 6")
+    page.button("Play").click()
+    page.wait_for("step 6 of 6, allgather")
+    page.wait_for("144 bytes, 1.50 times its 96")
+    page.page.locator("button:disabled").filter(has_text="Forward").wait_for()
+    page.page.locator("button:enabled").filter(has_text="Play").wait_for()
+
+    keyboard = page.page.keyboard
+    ring.get_by_label("workers").focus()
+    keyboard.press("ArrowUp")
+    keyboard.press("Tab")  # leaves the field, which takes its value
+    page.wait_for("a single worker that gathers and broadcasts sends 384")
+    page.button("Forward").focus()
+    keyboard.press("Enter")
+    page.wait_for("step 1 of 8")
+    keyboard.press("Tab")
+    keyboard.press("Tab")  # past Play, to the slider
+    keyboard.press("ArrowRight")
+    page.wait_for("step 2 of 8")
+
+
+def test_a_slider_of_the_scaling_lab_moves_by_keyboard_and_everything_follows(page):
+    place = PLACES["scaling lab"]
+
+    def slider(name: str):
+        """The handle of a slider, by what is written beside it."""
+        label = page.page.get_by_text(name, exact=True)
+        line = page.output(place).locator(".widget-inline-hbox").filter(has=label)
+        return line.locator(".noUi-handle")
+
+    drawn = page.picture(place)
+    slider("workers").press("ArrowRight")
+    page.wait_for("With 128 workers")
+    drawn, said = page.picture(place, unlike=drawn), page.outputs()[place]
+    slider("bandwidth of a node (Gbit/s)").press("ArrowRight")
+    page.picture(place, unlike=drawn)
+    assert page.outputs()[place] != said
+    page.screenshot("scaling_lab", place)
+
+
+def test_the_attention_explorer_shows_heads_cells_rows_and_another_sentence(page):
+    def says(text: str) -> None:
+        page.page.locator(".lm-says").filter(has_text=text).wait_for(timeout=10_000)
+
+    heads, keyboard = page.page.locator(".lm-head"), page.page.keyboard
+    assert heads.count() == 2 * 4
+    heads.nth(5).click()
+    page.page.wait_for_selector(".lm-head:nth-child(6)[aria-pressed=true]")
+    page.wait_for("layer 2, head 2: mean entropy")
+    exact = page.ask_kernel("print(f'{explorer.attention.weights[1, 1, 4, 2]:.6g}'[:6])")
+    canvas = page.page.locator(".lm-canvas")
+    size, box = page.page.locator(".lm-query").count(), canvas.bounding_box()
+    canvas.hover(position={"x": 2.5 * box["width"] / size, "y": 4.5 * box["height"] / size})
+    says("(5) looks at")
+    says(f"(3): {exact}")
+    canvas.focus()
+    keyboard.press("ArrowDown")
+    keyboard.press("ArrowLeft")
+    says("(6) looks at")
+    says("(2): ")
+    page.page.locator(".lm-query").nth(3).click()
+    page.page.locator(".lm-links").focus()
+    keyboard.press("ArrowDown")
+    page.page.wait_for_selector(".lm-query.lm-chosen[data-place='4']")
+    assert page.page.locator(".lm-links svg line").count() >= 5
+    heads.nth(5).focus()
+    keyboard.press("ArrowRight")
+    keyboard.press("Enter")
+    page.wait_for("layer 2, head 3: mean entropy")
+    page.screenshot("attention_explorer", PLACES["attention explorer"])
+
+    fill(page, "Sentence", "<i>Ann</i> \N{SLIGHTLY SMILING FACE} שלום")
+    page.button("Show").click()
+    page.page.locator(".lm-links").filter(has_text="<").wait_for()
+    assert page.page.locator(".lm-links i").count() == 0
+    fill(page, "Sentence", "word " * 500)
+    page.button("Show").click()
+    page.wait_for("DataError: the text has")
+    assert not page.button("Show").is_disabled()

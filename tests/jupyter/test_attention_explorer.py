@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from horovod_lm.data.tokenizers import ByteTokenizer
 from horovod_lm.jupyter.widgets.attention_explorer import (
     AttentionExplorer,
+    AttentionMap,
     read_attention,
-    row_entropy_bits,
     thumbnails,
 )
 from horovod_lm.models.transformer_lm import TransformerLM
@@ -72,8 +72,9 @@ def test_the_weights_are_the_model_s_own_over_the_text_as_in_training(model, tex
 
 
 def test_entropy_is_in_bits():
-    rows = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25]])
-    assert row_entropy_bits(rows).tolist() == pytest.approx([0, 1, 2])
+    heads = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25]])
+    bits = AttentionMap([], heads[None, :, None, :].expand(1, 3, 4, 4)).entropy_bits
+    assert bits.tolist() == [pytest.approx([0, 1, 2])]
 
 
 def test_a_text_fills_the_context_and_no_more(model):

@@ -49,7 +49,7 @@ class AttentionMap:
     @property
     def entropy_bits(self) -> Tensor:
         """(L, H): mean entropy of a head's rows in bits; 0: each row is on one token only."""
-        return row_entropy_bits(self.weights).mean(dim=-1)
+        return torch.special.entr(self.weights).sum(dim=-1).mean(dim=-1) / math.log(2)
 
     def __repr__(self) -> str:
         n_layers, n_heads = self.weights.shape[:2]
@@ -85,19 +85,10 @@ def read_attention(model: TransformerLM, tokenizer: Tokenizer, text: str) -> Att
     return AttentionMap([visible_token(tokenizer, one) for one in ids], weights.float().cpu())
 
 
-def row_entropy_bits(weights: Tensor) -> Tensor:
-    """Return the entropy of each row of (..., S) weights in bits: (...)."""
-    return torch.special.entr(weights).sum(dim=-1) / math.log(2)
-
-
 def thumbnails(weights: Tensor) -> Tensor:
-    """Shrink every head's map; a cell keeps the largest of the weights that it stands for.
+    """Shrink (L, H, T, T) weights to uint8 (L, H, n, n), n at most `THUMBNAIL_SIZE`.
 
-    Args:
-        weights: (L, H, T, T).
-
-    Returns:
-        uint8 (L, H, n, n), n = min(T, THUMBNAIL_SIZE); 255 is a weight of 1.
+    A cell keeps the largest of the weights that it stands for; 255 is a weight of 1.
     """
     size = min(weights.shape[-1], THUMBNAIL_SIZE)
     shrunk = F.adaptive_max_pool2d(weights, size)  # (L, H, T, T) -> (L, H, n, n)
