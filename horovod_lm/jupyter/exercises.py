@@ -1,4 +1,4 @@
-"""Exercises that check themselves, with their solutions in the notebook.
+"""Self-checking exercises with solutions in the notebook.
 
 An exercise is three cells of a notebook, in this order:
 
@@ -34,7 +34,7 @@ SOLUTION = re.compile(
 
 
 class ExerciseError(UserError):
-    """A notebook's exercise lacks its check or its solution."""
+    """An exercise of a notebook lacks its check or its solution."""
 
 
 def check(name: str, answer: Any, reference: Any, examples: Iterable[tuple] | None = None) -> None:
@@ -106,7 +106,7 @@ def exercises_alone(notebook: NotebookNode) -> NotebookNode:
 def _first_wrong_call(answer: Any, reference: Callable, examples: Iterable[tuple]) -> str:
     """Describe the first example for which two functions differ; "": there is none."""
     if not callable(answer):
-        return f"must be a function, and is {_kind(answer)}"
+        return f"must be a function, and is of type {type(answer).__name__}"
     for arguments in examples:
         expected = reference(*copy.deepcopy(arguments))
         call = f"({', '.join(_describe(argument) for argument in arguments)})"
@@ -129,22 +129,20 @@ def _difference(given: Any, expected: Any) -> str:
     if isinstance(expected, Mapping):
         if not isinstance(given, Mapping) or given.keys() != expected.keys():
             return f"must have the keys {list(expected)}, and is {_describe(given)}"
-        pairs: Iterable[tuple[Any, Any, Any]] = (
-            (key, given[key], expected[key]) for key in expected
-        )
+        keys: Iterable[Any] = expected
     elif isinstance(expected, Sequence) and not isinstance(expected, str):
         if not isinstance(given, Sequence) or len(given) != len(expected):
             return f"must have {len(expected)} items, and is {_describe(given)}"
-        pairs = zip(range(len(expected)), given, expected, strict=True)
+        keys = range(len(expected))
     else:
         return _scalar_difference(given, expected)
-    problems = ((key, _difference(mine, right)) for key, mine, right in pairs)
+    problems = ((key, _difference(given[key], expected[key])) for key in keys)
     return next((f"at [{key!r}] {problem}" for key, problem in problems if problem), "")
 
 
 def _tensor_difference(given: Any, expected: torch.Tensor) -> str:
     if not isinstance(given, torch.Tensor):
-        return f"must be a tensor, and is {_kind(given)}"
+        return f"must be a tensor, and is of type {type(given).__name__}"
     if given.shape != expected.shape:
         return f"has shape {tuple(given.shape)}, and must have {tuple(expected.shape)}"
     close = torch.isclose(given.double(), expected.double(), rtol=1e-4, atol=1e-6, equal_nan=True)
@@ -171,7 +169,3 @@ def _describe(value: Any) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _kind(value: Any) -> str:
-    return f"of type {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Training jobs from a cell: `launch` returns at once, and the notebook stays free.
+"""Training jobs from a cell: `launch` returns at once, and the kernel stays free.
 
 job = launch("configs/tiny.yaml", np=2)
 job.status                     # running: step 40 of 600, loss 3.21
@@ -53,13 +53,13 @@ def launch(
     """Start `horovodrun -np N python -m horovod_lm.train` and return at once.
 
     Args:
-        config: settings, or the path of a YAML file.
+        config: the configuration, or the path of a YAML file.
         np: how many ranks; default: the slots of the configuration's hosts, or 2.
         overrides: changes on top of `config`, as `load_config` takes them.
         run_name: the run's folder under `runs/`; default: a name that no run has.
         resume: resume the run of that name from its newest checkpoint.
-        elastic: continue when ranks die, and let others join (`job.add_worker()`); this host only,
-            where each worker gets a host name of its own.
+        elastic: continue when ranks die, and let others join (`job.add_worker()`); on this host
+            only, where each worker gets a host name of its own.
         threads: CPU threads of each rank; default: an equal share of the host's cores.
 
     Raises:
@@ -84,7 +84,7 @@ class TrainingJob:
 
     Attributes:
         run: where its files are.
-        error: what it failed with, or None.
+        size: the number of ranks at the start.
     """
 
     def __init__(self, run: RunFolder, spec: JobSpec) -> None:
@@ -99,12 +99,12 @@ class TrainingJob:
 
     @property
     def is_running(self) -> bool:
-        """Whether a process of it may still live."""
+        """Whether a process of the job may still run."""
         return not self._process.ended.done()
 
     @property
     def error(self) -> RankError | None:
-        """What it failed with; None while it runs, when it is done, and when you stopped it."""
+        """The error that it failed with; None while it runs, after success, and after a stop."""
         if self.is_running:
             return None
         error = self._process.result.error()
@@ -124,7 +124,8 @@ class TrainingJob:
         if self._process.result.reason == "stopped":
             return f"stopped by you {after}; launch(..., run_name={self.run.name!r}, resume=True)"
         if self.error is not None:
-            return f"failed {after}: {self.error}; log: {self._log_of(self.error.rank)}"
+            log = self.run.log_dir / f"console-rank{self.error.rank or 0}.log"
+            return f"failed {after}: {self.error}; log: {log}"
         return f"done {after}"
 
     @property
@@ -162,7 +163,7 @@ class TrainingJob:
     # ---- the workers of an elastic job ----------------------------------------------------------
 
     def add_worker(self) -> str:
-        """Let an elastic job start one more worker on this host; return the worker's host name.
+        """Add a worker on this host to an elastic job; return its host name.
 
         Raises:
             ConfigError: the job is not elastic.
@@ -174,7 +175,7 @@ class TrainingJob:
         return name
 
     def remove_worker(self, name: str | None = None) -> str:
-        """Let an elastic job end a worker, by default the last one; return its host name.
+        """Remove a worker from an elastic job, by default the last one; return its host name.
 
         Raises:
             ConfigError: the job is not elastic, or has no worker of that name.
@@ -199,11 +200,11 @@ class TrainingJob:
     # ---- ending ---------------------------------------------------------------------------------
 
     def ask_to_stop(self) -> None:
-        """Ask every rank to end after its current step, with a checkpoint; return at once."""
+        """Ask every rank to save a checkpoint and end after its current step; return at once."""
         self._process.terminate()
 
     def stop(self) -> str:
-        """End every rank after its current step, with a checkpoint; return the status."""
+        """Let every rank save a checkpoint and end after its current step; return the status."""
         self._process.stop()
         return self.status
 
@@ -215,7 +216,7 @@ class TrainingJob:
 
         Raises:
             RankError: it failed.
-            TimeoutError: it did not end in time, and continues.
+            TimeoutError: it has not ended; it continues.
         """
         self._process.wait(timeout)
         return self._ended()
@@ -243,35 +244,31 @@ class TrainingJob:
         return f"<run {self.run.name}, {self.size} ranks: {self.status}>"
 
     def _note(self, event: dict[str, Any]) -> None:
-        if event["event"] == "closed":
+        if event["event"] == "ended":
             self._view.update()  # for the last time: a later run of this name takes the folder
-
-    def _log_of(self, rank: int | None) -> Path:
-        return self.run.log_dir / f"console-rank{rank or 0}.log"
 
 
 def _spec(
-    config: Config,
-    run: RunFolder,
-    np: int | None,
-    resume: bool,
-    elastic: bool,
-    threads: int | None,
+    config: Config, run: RunFolder, np: int | None, resume: bool, elastic: bool, threads: int | None
 ) -> JobSpec:
-    """Return how to start a run whose configuration is in its folder."""
-    # Elastic ranks come and go on this host, each under a host name of its own.
+    """Return the job of a run whose configuration is in its folder."""
+    training = [sys.executable, "-m", "horovod_lm.train"]
+    if resume:
+        training += ["--resume", str(run.run_dir)]
+    else:
+        training += ["--config", str(run.run_dir / "config.yaml"), "--run-name", run.name]
     hosts = {} if elastic else {host.name: host.slots for host in config.distributed.hosts}
     size = _size(np, sum(hosts.values()))
     if elastic:
         names = [f"{loopback_name(number)}:1" for number in range(size)]
         hosts_file = write_hosts(run.run_dir / HOSTS_FILE, names)
-        call = elastic_command([*_training(run, resume), "--elastic"], hosts_file)
+        call = elastic_command([*training, "--elastic"], hosts_file)
     elif hosts:
         check_names(config)
         hostfile = write_hostfile(config, run.run_dir / "hostfile")
-        call = horovodrun_command(config, _training(run, resume), hostfile)
+        call = horovodrun_command(config, training, hostfile)
     else:
-        call = ["horovodrun", "-np", str(size), *_training(run, resume)]
+        call = ["horovodrun", "-np", str(size), *training]
     if not elastic:
         given = config.distributed.threads_per_rank
         threads = threads or (None if given == "auto" else given)
@@ -297,10 +294,3 @@ def _size(np: int | None, slots: int) -> int:
     if slots and slots != size:
         raise ConfigError(f"np={size} does not fit the hosts' {slots} slots: leave np out")
     return size
-
-
-def _training(run: RunFolder, resume: bool) -> list[str]:
-    """Return the command of each rank."""
-    new = ["--config", str(run.run_dir / "config.yaml"), "--run-name", run.name]
-    what = ["--resume", str(run.run_dir)] if resume else new
-    return [sys.executable, "-m", "horovod_lm.train", *what]

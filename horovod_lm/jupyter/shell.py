@@ -1,7 +1,7 @@
-"""A page's shell: `!command` finds this environment's programs, and stops the page when it fails.
+"""`!command` in a notebook: it finds this environment's programs, and raises an error if it fails.
 
-IPython ignores the exit code of `!command` and of `lines = !command`: the cells below would read
-what an earlier run has left. Write `!command || true` where a command may fail.
+IPython ignores the exit code of `!command` and of `lines = !command`, so the cells below would read
+the files of an earlier run. Write `!command || true` where a command may fail.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ LINES_SHOWN = 10
 
 
 class CommandError(UserError):
-    """A command of a page ended with an exit code that is not 0."""
+    """A shell command of a notebook ended with an exit code that is not 0."""
 
 
 def put_programs_on_path() -> None:
-    """Let `python` and `horovodrun` be this environment's, also where it is not activated."""
+    """Make `python` and `horovodrun` this environment's, also where it is not activated."""
     if any(os.path.isabs(program(name)) for name in ("python", "horovodrun")):
         folder = os.path.dirname(sys.executable)
         os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", os.defpath)])
@@ -43,7 +43,7 @@ def stop_where_a_command_fails(shell: InteractiveShell) -> None:
 
     def system(line: str) -> None:
         line = _runnable(shell.var_expand(line, depth=1))
-        _check(shell, line, process.system(line))  # its output is on the page
+        _check(shell, line, process.system(line))  # its output has been shown
 
     def getoutput(line: str, split: bool = True, depth: int = 0) -> SList | LSString:
         line = _runnable(shell.var_expand(line, depth=depth + 1))
@@ -65,9 +65,9 @@ def _runnable(line: str) -> str:
 
 
 def _check(shell: InteractiveShell, line: str, code: int, output: str = "") -> None:
-    code = 128 - code if code < 0 else code  # killed by a signal: as a shell gives it
+    code = 128 - code if code < 0 else code  # killed by a signal: the exit code of a shell
     shell.user_ns["_exit_code"] = code
     if code:
         last = output.strip().splitlines()[-LINES_SHOWN:]
-        said = "".join(f"\n    {text}" for text in ["its last lines:", *last]) if last else ""
-        raise CommandError(f"this command {how_it_ended(code)}: {line.strip()}{said}")
+        shown = "".join(f"\n    {text}" for text in ["its last lines:", *last]) if last else ""
+        raise CommandError(f"this command {how_it_ended(code)}: {line.strip()}{shown}")

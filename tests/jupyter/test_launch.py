@@ -110,8 +110,7 @@ def test_a_stopped_job_has_saved_goes_on_and_is_kept_when_its_name_is_taken_anew
     assert (again.run.run_dir.with_name("stopped_twice.1") / "metrics.csv").read_text() == table
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
 def test_a_dead_or_frozen_rank_is_named_in_time(running, rank, number, note_fault):
     job = running(run_name=f"dead{rank}{number}")
     wait_until(lambda: any(job.run.checkpoint_dir.glob("*.pt")), 30, "a checkpoint")

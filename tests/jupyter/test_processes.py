@@ -1,4 +1,4 @@
-"""The supervisor on plain commands: what they print comes back as it is, and nothing is left."""
+"""Plain commands with a supervisor: their output comes back unchanged, and nothing is left."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import psutil
 import pytest
 
 from horovod_lm.jupyter.run_cell.job import JobProcess, JobSpec
-from horovod_lm.jupyter.run_cell.processes import Processes
-from tests.conftest import ROOT
+from horovod_lm.jupyter.run_cell.processes import SupervisedProcess
 from tests.jupyter.conftest import needs_horovod
 
 # A grandchild in a session of its own, whose parent has ended: no process group finds it.
@@ -35,14 +34,15 @@ SLEEP = "import time; print('up', flush=True); time.sleep(100)"
 
 @pytest.fixture
 def supervised(nothing_left):
-    """Start Python code under a supervisor; return the processes and a reader of events."""
-    started: list[Processes] = []
+    """Start Python code, or another command; return its process and a reader of events."""
+    started: list[SupervisedProcess] = []
 
-    def start(code: str, **options: Any) -> tuple[Processes, Callable[[str], dict[str, Any]]]:
+    def start(
+        code: str, *command: str, **options: Any
+    ) -> tuple[SupervisedProcess, Callable[[str], dict[str, Any]]]:
         events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        processes = Processes(events.put)
-        started.append(processes)
-        processes.start("job", [sys.executable, "-c", code], **options)
+        process = SupervisedProcess(command or [sys.executable, "-c", code], events.put, **options)
+        started.append(process)
 
         def until(kind: str) -> dict[str, Any]:
             """Return the next event of a kind, with all output up to it."""
@@ -51,11 +51,11 @@ def supervised(nothing_left):
                 printed += event.get("text", "")
             return {**event, "printed": printed + event.get("text", "")}
 
-        return processes, until
+        return process, until
 
     yield start
-    for processes in started:
-        processes.close()
+    for process in started:
+        process.close()
 
 
 def test_output_comes_back_as_it_is_whatever_it_holds(supervised):
@@ -70,76 +70,65 @@ sys.exit(3)
     assert ended["printed"] == (
         '{"event": "ended", "code": 0}\n[7]<stdout>:hello\x1e \r\n\N{REPLACEMENT CHARACTER}€'
     )
-    assert (ended["code"], ended["reason"], ended["left"]) == (3, "", [])
-
-
-def test_a_python_that_prints_at_its_start_disturbs_nothing(supervised, tmp_path, monkeypatch):
-    (tmp_path / "sitecustomize.py").write_text("print('welcome', flush=True)\n")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    _, until = supervised("print('done')")
-    assert until("ended")["printed"] == "welcome\ndone\n"
+    assert (ended["code"], ended["reason"]) == (3, "")
 
 
 @pytest.mark.parametrize("end", ["", "time.sleep(100)"])
 def test_the_whole_tree_ends_a_daemon_that_ignores_sigterm_included(supervised, end):
-    processes, until = supervised(DAEMON + end, grace_period=0.5)
+    process, until = supervised(DAEMON + end, grace_period=0.5)
     daemon = psutil.Process(int(until("output")["text"]))
     if end:
-        processes.stop("job")
+        process.stop()
     ended = until("ended")
-    assert ended["reason"] == ("stopped" if end else "") and ended["left"] == []
+    assert ended["reason"] == ("stopped" if end else "")
     assert ended["code"] == (128 + signal.SIGKILL if end else 0)
     assert not daemon.is_running()
 
 
-def test_a_time_limit_and_a_later_stop(supervised):
-    processes, until = supervised(SLEEP, limit=0.5)
-    processes.stop("job", "failed", after=20)
-    started = time.monotonic()
-    ended = until("ended")
-    # The first reason counts, the earliest time too.
-    assert (ended["code"], ended["reason"]) == (128 + signal.SIGTERM, "failed")
-    assert time.monotonic() - started < 5
-
-
-@pytest.mark.parametrize("seconds", [0.5, None])
-def test_a_stopped_process_may_be_continued_and_is_killed_otherwise(supervised, seconds):
-    processes, until = supervised("import time; print('up', flush=True); time.sleep(4)")
+def test_the_first_reason_and_the_earliest_time_of_a_stop_count(supervised):
+    process, until = supervised(SLEEP)
     until("output")
-    processes.signal("job", signal.SIGSTOP)
-    if seconds is None:
-        assert until("frozen")["seconds"] == 3
-        assert until("ended")["code"] == 128 + signal.SIGKILL
-    else:
-        time.sleep(seconds)
-        processes.signal("job", signal.SIGCONT)
-        assert until("ended")["code"] == 0
+    started = time.monotonic()
+    for reason, after in (("failed", 20), ("stopped", 0.5)):
+        process.stop(reason, after)
+    ended = until("ended")
+    assert (ended["code"], ended["reason"]) == (128 + signal.SIGTERM, "failed")
+    assert 0.5 <= time.monotonic() - started < 5
+
+
+def test_a_rank_stopped_for_a_moment_is_waited_for_and_killed_after_a_while(supervised):
+    code = "import time; print('up', flush=True); time.sleep(100)"
+    process, until = supervised(code, env={"HOROVOD_RANK": "1"})
+    assert until("rank_started")["rank"] == 1
+    process.signal(signal.SIGSTOP)
+    time.sleep(1)
+    process.signal(signal.SIGCONT)
+    time.sleep(2.5)
+    process.signal(signal.SIGSTOP)
+    frozen = until("frozen")
+    assert (frozen["rank"], frozen["seconds"]) == (1, 3)
+    assert until("ended")["code"] == 128 + signal.SIGKILL
 
 
 def test_a_command_that_does_not_exist_has_ended(supervised):
-    processes, until = supervised("pass")
-    until("ended")
-    processes.start("other", ["/nowhere/python"])
+    _, until = supervised("", "/nowhere/python")
     ended = until("ended")
-    assert (ended["code"], ended["name"]) == (127, "other")
-    assert "/nowhere/python" in ended["printed"]
+    assert ended["code"] == 127 and "/nowhere/python" in ended["printed"]
 
 
-def test_a_supervisor_that_is_killed_ends_its_commands_with_a_sentence(supervised):
-    processes, until = supervised(SLEEP)
-    pid = processes.pids.get("job") or until("started")["pid"]
-    os.kill(processes.supervisor, signal.SIGKILL)
-    ended = until("ended")
-    assert ended["printed"].endswith("its supervisor was killed\n")
-    assert not psutil.pid_exists(pid)
-    until("closed")
+def test_a_supervisor_that_is_killed_ends_its_command_with_a_sentence(supervised):
+    process, until = supervised(SLEEP)
+    until("output")
+    os.kill(process.supervisor, signal.SIGKILL)
+    assert until("ended")["printed"].endswith("its supervisor was killed\n")
+    assert not psutil.pid_exists(process.pid)
 
 
 @needs_horovod
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_job_whose_reader_fails_ends_with_a_sentence(nothing_left):
     def fail(event: dict[str, Any]) -> None:
-        if event["event"] in ("output", "closed"):
+        if event["event"] in ("output", "ended"):
             raise ValueError("no more")
 
     echo = ["horovodrun", "-np", "1", "sh", "-c", "echo up; sleep 100"]

@@ -1,1 +1,1 @@
-"""`HorovodCluster`: live ranks on ipyparallel engines."""
+"""`HorovodCluster`: live ranks, which keep their variables from cell to cell."""

@@ -1,10 +1,13 @@
-"""horovodrun as it is, except that it reports what each rank prints instead of printing it.
+"""horovodrun, except that it reports what each rank prints instead of printing it.
 
     python -m horovod_lm.jupyter.run_cell.framed_horovodrun -np 2 python train.py
 
 horovodrun prints `[1]<stdout>:text`, which a rank can print as well, and its own lines in between.
-Here each line of a rank is an event, with its rank beside it, written to the descriptor that
-HOROVOD_LM_EVENTS names; so is the exit code of a rank that fails. See `supervisor` for the events.
+Here each line of a rank is an event, written to the descriptor that HOROVOD_LM_EVENTS names; so is
+the exit code of a rank that fails:
+
+    {"event": "output", "rank": 1, "text": "a line\\n"}
+    {"event": "rank_ended", "rank": 1, "code": 3}
 """
 
 from __future__ import annotations
@@ -19,11 +22,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from horovod_lm.jupyter.run_cell.supervisor import EVENTS_VARIABLE
-
-SECONDS_TO_AGREE = 1.0  # after a rank has failed, the others have so long to fail for that reason
-LONGEST_LINE = 2**16  # characters; what is longer is reported in pieces
-SHELLS_LAST_WORDS = ("Killed\n", "Terminated\n")  # by the shell that started a killed rank
+EVENTS_VARIABLE = "HOROVOD_LM_EVENTS"
+SECONDS_TO_AGREE = 1.0  # after a failure, for other ranks to fail with errors of their own
+LONGEST_LINE = 2**16  # characters; a longer one is reported in pieces
+SHELL_REPORTS = ("Killed\n", "Terminated\n")  # by the shell that started a killed rank
 _END_OF_LINE = re.compile(r"(?<=\n)|(?<=\r)(?!\n)")
 
 
@@ -32,7 +34,7 @@ def frame_output(report: Callable[..., None], seconds_to_agree: float) -> None:
 
     Args:
         report: takes an event's name and its values.
-        seconds_to_agree: how long a failure is kept from horovodrun, which ends the other ranks.
+        seconds_to_agree: delay before horovodrun hears of a failure and ends the other ranks.
     """
     from horovod.runner.common.util import safe_shell_exec
 
@@ -48,7 +50,7 @@ def frame_output(report: Callable[..., None], seconds_to_agree: float) -> None:
         for line in _lines(source.fileno()):
             if held:
                 report("output", rank=rank, text=held)
-            held = line if prefix == "stderr" and line in SHELLS_LAST_WORDS else ""
+            held = line if prefix == "stderr" and line in SHELL_REPORTS else ""
             if not held:
                 report("output", rank=rank, text=line)
         source.close()
@@ -65,7 +67,7 @@ def frame_output(report: Callable[..., None], seconds_to_agree: float) -> None:
 
 
 def _lines(pipe: int) -> Iterator[str]:
-    """Yield what comes from a pipe, line by line; the last line gets an end if it has none."""
+    """Yield the lines that come from a pipe; a missing newline at the end is added."""
     decoder, rest = codecs.getincrementaldecoder("utf-8")("replace"), ""
     while chunk := os.read(pipe, LONGEST_LINE):
         *lines, rest = _END_OF_LINE.split(rest + decoder.decode(chunk))
@@ -84,12 +86,12 @@ def main() -> int | None:
     lock = threading.Lock()
 
     def report(event: str, **values: Any) -> None:
-        line = json.dumps({"event": event, "name": "horovodrun", **values}).encode() + b"\n"
+        line = json.dumps({"event": event, **values}).encode() + b"\n"
         with lock:
             try:
                 while line:
                     line = line[os.write(events, line) :]
-            except OSError:  # the supervisor is gone, and horovodrun will be ended
+            except OSError:  # the notebook is gone, and horovodrun will be ended
                 pass
 
     elastic = "--host-discovery-script" in sys.argv

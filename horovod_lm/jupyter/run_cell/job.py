@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -16,20 +15,14 @@ from typing import Any, TextIO
 from horovod_lm.jupyter.run_cell import rank_cell
 from horovod_lm.jupyter.run_cell.framed_horovodrun import SECONDS_TO_AGREE
 from horovod_lm.jupyter.run_cell.job_result import JobResult
-from horovod_lm.jupyter.run_cell.processes import LONGEST_KILL, Processes
+from horovod_lm.jupyter.run_cell.processes import SupervisedProcess
 from horovod_lm.utils.cli import command as shell_command
 from horovod_lm.utils.errors import DistributedError
 from horovod_lm.utils.machine import available_cores
 
 HOROVODRUN = "horovod_lm.jupyter.run_cell.framed_horovodrun"
-NAME = "horovodrun"
 CELL_GRACE_PERIOD = 2.0  # seconds that ranks have to end after SIGTERM
-COMMAND_GRACE_PERIOD = 8.0  # the same for a command, which may save something
-# Variables for the kernel alone, and those that would make ranks of what a rank has started.
-_NOT_INHERITED = re.compile(
-    r"^(HOROVOD_(RANK|SIZE|LOCAL_.*|CROSS_.*|HOSTNAME|GLOO_RENDEZVOUS.*)|MPLBACKEND|JPY_.*|PYDEVD_.*)$"
-)
-_noted: set[str] = set()
+COMMAND_GRACE_PERIOD = 8.0  # the same for a command, which may save a checkpoint
 
 
 @dataclass
@@ -40,10 +33,9 @@ class JobSpec:
         size: the number of ranks.
         call: horovodrun with its options, and what each rank runs.
         env: environment variables of every rank, on top of the kernel's.
-        what: a name for it in sentences.
+        what: a name for it in error messages.
         elastic: whether ranks may come and go.
-        cell_folder: what `rank_cell.write_cell` has filled, where a cell is run.
-        timeout: the time limit in seconds; 0: none.
+        cell_folder: the folder that `rank_cell.write_cell` has filled; None: no cell is run.
         grace_period: seconds between SIGTERM and SIGKILL when it is stopped.
         log_dir: where each rank's output is kept, as `console-rankN.log`; None: nowhere.
         cwd: the working directory.
@@ -55,7 +47,6 @@ class JobSpec:
     what: str = "the cell"
     elastic: bool = False
     cell_folder: Path | None = None
-    timeout: float = 0.0
     grace_period: float = CELL_GRACE_PERIOD
     log_dir: Path | None = None
     cwd: str = field(default_factory=os.getcwd)
@@ -66,8 +57,7 @@ class JobProcess:
 
     Args:
         spec: what to run.
-        on_event: called with each event of the supervisor, in a thread of its own; the last one is
-            `{"event": "closed"}`.
+        on_event: called with each event (see `processes`), in a thread of its own.
 
     Attributes:
         result: what is known so far.
@@ -83,33 +73,29 @@ class JobProcess:
     ) -> None:
         require_horovod()
         self._spec, self._on_event = spec, on_event
-        self.result = JobResult(spec.size, spec.what, spec.timeout, spec.elastic)
+        self.result = JobResult(spec.size, spec.what, spec.elastic)
         self.ended: Future[JobResult] = Future()
         self.seconds = 0.0
         self._started = time.monotonic()
         self._logs: dict[int, TextIO] = {}
-        env = {**inherited(), **spec.env}
+        env = dict(spec.env)
         if spec.cell_folder is not None:
             env[rank_cell.VARIABLE] = str(spec.cell_folder)
-        if spec.timeout:
-            env[rank_cell.DEADLINE] = str(time.time() + spec.timeout)
-        at = next(i for i, word in enumerate(spec.call) if Path(word).name == NAME)
+        at = next(i for i, word in enumerate(spec.call) if Path(word).name == "horovodrun")
         call = [*spec.call[:at], sys.executable, "-m", HOROVODRUN, *spec.call[at + 1 :]]
-        self._processes = Processes(self._hear)
-        self._processes.start(
-            NAME, call, env, cwd=spec.cwd,
-            grace_period=spec.grace_period, limit=spec.timeout,
-            ranks=1 if spec.elastic else spec.size,
+        self._process = SupervisedProcess(
+            call, self._hear, env, cwd=spec.cwd, grace_period=spec.grace_period,
+            ranks=1 if spec.elastic else spec.size, elastic=spec.elastic,
         )  # fmt: skip
 
     def terminate(self) -> None:
         """Stop every rank: SIGTERM, the grace period, SIGKILL. Return at once."""
-        self._processes.stop(NAME)
+        self._process.stop()
 
     def stop(self) -> JobResult:
         """Stop every rank, and return when no process is left."""
         self.terminate()
-        return self.wait(self._spec.grace_period + 2 * LONGEST_KILL)
+        return self.wait()
 
     def wait(self, timeout: float | None = None) -> JobResult:
         """Wait for the end. Raises TimeoutError if it does not come within `timeout` seconds."""
@@ -122,21 +108,18 @@ class JobProcess:
                 self._on_event(event)
         finally:
             if event["event"] == "ended":
-                self._processes.hang_up()
-            elif event["event"] == "closed":
                 self.ended.set_result(self.result)
 
     def _note(self, event: dict[str, Any]) -> None:
         self.result.add(event)
-        rank = event.get("rank")
-        if event["event"] == "output" and rank is not None:
-            self._log(rank, event["text"])
+        if event["event"] == "output" and event["rank"] is not None:
+            self._log(event["rank"], event["text"])
         elif event["event"] == "rank_ended" and not self._spec.elastic:
-            self._processes.stop(NAME, "failed", after=SECONDS_TO_AGREE)
-        elif event["event"] == "ended" and self._spec.cell_folder is not None:
-            self.result.read_reports(self._spec.cell_folder)
-        elif event["event"] == "closed":
+            self._process.stop("failed", after=SECONDS_TO_AGREE)
+        elif event["event"] == "ended":
             self.seconds = time.monotonic() - self._started
+            if self._spec.cell_folder is not None:
+                self.result.read_reports(self._spec.cell_folder)
             for log in self._logs.values():
                 log.close()
 
@@ -160,29 +143,33 @@ def require_horovod() -> None:
         )
 
 
-def inherited() -> dict[str, str]:
-    """Return the kernel's environment without the variables that are for the kernel alone."""
-    env = {name: value for name, value in os.environ.items() if not _NOT_INHERITED.match(name)}
-    commands = str(Path(sys.executable).parent)
-    return {**env, "PATH": os.pathsep.join([commands, env.get("PATH", "")])}
+def stall_settings(seconds: int, gloo_timeout: int, longest_period: int) -> dict[str, str]:
+    """Return Horovod's settings that end a job when ranks wait for a missing one.
+
+    Args:
+        seconds: how long they wait; 0: for ever.
+        gloo_timeout: seconds after which a rank that does not answer is taken for lost.
+        longest_period: at most so many seconds lie between two checks, which can print a warning.
+    """
+    # Horovod: it checks once in each warning period, so only a period that divides the limit works.
+    periods = range(longest_period, 0, -1)
+    period = next(each for each in periods if seconds % each == 0) if seconds else 60
+    return {
+        "HOROVOD_STALL_CHECK_TIME_SECONDS": str(period),
+        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(seconds),
+        "HOROVOD_GLOO_TIMEOUT_SECONDS": str(gloo_timeout),
+    }
 
 
-def threads_per_rank(ranks: int, threads: int | None, option: str = "") -> int:
+def threads_per_rank(ranks: int, threads: int | None) -> int:
     """Return the number of CPU threads of each rank; warn if they are more than the cores.
 
     Args:
         ranks: how many of them are on this host.
         threads: what the user asks for; None: an equal share of the cores, at least 1.
-        option: how the user sets it, for a note that is printed once; "": no note.
     """
     cores = available_cores()
     share = threads or max(1, cores // ranks)
-    if option and option not in _noted and threads is None and ranks > 1:
-        _noted.add(option)
-        print(
-            f"note: the ranks share this machine's cores evenly; {option} gives each N",
-            file=sys.stderr,
-        )
     if ranks * share > cores:
         print(
             f"warning: {ranks} ranks with {share} threads each want {ranks * share} cores, and"

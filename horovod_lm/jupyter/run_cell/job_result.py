@@ -1,4 +1,4 @@
-"""The result of a job: which rank failed first, why, and how the others ended, in one sentence."""
+"""The result of a cell or a job: which rank failed first, why, and what became of the others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import signal
 from collections import defaultdict
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,17 @@ from horovod_lm.jupyter.run_cell import rank_cell
 from horovod_lm.utils.errors import DistributedError
 
 LAST_LINES = 12  # of a failed command's output, in the error
-# Horovod: its exception for a lost rank where all ranks live, but their calls do not match.
+# Horovod: it raises its exception for a lost rank also where the ranks' calls do not match.
 _MISMATCH = re.compile(r"^(Mismatched |No \w+ operation enabled)")
-# Horovod: its log begins with the time, the level and the place in its source.
+# Horovod: a line of its log begins with the time, the level and the place in its source.
 _LOG_PREFIX = re.compile(r"^\[\d{4}-[^\]]*: [A-Z] [^\]]*\] (?:\[\d+\]: )?")
 _MISSING = re.compile(r"^(\d+)!?: \[(.+)\]")
 _STALL_ENDS = re.compile(r"is stalled for longer than (\d+) seconds\. Will shutdown")
-# Lines of Horovod's log that the error at the end of the cell puts better.
+# Lines of Horovod's log that the error at the end of the cell explains better.
 _REPEATED_IN_ERROR = re.compile(
     r"(Horovod: )?(Horovod background loop uncaught exception|One or more rank \(marked by)"
 )
-# What horovodrun says about an end that the ranks' own words explain better.
+# Lines of horovodrun that the ranks' own errors explain better.
 _NOISE = re.compile(r"^(Terminating remaining workers|Process \d+ exit|horovodrun: process )")
 
 
@@ -32,9 +33,9 @@ class RankError(DistributedError):
     """A rank failed. The text names it and says why.
 
     Attributes:
-        rank: the rank that failed first, or None where no rank was to blame.
-        code: its exit code, where it had one; above 128, 128 and the number of a signal.
-        trace: its own traceback, or its last lines; may be empty.
+        rank: the rank that failed first; None: no rank was to blame.
+        code: its exit code, if it had one; above 128: 128 and the number of a signal.
+        trace: its own traceback or its last lines of output; may be empty.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class StallReports:
     """Recognises the reports of Horovod's stall check in the output of one rank.
 
     A report has a line "One or more tensors ...", a line "Missing ranks:", and a line for each
-    missing rank. Lines like the latter two that stand elsewhere are the program's own.
+    missing rank. Elsewhere, lines like the latter two are the program's own.
     """
 
     def __init__(self) -> None:
@@ -81,43 +82,40 @@ class StallReports:
 
 @dataclass
 class JobResult:
-    """Everything that is known about the ranks of a job.
+    """What is known about the ranks of a cell or a job.
 
     Attributes:
         size: the number of ranks.
-        what: what they run, for sentences: "the cell", or a command's name.
-        timeout: its time limit in seconds; 0: none.
-        elastic: whether ranks may fail while the job goes on; then only its end counts.
+        what: what they run, for error messages: "the cell", or a command's name.
+        elastic: whether the job continues when ranks fail; then only its end counts.
         processes: process ids of the ranks on this host, by rank.
         printed: each rank's output, by rank.
         errors: what `rank_cell.describe` returned, by rank.
-        code: horovodrun's exit code; None while it runs.
-        reason: why the job was ended: "", "stopped", "timeout", "kernel" or "failed".
+        code: the exit code of horovodrun; None while it runs.
+        reason: why the ranks were ended: "", "stopped" or "failed".
     """
 
     size: int
     what: str = "the cell"
-    timeout: float = 0.0
     elastic: bool = False
     processes: dict[int, int] = field(default_factory=dict)
     printed: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
     errors: dict[int, dict[str, Any]] = field(default_factory=dict)
     code: int | None = None
     reason: str = ""
-    _said: str = ""  # by horovodrun itself
+    _launcher_output: str = ""
     _codes: dict[int, int] = field(default_factory=dict)
     _frozen: dict[int, float] = field(default_factory=dict)
-    _places: dict[int, dict[str, Any]] = field(default_factory=dict)
     _missing: dict[int, str] = field(default_factory=dict)
     _reports: dict[int, StallReports] = field(default_factory=lambda: defaultdict(StallReports))
     _stalled: int = 0
 
     def add(self, event: dict[str, Any]) -> None:
-        """Take in one event of the supervisor."""
+        """Record an event of `processes` or of `framed_horovodrun`."""
         kind: str = event["event"]
         rank: Any = event.get("rank")
         if kind == "output" and rank is None:
-            self._said += event["text"]
+            self._launcher_output += event["text"]
         elif kind == "output":
             self.printed[rank].append(event["text"])
             self._look_for_a_stall(rank, event["text"])
@@ -132,9 +130,8 @@ class JobResult:
 
     def read_reports(self, folder: Path) -> None:
         """Read what the ranks of a cell have written to its folder."""
-        for kind, into in (("error", self.errors), ("where", self._places)):
-            reports = rank_cell.read_reports(folder, kind)
-            into.update({rank: json.loads(report) for rank, report in reports.items()})
+        for rank, report in rank_cell.read_reports(folder, "error").items():
+            self.errors[rank] = json.loads(report)
         exits = rank_cell.read_reports(folder, "exit").items()
         own_codes = {rank: int(code) for rank, code in exits if int(code)}
         self._codes = {**own_codes, **self._codes, **own_codes}
@@ -143,8 +140,6 @@ class JobResult:
         """Return the error that the job ended with, or None if it succeeded."""
         if self.reason == "stopped":
             return RanksStopped(f"stopped by you: every rank of {self.what} was ended")
-        if self.reason == "timeout":
-            return RankError(self._too_long())
         if self.code == 0 and (self.elastic or not (self.errors or self._codes)):
             return None
         return (
@@ -159,7 +154,7 @@ class JobResult:
         """Return what a rank has printed so far."""
         return "".join(self.printed[rank])
 
-    # ---- causes, the surest first ---------------------------------------------------------------
+    # ---- causes, the most certain first ----------------------------------------------------------
 
     def _own_error(self) -> RankError | None:
         own = {
@@ -170,12 +165,8 @@ class JobResult:
         if not own:
             return None
         rank, error = min(own.items())
-        alike = ("name", "text", "line")
-        same = [
-            other
-            for other, one in sorted(own.items())
-            if all(one[key] == error[key] for key in alike)
-        ]
+        identity = itemgetter("name", "text", "line")
+        same = [other for other, one in sorted(own.items()) if identity(one) == identity(error)]
         where = f" (line {error['line']} of the cell)" if error["line"] else ""
         text = f"{error['name']}: {error['text']}" if error["text"] else error["name"]
         name = "every rank" if len(same) == self.size > 1 else rank_list(same)
@@ -204,7 +195,7 @@ class JobResult:
     def _ended_first(self) -> RankError | None:
         # The others are ended by SIGTERM, so the first one that ended is the cause.
         codes = {rank: code for rank, code in self._codes.items() if rank not in self.errors}
-        if self.errors:  # a rank that was exiting when it was ended because of the others
+        if self.errors:  # not a rank that was ended while it was exiting
             codes = {rank: code for rank, code in codes.items() if code != 128 + signal.SIGTERM}
         if not codes:
             return None
@@ -217,22 +208,14 @@ class JobResult:
             rank, error = min(self.errors.items())
             gone = [other for other in range(self.size) if other not in self.errors]
             line = f" at line {error['line']} of the cell" if error["line"] else ""
-            # They exited with code 0, but too early: Horovod calls that a shutdown.
+            # They exited with code 0 too early, which Horovod reports as a shutdown.
             left = f", because {rank_list(gone)} had already come to the end" if gone else ""
             return RankError(f"rank {rank} lost the others{line}{left}", rank, 1)
-        lines = map(str.strip, self._said.splitlines())
-        words = [line for line in lines if line and not _NOISE.match(line)]
-        last = words[-1] if words else f"it ended with exit code {self.code}"
+        lines = [line.strip() for line in self._launcher_output.splitlines()]
+        useful = [line for line in lines if line and not _NOISE.match(line)]
+        last = useful[-1] if useful else f"it ended with exit code {self.code}"
         last = last.removeprefix("horovodrun: ")
         return RankError(f"horovodrun could not run {self.what}: {last}", trace="")
-
-    def _too_long(self) -> str:
-        at = [
-            f"rank {rank} was at line {place['line']}: {place['code']}"
-            for rank, place in sorted(self._places.items())
-        ]
-        text = f"{self.what} took longer than {self.timeout:g} s, so its ranks were ended"
-        return "; ".join([text, *at])
 
     def _others(self, *failed: int) -> str:
         others = [rank for rank in range(self.size) if rank not in failed]

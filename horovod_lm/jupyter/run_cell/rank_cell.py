@@ -1,8 +1,7 @@
 """What each rank of a `%%horovodrun` cell runs: the cell's body, its last value, its error.
 
-The notebook writes the cell to a folder that HOROVOD_LM_CELL names, and a rank writes its value,
-its error and, near the time limit, the line that it is at to files there. None of these goes
-through the rank's output, which is the cell's alone.
+The notebook writes the cell to a folder that HOROVOD_LM_CELL names, and a rank writes its value or
+its error to a file there. Neither goes through the rank's output, which is the cell's alone.
 """
 
 from __future__ import annotations
@@ -14,28 +13,23 @@ import linecache
 import os
 import pickle
 import sys
-import threading
 import time
 import traceback
 import types
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 CELL = "<cell>"  # the file name in tracebacks
 VARIABLE = "HOROVOD_LM_CELL"
-DEADLINE = "HOROVOD_LM_DEADLINE"  # seconds since 1970, when the cell is stopped
-SECONDS_TO_REPORT = 1.0  # before the deadline
 LOST = "HorovodInternalError"  # Horovod: raised on the ranks that survive another one
-SECONDS_BEHIND_LOST = 2.0  # the rank that was lost should be the first that ends
-LARGEST_VALUE = 32 * 2**20  # bytes, pickled
+SECONDS_BEHIND_LOST = 2.0  # the rank that was lost should end first
 
 
 def write_cell(folder: Path, source: str, pushed: bytes, wanted: bool) -> None:
-    """Write what the ranks of a cell read.
+    """Write what the ranks of a cell read to an empty folder.
 
     Args:
-        folder: an empty folder.
+        folder: the folder.
         source: the cell's body.
         pushed: a pickled dictionary of the variables that it sees.
         wanted: whether its last value goes to the notebook instead of being printed.
@@ -118,23 +112,16 @@ def pickled_value(value: Any) -> bytes:
 
     Raises:
         TypeError: it cannot be pickled.
-        ValueError: it is too large.
     """
     import cloudpickle
 
     try:
-        pickled = cloudpickle.dumps(value)
+        return cloudpickle.dumps(value)
     except Exception as error:
         raise TypeError(
             f"the last value, a {type(value).__name__}, cannot be sent to the notebook ({error}):"
             " end the cell with numbers, tensors or plain containers of them"
         ) from None
-    if len(pickled) > LARGEST_VALUE:
-        raise ValueError(
-            f"the last value has {len(pickled) / 2**20:.0f} MiB, and at most"
-            f" {LARGEST_VALUE / 2**20:.0f} can be sent to the notebook: save it to a file"
-        )
-    return pickled
 
 
 def read_reports(folder: Path, kind: str) -> dict[int, bytes]:
@@ -142,7 +129,7 @@ def read_reports(folder: Path, kind: str) -> dict[int, bytes]:
 
     Args:
         folder: the cell's.
-        kind: "value" (pickled), or "error", "where" or "exit" (JSON).
+        kind: "value" (pickled), "error" (JSON) or "exit" (a number).
     """
     found = {int(path.suffix[1:]): path.read_bytes() for path in folder.glob(f"{kind}.*")}
     return dict(sorted(found.items()))
@@ -156,22 +143,6 @@ def _write(folder: Path, kind: str, content: bytes) -> None:
     temporary.rename(folder / f"{kind}.{rank}")
 
 
-def _report_line_at(moment: float, folder: Path) -> None:
-    """Report the line that the main thread is at, at a moment in seconds since 1970."""
-    main_thread = threading.get_ident()
-
-    def report() -> None:
-        frames = traceback.extract_stack(sys._current_frames()[main_thread])
-        at = [frame for frame in frames if frame.filename == CELL]
-        if at:
-            place = {"line": at[-1].lineno, "code": at[-1].line}
-            _write(folder, "where", json.dumps(place).encode())
-
-    timer = threading.Timer(moment - time.time(), report)
-    timer.daemon = True
-    timer.start()
-
-
 def _exit_code(end: SystemExit) -> int:
     if end.code is None or isinstance(end.code, int):
         return end.code or 0
@@ -179,23 +150,21 @@ def _exit_code(end: SystemExit) -> int:
     return 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Run this rank's cell; return the exit code."""
-    # One pipe, or what a cell prints and what it warns of would arrive in either order.
+    # One pipe keeps what a cell prints and what it warns of in order.
     os.dup2(1, 2)
     folder = Path(os.environ.pop(VARIABLE))
-    if DEADLINE in os.environ:
-        _report_line_at(float(os.environ.pop(DEADLINE)) - SECONDS_TO_REPORT, folder)
     try:
         run(folder)
     except SystemExit as end:
         code = _exit_code(end)
-        _write(folder, "exit", str(code).encode())  # the other ranks may fail before this one ends
+        _write(folder, "exit", str(code).encode())  # other ranks may fail before this one has ended
         return code
     except BaseException as error:
         try:
             _write(folder, "error", json.dumps(describe(error)).encode())
-        except OSError:  # no space: then the traceback is the rank's last output
+        except OSError:  # a full disk
             traceback.print_exception(error)
         sys.stdout.flush()
         if type(error).__name__ == LOST:

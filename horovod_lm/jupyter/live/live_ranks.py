@@ -1,0 +1,218 @@
+"""The processes of live ranks, and one request to several of them at once."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import wait
+from typing import Any
+
+import cloudpickle
+
+from horovod_lm.jupyter.run_cell.job_result import (
+    JobResult,
+    RankError,
+    RanksStopped,
+    StallReports,
+    how_it_ended,
+    readable,
+)
+from horovod_lm.jupyter.run_cell.processes import SupervisedProcess
+from horovod_lm.utils.errors import DistributedError, last_line
+
+RANK_LOOP = "horovod_lm.jupyter.live.rank_loop"
+SECONDS_TO_START = 60.0
+SECONDS_BETWEEN_LOOKS = 0.02
+SECONDS_TO_BE_FREED = 7.0  # after a failure, before a rank that still waits is killed
+SECONDS_FOR_OUTPUT = 2.0  # after the answer
+
+
+class LiveRank:
+    """The process of a live rank, which ends with the notebook.
+
+    Args:
+        number: the rank.
+        threads: its CPU threads.
+
+    Attributes:
+        connection: where answers are received.
+        events: "frozen" and "rank_ended", for `JobResult`.
+        ended_at: when the process ended, as `time.monotonic` gives it; infinity while it lives.
+    """
+
+    def __init__(self, number: int, threads: int) -> None:
+        self.number = number
+        self.events: list[dict[str, Any]] = []
+        self.ended_at = math.inf
+        self._text, self._lock = "", threading.Lock()
+        self.connection, theirs = Pipe()
+        paths = os.pathsep.join(path for path in sys.path if path)
+        env = {"HOROVOD_RANK": str(number), "OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
+        with theirs:
+            self.process = SupervisedProcess(
+                [sys.executable, "-m", RANK_LOOP, str(theirs.fileno())],
+                self._hear, env, pass_fds=[theirs.fileno()],
+            )  # fmt: skip
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its process has ended."""
+        return self.ended_at < math.inf
+
+    def wait_until_ready(self) -> None:
+        """Wait until it accepts requests.
+
+        Raises:
+            DistributedError: it ended before, or did not start in time.
+        """
+        deadline = time.monotonic() + SECONDS_TO_START
+        while not self.has_ended:
+            if self.receive() is not None:
+                return
+            if time.monotonic() > deadline:
+                raise DistributedError(
+                    f"rank {self.number} did not start within {SECONDS_TO_START:g} s: call"
+                    " cluster.stop() and cluster.start() when the machine has less to do"
+                )
+        how = how_it_ended(self.events[-1]["code"])
+        raise DistributedError(
+            f"rank {self.number} {how} before it was ready: {last_line(self._text)}"
+        )
+
+    def send(self, *request: Any) -> None:
+        """Send a request."""
+        try:
+            self.connection.send(request)
+        except OSError:  # it has just ended, and will be reported
+            pass
+
+    def receive(self) -> Any:
+        """Return the next answer; None: there is none yet, or the process is ending."""
+        try:
+            if self.connection.poll(SECONDS_BETWEEN_LOOKS):
+                return self.connection.recv()
+        except (EOFError, OSError):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        return None
+
+    def output(self, until: str) -> str:
+        """Return what it has printed since the last call, up to a text that it prints itself."""
+        deadline = time.monotonic() + SECONDS_FOR_OUTPUT
+        while until not in self._text and not self.has_ended and time.monotonic() < deadline:
+            time.sleep(SECONDS_BETWEEN_LOOKS / 10)
+        with self._lock:
+            printed, _, self._text = self._text.partition(until)
+        return printed
+
+    def close(self) -> None:
+        """End the process."""
+        self.connection.close()
+        self.process.close()
+
+    def _hear(self, event: dict[str, Any]) -> None:
+        if event["event"] == "output":
+            with self._lock:
+                self._text += event["text"]
+        elif event["event"] == "frozen":
+            self.events.append({**event, "rank": self.number})
+        elif event["event"] == "ended":
+            self.events.append({"event": "rank_ended", "rank": self.number, "code": event["code"]})
+            self.ended_at = time.monotonic()
+
+
+class Task:
+    """One request to several live ranks. If any rank has ended before, none is asked.
+
+    Args:
+        ranks: all live ranks.
+        chosen: the ranks that execute it.
+        operation: a key of `rank_loop.OPERATIONS`.
+        arguments: the operation's arguments for each chosen rank.
+    """
+
+    def __init__(
+        self, ranks: Sequence[LiveRank], chosen: Sequence[int], operation: str,
+        arguments: Sequence[tuple[Any, ...]],
+    ) -> None:  # fmt: skip
+        self._ranks = ranks
+        self._result = JobResult(len(ranks))
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._printed: dict[int, list[str]] = {}
+        self._end_of_output = f"{secrets.token_hex(16)}\n"
+        whole = not any(rank.has_ended for rank in ranks)
+        self._asked = [ranks[number] for number in chosen] if whole else []
+        for rank, own in zip(self._asked, arguments, strict=False):
+            rank.send(operation, own, self._end_of_output)
+
+    def wait(self) -> RankError | RanksStopped | None:
+        """Wait until no rank is busy; return what went wrong, or None.
+
+        When the notebook is interrupted, so is every rank.
+        """
+        kill_at = math.inf
+        while pending := self._pending():
+            try:
+                ready = wait([rank.connection for rank in pending], SECONDS_BETWEEN_LOOKS)
+                for rank in pending:
+                    if rank.connection in ready and (answer := rank.receive()) is not None:
+                        self._take(rank, answer)
+                if self._has_failed():
+                    kill_at = min(kill_at, time.monotonic() + SECONDS_TO_BE_FREED)
+                if time.monotonic() >= kill_at:
+                    for rank in self._pending():
+                        rank.process.signal(signal.SIGKILL)
+            except KeyboardInterrupt:
+                self._result.reason = "stopped"
+                for rank in self._ranks:
+                    rank.process.signal(signal.SIGINT)
+        for rank in self._asked:
+            text = rank.output(self._end_of_output)
+            # Not `splitlines`, which splits at more than newlines.
+            self._printed[rank.number] = list(io.StringIO(text))
+        return self._error() if self._has_failed() else None
+
+    def values(self) -> list[Any]:
+        """Return each rank's value, in the order of ranks."""
+        return [cloudpickle.loads(answer["value"]) for _, answer in sorted(self._answers.items())]
+
+    def show(self) -> None:
+        """Print what the ranks have printed, rank by rank."""
+        for rank in sorted(self._printed.keys() & self._answers.keys()):
+            reports = StallReports()
+            for line in self._printed[rank]:
+                text = readable(line.rstrip("\n"))
+                # A stall that ends the ranks is in the error; one that has passed does not matter.
+                if text and not reports.includes(text):
+                    print(f"[{rank}] {text}")
+        sys.stdout.flush()
+
+    def _pending(self) -> list[LiveRank]:
+        return [
+            rank for rank in self._asked if rank.number not in self._answers and not rank.has_ended
+        ]
+
+    def _has_failed(self) -> bool:
+        ended = any(rank.has_ended for rank in self._ranks)
+        return ended or bool(self._result.errors or self._result.reason)
+
+    def _take(self, rank: LiveRank, answer: dict[str, Any]) -> None:
+        self._answers[rank.number] = answer
+        if "error" in answer:
+            self._result.errors[rank.number] = answer["error"]
+
+    def _error(self) -> RankError | RanksStopped | None:
+        self._result.code = 1
+        for rank in sorted(self._ranks, key=lambda rank: rank.ended_at):
+            for event in rank.events:
+                self._result.add(event)
+            for line in self._printed.get(rank.number, ()):
+                self._result.add({"event": "output", "rank": rank.number, "text": line})
+        return self._result.error()
