@@ -173,7 +173,7 @@ def compile_wheel(toolchain: Toolchain, sdist: Path, folder: Path, logs: Path, j
     if toolchain.cuda:
         env |= build_variables(toolchain.cuda, folder / "links")
     command = pip_command("wheel", *options, str(folder), str(source))
-    if not run_step("Horovod", command, log, env=env):
+    if not run_step("Horovod", command, log, env=env, grace=20):
         raise UserError(explain_failure(log))
     wheel = next(folder.glob("horovod-*.whl"))
     with zipfile.ZipFile(wheel) as archive:

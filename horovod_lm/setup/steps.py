@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import os
 import re
 import signal
@@ -22,6 +21,7 @@ from horovod_lm.utils.progress import ProgressLine, format_seconds
 
 PERCENT = re.compile(r"^\s*\[\s*(\d{1,3})%\] (?:Building|Linking|Built)", re.MULTILINE)
 TICK_SECONDS = 1.0
+INTERRUPTS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 TAIL_BYTES = 20_000  # of a log: where its newest percentage is
 
 
@@ -32,7 +32,7 @@ def pip_command(*arguments: str, python: str | Path = sys.executable) -> list[st
 
 def interrupt_on_termination() -> None:
     """Treat SIGTERM and SIGHUP like Ctrl-C: child processes are ended, temporary files removed."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in INTERRUPTS - {signal.SIGINT}:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
 
@@ -60,17 +60,16 @@ def call(
     Raises:
         subprocess.TimeoutExpired: the command was ended at the time limit.
     """
-    started = time.monotonic()
-    # A shell starts background jobs with SIGINT ignored, and children inherit that.
-    default_sigint = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-        preexec_fn=default_sigint,
-        **options,
-    )
+    started, process = time.monotonic(), None
     try:
+        with _signals_blocked():  # until `process` is known, so that it can be ended
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=_reset_signals,
+                **options,
+            )
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return process.wait(timeout=min(TICK_SECONDS, seconds))
@@ -78,8 +77,23 @@ def call(
             if time.monotonic() - started >= seconds:
                 raise subprocess.TimeoutExpired(command, seconds)
     finally:
-        if process.poll() is None:
+        if process is not None and process.poll() is None:
             end_group(process, grace)
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+
+
+def _reset_signals() -> None:
+    """Undo in a child what it inherits; a shell starts background jobs with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
 
 
 def end_group(process: subprocess.Popen[Any], grace: float) -> None:
@@ -101,7 +115,7 @@ def run_step(title: str, command: Sequence[str], log: Path, **options: Any) -> b
             the start, one for each tenth that is compiled, and one at the end.
         command: the program and its arguments.
         log: the file for its output.
-        options: of `subprocess.Popen`.
+        options: of `call`.
 
     Returns:
         Whether it succeeded.
