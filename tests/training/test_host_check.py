@@ -41,15 +41,15 @@ def others_code(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("what", "cure"), [("data", "delete .*: training prepares"), ("code", "copy the project from")]
+    ("what", "fix"), [("data", "delete .*: training prepares"), ("code", "copy the project from")]
 )
 def test_differing_ranks_are_named_before_anything_is_trained(
-    what, cure, tiny_project, start, others_data, others_code
+    what, fix, tiny_project, start, others_data, others_code
 ):
     arguments = ["--set", f"data.data_dir={others_data}"] if what == "data" else []
     program = TRAIN.format(arguments=arguments, path=str(others_code) if what == "code" else "")
     ended = start(["-c", program], ranks=2).wait(120)
     assert ended.code != 0
-    sentence = rf"{what} of rank 1 on \S+ is \w+, but rank 0 on \S+ has \w+: .*{cure}"
+    sentence = rf"{what} of rank 1 on \S+ is \w+, but rank 0 on \S+ has \w+: .*{fix}"
     assert re.search(sentence, ended.output), ended.output
     assert not (tiny_project / "runs" / "differing").exists()
