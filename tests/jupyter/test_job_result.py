@@ -18,7 +18,7 @@ from tests.jupyter.conftest import needs_horovod
 
 def result_of(*events: dict, size: int = 2, code: int = 1, reason: str = "") -> JobResult:
     result = JobResult(size)
-    for event in (*events, {"event": "ended", "code": code, "reason": reason}):
+    for event in (*events, {"event": "ended", "code": code, "reason": reason, "text": ""}):
         if "name" in event:
             result.errors[event["rank"]] = event
         else:

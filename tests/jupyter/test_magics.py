@@ -12,7 +12,7 @@ from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 
 from horovod_lm.jupyter.run_cell.job_result import RankError
-from horovod_lm.jupyter.run_cell.rank_cell import is_shown
+from horovod_lm.jupyter.run_cell.rank_cell import execute
 from horovod_lm.utils.errors import ConfigError
 from tests.conftest import ROOT
 from tests.jupyter.conftest import children, held, needs_horovod
@@ -65,9 +65,10 @@ def test_lines_values_and_warnings_come_after_their_rank_in_order(run):
     assert run("-np 3", body) == expected
 
 
-def test_a_last_value_is_shown_unless_a_semicolon_follows():
-    shown = [is_shown(42, "x"), is_shown(42, "x;\n"), is_shown(None, "x")]
-    assert shown == [True, False, False]
+@pytest.mark.parametrize(("source", "shown"), [("6 * 7", "42\n"), ("6 * 7;\n", ""), ("None", "")])
+def test_a_last_value_is_shown_unless_a_semicolon_follows(source, shown, capsys):
+    assert execute(source, {}, "%%horovodrun", wanted=False) is None
+    assert capsys.readouterr().out == shown
 
 
 def test_values_go_to_the_ranks_and_come_back_by_rank(run, shell):

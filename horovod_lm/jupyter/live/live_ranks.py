@@ -118,10 +118,9 @@ class LiveRank:
         self.process.close()
 
     def _hear(self, event: dict[str, Any]) -> None:
-        if event["event"] == "output":
-            with self._lock:
-                self._text += event["text"]
-        elif event["event"] == "frozen":
+        with self._lock:
+            self._text += event.get("text", "")
+        if event["event"] == "frozen":
             self.events.append({**event, "rank": self.number})
         elif event["event"] == "ended":
             self.events.append({"event": "rank_ended", "rank": self.number, "code": event["code"]})

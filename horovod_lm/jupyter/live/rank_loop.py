@@ -6,7 +6,6 @@ of waiting for it.
 
 from __future__ import annotations
 
-import builtins
 import itertools
 import os
 import pickle
@@ -70,10 +69,7 @@ def run_cell(source: str, wanted: bool) -> bytes:
         source: Python.
         wanted: whether the last value is returned instead of being printed.
     """
-    value = rank_cell.execute(source, namespace(), "%%px")
-    if not wanted and rank_cell.is_shown(value, source):
-        print(repr(value))
-    return rank_cell.pickled_value(value if wanted else None)
+    return rank_cell.pickled_value(rank_cell.execute(source, namespace(), "%%px", wanted))
 
 
 def run_function(packed: bytes) -> bytes:
@@ -135,8 +131,7 @@ def main() -> None:
     import horovod.torch  # noqa: F401  not in the first request, whose ranks would wait
 
     end_at_once()
-    sys.modules["__main__"] = types.ModuleType("__main__", "The cells of a live rank.")
-    namespace()["__builtins__"] = builtins
+    rank_cell.new_main_module()
     # One pipe keeps what a cell prints, what it warns of, and Horovod's log in order.
     os.dup2(1, 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

@@ -127,6 +127,7 @@ class JobResult:
             self._frozen[rank] = event["seconds"]
         elif kind == "ended":
             self.code, self.reason = event["code"], event["reason"]
+            self._launcher_output += event["text"]
 
     def read_reports(self, folder: Path) -> None:
         """Read what the ranks of a cell have written to its folder."""

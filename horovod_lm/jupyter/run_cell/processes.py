@@ -7,7 +7,8 @@ thread of this process reads what it prints and watches its ranks, and reports e
     {"event": "output", "rank": null, "text": "..."}      text as it was read, not line by line
     {"event": "rank_started", "rank": 0, "pid": 9}
     {"event": "frozen", "rank": 1, "seconds": 3}          stopped by SIGSTOP, and killed
-    {"event": "ended", "code": 1, "reason": ""}           the last one: no process is left
+    {"event": "ended", "code": 1, "reason": "", "text": ""}
+                                                          the last one: no process is left
     and what the command writes to the descriptor that HOROVOD_LM_EVENTS names, a line for each
 """
 
@@ -65,7 +66,6 @@ class SupervisedProcess:
     Attributes:
         pid: the command's process id; None until it has started.
         supervisor: its supervisor's process id.
-        code: the exit code; above 128 where a signal ended it; None until no process is left.
     """
 
     def __init__(
@@ -74,7 +74,6 @@ class SupervisedProcess:
         ranks: int = 1, elastic: bool = False, pass_fds: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self.pid: int | None = None
-        self.code: int | None = None
         self._on_event = on_event
         self._ranks_expected, self._elastic = ranks, elastic
         self._ranks: dict[int, psutil.Process] = {}
@@ -111,7 +110,7 @@ class SupervisedProcess:
 
     def signal(self, number: int) -> None:
         """Send a signal to the command's own process."""
-        if self.pid is not None and self.code is None:
+        if self.pid is not None and self._supervisor.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
@@ -135,14 +134,7 @@ class SupervisedProcess:
         self._lifeline.close()
         os.close(self._output)
         os.close(self._events)
-        try:
-            if complaint:
-                self._emit("output", rank=None, text=complaint)
-        finally:
-            try:
-                self._emit("ended", code=code, reason=self._reason)
-            finally:
-                self.code = code  # only now: who waits for the code may rely on the event
+        self._emit("ended", code=code, reason=self._reason, text=complaint)
 
     def _emit(self, event: str, **values: Any) -> None:
         self._on_event({"event": event, **values})

@@ -35,9 +35,7 @@ def write_cell(folder: Path, source: str, pushed: bytes, wanted: bool) -> None:
         wanted: whether its last value goes to the notebook instead of being printed.
     """
     paths = [path for path in sys.path if path]
-    cell = {"source": source, "wanted": wanted, "paths": paths}
-    (folder / "cell.json").write_text(json.dumps(cell), encoding="utf-8")
-    (folder / "pushed.pickle").write_bytes(pushed)
+    (folder / "cell.pickle").write_bytes(pickle.dumps((source, pushed, wanted, paths)))
 
 
 def parse(source: str) -> tuple[types.CodeType, types.CodeType | None]:
@@ -55,40 +53,44 @@ def parse(source: str) -> tuple[types.CodeType, types.CodeType | None]:
     return compile(tree, CELL, "exec"), compile(ast.Expression(last.value), CELL, "eval")
 
 
-def execute(source: str, namespace: dict[str, Any], magic: str) -> Any:
+def execute(source: str, namespace: dict[str, Any], magic: str, wanted: bool) -> Any:
     """Run a cell's body in a namespace; return the value of the expression at its end.
 
     Args:
         source: the body.
         namespace: its global variables.
         magic: the cell's first line, for tracebacks.
+        wanted: False: print the value if a notebook would show it, and return None.
     """
     lines = [f"{magic}\n", *source.splitlines(keepends=True)]
     linecache.cache[CELL] = (sum(map(len, lines)), None, lines, CELL)
     body, expression = parse(source)
     exec(body, namespace)
-    return eval(expression, namespace) if expression else None
-
-
-def is_shown(value: Any, source: str) -> bool:
-    """Return whether a notebook shows a cell's last value."""
-    return value is not None and not source.rstrip().endswith(";")
+    value = eval(expression, namespace) if expression else None
+    if wanted:
+        return value
+    if value is not None and not source.rstrip().endswith(";"):
+        print(repr(value))
+    return None
 
 
 def run(folder: Path) -> None:
-    """Run a cell in a fresh `__main__`, and print its last value or write it to a file."""
-    cell = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
-    sys.path += [path for path in cell["paths"] if path not in sys.path]
-    main_module = types.ModuleType("__main__", "A cell on one rank.")
-    sys.modules["__main__"] = main_module
-    pushed = pickle.loads((folder / "pushed.pickle").read_bytes())
-    main_module.__dict__.update({"__builtins__": builtins, **pushed})
+    """Run a cell in a new `__main__`, and print its last value or write it to a file."""
+    source, pushed, wanted, paths = pickle.loads((folder / "cell.pickle").read_bytes())
+    sys.path += [path for path in paths if path not in sys.path]
     sys.argv = [CELL]
-    value = execute(cell["source"], main_module.__dict__, "%%horovodrun")
-    if cell["wanted"]:
+    namespace = new_main_module()
+    namespace.update(pickle.loads(pushed))
+    value = execute(source, namespace, "%%horovodrun", wanted)
+    if wanted:
         _write(folder, "value", pickled_value(value))
-    elif is_shown(value, cell["source"]):
-        print(repr(value))
+
+
+def new_main_module() -> dict[str, Any]:
+    """Replace `__main__` by an empty module; return its variables."""
+    sys.modules["__main__"] = module = types.ModuleType("__main__", "The cells of one rank.")
+    module.__dict__["__builtins__"] = builtins
+    return module.__dict__
 
 
 def describe(error: BaseException) -> dict[str, Any]:
