@@ -40,7 +40,7 @@ SETTINGS = {
     "@jupyterlab/docmanager-extension/plugin.jupyterlab-settings": {"autosave": False},
 }  # fmt: skip
 TOKEN = "only-this-machine"
-PATIENCE = 90  # seconds for whatever must come: other tests may keep the machine busy
+TIMEOUT = 90  # seconds for whatever must come: other tests may keep the machine busy
 SCREENSHOTS = os.environ.get("HOROVOD_LM_SCREENSHOTS")  # the folder for pictures of the widgets
 
 
@@ -97,7 +97,7 @@ class Lab:
         )
 
     def _wait(self) -> None:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 self.ask("GET", "status")
@@ -178,7 +178,7 @@ class Page:
         self.complaints: list[str] = []
         self.kernel_id = lab.start_kernel(name)
         self.page = chromium.new_page(viewport={"width": 1300, "height": 1000})
-        self.page.set_default_timeout(1000 * PATIENCE)
+        self.page.set_default_timeout(1000 * TIMEOUT)
         self.page.on("console", self._listen)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.goto(f"{lab.url}/lab/tree/{name}?token={TOKEN}&reset")
@@ -209,7 +209,7 @@ class Page:
         """Start one of JupyterLab's commands, without waiting for its end."""
         self.page.evaluate("name => { window.jupyterapp.commands.execute(name); }", name)
 
-    def wait_for(self, text: str, seconds: float = PATIENCE) -> None:
+    def wait_for(self, text: str, seconds: float = TIMEOUT) -> None:
         """Wait until an output shows a text."""
         self.page.wait_for_function(
             "text => [...document.querySelectorAll('.jp-OutputArea-output')]"
@@ -217,7 +217,7 @@ class Page:
             arg=text, timeout=seconds * 1000,
         )  # fmt: skip
 
-    def wait_until_idle(self, seconds: float = PATIENCE) -> None:
+    def wait_until_idle(self, seconds: float = TIMEOUT) -> None:
         """Wait until the kernel is ready and has nothing to do."""
         self.page.wait_for_function(
             "() => window.jupyterapp.shell.currentWidget.sessionContext"
