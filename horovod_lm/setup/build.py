@@ -54,7 +54,10 @@ FIXES = (
         r"You need C\+\+\d+|unrecognized command.line option .-std=",
         "the C++ compiler is too old for this torch: install a newer one and name it in CXX",
     ),
-    (r"CMake \d\S* or higher is required", "CMake is too old: python -m pip install -U cmake"),
+    (
+        r"CMake \d\S* or higher is required",
+        "CMake is too old: " + command("pip", "install", "-U", "cmake"),
+    ),
     ("", "no fix is known for this error; another compiler, named in CXX, may not have it"),
 )
 
@@ -228,8 +231,8 @@ def try_build(toolchain: Toolchain, folder: Path | None = None) -> None:
             try_horovod(ranks=2, folder=folder)
     except TrialError as error:
         raise UserError(
-            f"Horovod is built but does not work ({error}); build it again from nothing: "
-            + command("horovod_lm.setup.install_horovod", "--force")
+            f"Horovod is built but does not work ({error}); build it again with the same"
+            " options and --force"
         ) from None
 
 

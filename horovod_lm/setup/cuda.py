@@ -87,7 +87,7 @@ def find_cuda(torch_cuda: str | None) -> Cuda:
             f" NVIDIA's CUDA toolkit {torch_cuda}, and name its folder in CUDA_HOME"
         )
     toolkit, release = found or (None, torch_cuda)
-    # torch's own NCCL first.
+    # HOROVOD_NCCL_HOME, then torch's own NCCL, then conda's and the system's.
     named = [os.environ.get("HOROVOD_NCCL_HOME"), os.environ.get("CONDA_PREFIX")]
     chosen, conda = ([Path(name)] if name else [] for name in named)
     homes = [*chosen, *(folder / "nccl" for folder in _nvidia()), *conda]

@@ -74,13 +74,19 @@ def check_torch() -> Iterator[Finding]:
     try:
         import torch
     except ImportError as error:
-        yield Finding("torch", FAIL, f"cannot be imported: {error}", "make setup")
+        yield Finding("torch", FAIL, f"cannot be imported: {error}", install_torch_again())
         return
     yield Finding("torch", OK, torch.__version__)
     if gpus_seen():
         yield Finding("GPU", OK, ", ".join(gpus_seen()))
     else:
         yield missing_gpu(torch.version.cuda)
+
+
+def install_torch_again() -> str:
+    """Return the command for another torch: set-up chooses the build only where there is none."""
+    setup = make_command("setup", Path(sys.prefix))
+    return f"{command('pip', 'uninstall', '--yes', 'torch')} && {setup}"
 
 
 def missing_gpu(torch_cuda: str | None) -> Finding:
@@ -93,8 +99,7 @@ def missing_gpu(torch_cuda: str | None) -> Finding:
     if not machine.has_gpu_driver():
         return Finding("GPU", OK, f"{why}; everything in the course runs on the CPU")
     if torch_cuda is None:
-        setup = make_command("setup", Path(sys.prefix))
-        fix = f"{command('pip', 'uninstall', '--yes', 'torch')} && {setup}"
+        fix = install_torch_again()
     elif why:
         fix = "see https://docs.nvidia.com/deploy/cuda-compatibility"
     elif os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
@@ -235,6 +240,7 @@ def examine(folder: Path) -> Iterator[Finding]:
     checks: tuple[Callable[[], Iterator[Finding]], ...] = CHECKS
     if not all(map(importlib.util.find_spec, ("torch", "psutil"))):
         checks = (check_python, partial(check_setup, folder))
+    setup = make_command("setup", Path(sys.prefix))
     for check in checks:
         try:
             yield from check()
@@ -242,7 +248,7 @@ def examine(folder: Path) -> Iterator[Finding]:
             name = getattr(check, "func", check).__name__
             subject = name.removeprefix("check_").replace("_", " ")
             message = f"could not be checked: {type(error).__name__}: {error}"
-            yield Finding(subject, FAIL, message, "fix what fails above, or run: make setup")
+            yield Finding(subject, FAIL, message, f"fix what fails above, or run: {setup}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

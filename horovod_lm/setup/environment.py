@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
-from horovod_lm.setup.install_horovod import cache_folder
+from horovod_lm.setup.install_horovod import cache_folder, user_cache
 from horovod_lm.setup.steps import call, interrupt_on_termination, lock, pip_command, run_step
 from horovod_lm.setup.toolchain import missing_for_build
 from horovod_lm.utils.cli import shown
@@ -196,8 +196,7 @@ class Setup:
             downloaded += BYTES_FOR_TORCH[kind][1]
         elif self.is_done("project"):
             installed = downloaded = 0.0
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        pip_cache = Path(os.environ.get("PIP_CACHE_DIR") or f"{base}/pip").expanduser()
+        pip_cache = Path(os.environ.get("PIP_CACHE_DIR") or user_cache() / "pip").expanduser()
         places = [existing(path) for path in (self.folder, pip_cache, cache_folder())]
         # The environment's folder also holds the temporary files.
         sizes = (installed + downloaded, downloaded, BYTES_FOR_BUILD)

@@ -81,19 +81,22 @@ def install_horovod(toolchain: Toolchain, force: bool = False, jobs: int | None 
         print(f"Horovod {installed_version()} is installed and works, {toolchain.summary}.")
 
 
-def check_horovod(toolchain: Toolchain, target: Path | None = None) -> None:
+def check_horovod(
+    toolchain: Toolchain, target: Path | None = None, features: Sequence[str] = ()
+) -> None:
     """Check that the right Horovod is installed and works; change nothing.
 
     Args:
         toolchain: what it must be built for.
         target: a folder with a build to check instead of the installed one.
+        features: the options that chose the toolchain, for the command that is printed.
 
     Raises:
         UserError: it is not, or does not.
     """
     here = installed_version(target)
     if key_of(here) != toolchain.key:
-        options = ["--target", str(target)] if target else []
+        options = [*features, *(["--target", str(target)] if target else [])]
         install = command("horovod_lm.setup.install_horovod", *options)
         raise UserError(f"{why_not_right(here)}; run: {install}")
     try_build(toolchain, target)
@@ -105,8 +108,12 @@ def cache_folder() -> Path:
     chosen = os.environ.get("HOROVOD_LM_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "horovod_lm"
+    return user_cache() / "horovod_lm"
+
+
+def user_cache() -> Path:
+    """Return the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
 
 
 def writable(cache: Path) -> Path:
@@ -184,7 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupt_on_termination()
     toolchain = inspect_toolchain(mpi=arguments.mpi, nccl=arguments.nccl)
     if arguments.check:
-        check_horovod(toolchain, target)
+        flags = {"--mpi": arguments.mpi, "--nccl": arguments.nccl}
+        flags["--no-nccl"] = arguments.nccl is False
+        check_horovod(toolchain, target, [flag for flag, is_given in flags.items() if is_given])
     elif target:
         source = source or fetch_source(writable(cache_folder()))
         build_into(toolchain, target, source, arguments.jobs or available_jobs())

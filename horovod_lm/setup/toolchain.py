@@ -17,6 +17,7 @@ from pathlib import Path
 
 from horovod_lm.setup.cuda import Cuda, find_cuda, why_no_gpu
 from horovod_lm.setup.patches import HOROVOD_VERSION, patches_digest
+from horovod_lm.utils.cli import command
 from horovod_lm.utils.errors import UserError
 
 NOT_IN_KEY = ("cuda", "why_not")
@@ -163,8 +164,11 @@ def find_compiler() -> str:
     """Return the C++ compiler that CMake will use: $CXX, or the first of c++, g++, clang++.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or CXX names a program that does not exist.
     """
+    chosen = os.environ.get("CXX", "").split()
+    if chosen and not shutil.which(chosen[0]):
+        raise UserError(f"CXX names {chosen[0]}, which was not found; install it, or unset CXX")
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if name and shutil.which(name):
             return name
@@ -183,7 +187,7 @@ def find_cmake() -> str:
     places = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
     found = shutil.which("cmake", path=os.pathsep.join(places))
     if found is None:
-        raise UserError(f"no CMake was found; install it: {sys.executable} -m pip install cmake")
+        raise UserError(f"no CMake was found; install it: {command('pip', 'install', 'cmake')}")
     return found
 
 

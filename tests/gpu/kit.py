@@ -37,7 +37,7 @@ SECONDS = {"cuda": 540, "cpu": 300}
 # The parts and their time limits in seconds; the first five run while Horovod is compiled.
 PARTS = {
     "logits": 60,
-    "loss_in_pieces": 60,
+    "chunked_cross_entropy": 60,
     "gradient_checkpointing": 60,
     "cached_generation": 60,
     "resume": 90,
@@ -64,17 +64,21 @@ class Kit:
         """Start the build, run the parts, and record a row for each."""
         build = self.start_build() if set(parts) & set(NEED_HOROVOD) else None
         started, is_built = time.monotonic(), True
-        for part, limit in parts.items():
-            if part in NEED_HOROVOD and build:
-                code = self.wait(build, self.seconds_left())
-                is_built, build = code == 0, None
-                self.record("build of Horovod", self.result("build", code), started)
-            if part in NEED_HOROVOD and not is_built:
-                self.record(part, "not run: Horovod was not built")
-            elif self.seconds_left() < 5:
-                self.record(part, "not run: the time is over")
-            else:
-                self.run_part(part, min(limit, self.seconds_left()))
+        try:
+            for part, limit in parts.items():
+                if part in NEED_HOROVOD and build:
+                    code = self.wait(build, self.seconds_left())
+                    is_built, build = code == 0, None
+                    self.record("build of Horovod", self.result("build", code), started)
+                if part in NEED_HOROVOD and not is_built:
+                    self.record(part, "not run: Horovod was not built")
+                elif self.seconds_left() < 5:
+                    self.record(part, "not run: the time is over")
+                else:
+                    self.run_part(part, min(limit, self.seconds_left()))
+        finally:
+            if build and build.poll() is None:
+                end_group(build, grace=10)
 
     def start_build(self) -> subprocess.Popen[bytes] | None:
         """Start the installer; None where the right Horovod is there already."""

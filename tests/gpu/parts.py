@@ -140,16 +140,16 @@ def logits(found: Found) -> None:
         found.at_most(f"{dtype}, to transformers'", off, limit)
 
 
-def loss_in_pieces(found: Found) -> None:
-    """The loss that never holds all logits is the loss of all logits, gradients too."""
+def chunked_cross_entropy(found: Found) -> None:
+    """The chunked loss and its gradients equal those computed from all logits."""
     ids = random_ids(found.shape, 4 if found.on_gpu else 16).to(found.device)
     model = build_model(found.shape).to(found.device)
     found.fact("positions x vocabulary", f"{ids.numel()} x {found.shape['vocab_size']}")
     for dtype, limit in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
         model.to(dtype)
-        pieces = loss_and_gradients(model, ids, return_logits=False)
+        chunked = loss_and_gradients(model, ids, return_logits=False)
         whole = loss_and_gradients(model, ids, return_logits=True)
-        found.at_most(f"{dtype}, loss and gradients", largest(pieces, whole), limit)
+        found.at_most(f"{dtype}, loss and gradients", largest(chunked, whole), limit)
 
 
 def gradient_checkpointing(found: Found) -> None:
@@ -376,7 +376,7 @@ def speed(found: Found) -> None:
 
 PARTS: dict[str, Callable[[Found], None]] = {
     part.__name__: part
-    for part in (logits, loss_in_pieces, gradient_checkpointing, cached_generation, resume,
+    for part in (logits, chunked_cross_entropy, gradient_checkpointing, cached_generation, resume,
                  collectives, collectives_of_rank, two_ranks, speed)
 }  # fmt: skip
 

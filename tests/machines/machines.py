@@ -275,7 +275,7 @@ def main() -> int:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"default: {' '.join(DEFAULT_ROWS)}")
     parser.add_argument(
         "--cache", type=Path, default=cache, metavar="FOLDER",
-        help="for roots and logs; a row needs up to 10 GB there (default: %(default)s)",
+        help=f"for roots and logs; a row needs {FREE_GB} GB free there (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--mirror", help="where debootstrap gets packages (default: the suite's)")
     parser.add_argument("--keyring", help="the keys of that mirror (default: the suite's)")

@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from horovod_lm.setup import cuda, doctor, trial
+from horovod_lm.setup.environment import make_command
 from horovod_lm.setup.finding import FAIL, OK, WARN, Finding
 from horovod_lm.utils import machine
 from tests.conftest import ROOT
@@ -171,7 +173,8 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch, caps
     assert doctor.main([]) == 1
     assert capsys.readouterr().out.splitlines() == [
         "fail  the weather could not be checked: RuntimeError: no window",
-        "                  -> fix what fails above, or run: make setup",
+        "                  -> fix what fails above, or run: "
+        + make_command("setup", Path(sys.prefix)),
         "ok    disk        empty",
         "1 problem(s) to fix.",
     ]

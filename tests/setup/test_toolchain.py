@@ -79,6 +79,10 @@ def test_a_compiler_without_cpp17_and_missing_headers_are_a_sentence_each(tmp_pa
     Path(tmp_path, "elsewhere", "Python.h").touch()
     monkeypatch.setenv("CPATH", str(tmp_path / "elsewhere"))
     assert missing_for_build(tmp_path) == [cpp17]
+    # CMake reads CXX too, and fails.
+    monkeypatch.setenv("CXX", "no-ccache g++")
+    with pytest.raises(UserError, match="^CXX names no-ccache, which was not found;"):
+        inspect_toolchain()
 
 
 def test_a_build_without_nccl_says_why_and_is_refused_where_nccl_is_asked_for(monkeypatch):
