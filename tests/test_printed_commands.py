@@ -20,7 +20,9 @@ from tests.conftest import ROOT, Command, Finished
 PACKAGE = ROOT / "horovod_lm"
 COMMANDS = Path(sys.executable).parent
 # The rest of a line, starting with one of our programs; its path may have quotes and spaces.
-PRINTED = re.compile(r"""(?:^|\s)((?:[^\s']|'[^']*')*\b(?:python[\d.]*|horovodrun)'? -.*)$""", re.M)
+PRINTED = re.compile(
+    r"""(?:^|\s)((?:[^\s']|'[^']*')*(?:'/[^'\n]*)?\b(?:python[\d.]*|horovodrun)'? -.*)$""", re.M
+)
 TYPED = re.compile(r"python3? -m horovod_lm|(?<!%)horovodrun -(?:np|H)\b")
 # Help and documentation use the plain names: their reader has activated the environment.
 PLAIN = {"prog", "help", "description", "epilog"}

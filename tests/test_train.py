@@ -11,9 +11,10 @@ from horovod_lm.train import main, run_distributed_training
 from horovod_lm.training.checkpoint import read_checkpoint, save_checkpoint
 from horovod_lm.training.metrics import read_metrics
 from horovod_lm.training.optimizer import build_optimizer
-from horovod_lm.training.trainer import build_model
+from horovod_lm.training.trainer import build_model, check_can_compile
 from horovod_lm.utils.cli import run_cli
 from horovod_lm.utils.config import load_config
+from horovod_lm.utils.errors import ConfigError
 
 RUN = ("--config", "configs/tiny.yaml", "--set", "training.max_steps=12")
 WITHOUT_HOROVOD = """
@@ -51,6 +52,12 @@ def test_every_way_to_start_trains_the_same_loop(tiny_project, train, start):
     for name in ("np2", "np1", "alone", "without"):
         model = read_checkpoint(runs / name / "checkpoints" / "final_model.pt")["model"]
         assert "blocks.1.attention.qkv_proj.weight" in model  # fault 12: no stand-in model
+
+
+def test_compile_is_refused_where_torch_cannot_link(monkeypatch):
+    monkeypatch.setattr(torch, "__file__", "/home/a student/torch/__init__.py")
+    with pytest.raises(ConfigError, match="torch is in /home/a student/torch and .*compile=false"):
+        check_can_compile(torch.device("cpu"))
 
 
 def test_the_users_own_text_trains_and_talks(tiny_project, train, start):

@@ -46,7 +46,7 @@ from horovod_lm.training.run_logger import RunLogger, TrainingResult, TrainState
 from horovod_lm.utils import distributed
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.distributed import DeviceChoice
-from horovod_lm.utils.errors import CheckpointError, LostRankError
+from horovod_lm.utils.errors import CheckpointError, ConfigError, LostRankError
 from horovod_lm.utils.interrupts import StopRequest
 from horovod_lm.utils.progress import ProgressLine
 
@@ -172,6 +172,8 @@ class Trainer:
         )
         self.scaler = build_scaler(self.device, self.amp_dtype)
         # Horovod: a compiled backward pass delivers all gradients at its end: no overlap with it.
+        if config.training.compile:
+            check_can_compile(self.device)
         self.forward = torch.compile(self.model) if config.training.compile else self.model
 
     def _load(self, resume: str | Path | Mapping[str, Any] | None) -> None:
@@ -436,6 +438,21 @@ def build_model(config: Config, eot_id: int | None = None) -> TransformerLM:
     if settings["pad_token_id"] is None:
         settings["pad_token_id"] = eot_id
     return TransformerLM(**settings)
+
+
+def check_can_compile(device: torch.device) -> None:
+    """Check that `torch.compile` works on a device.
+
+    Raises:
+        ConfigError: torch is in a folder whose name contains a space, which its linker commands for
+            the CPU do not quote.
+    """
+    folder = str(Path(torch.__file__).parent)
+    if device.type == "cpu" and " " in folder:
+        raise ConfigError(
+            f"training.compile cannot work on the CPU here, because torch is in {folder} and"
+            " does not quote the space in that path; move the project, or set training.compile=false"
+        )
 
 
 def prepare_data_once_per_host(config: Config, progress: ProgressLine) -> None:

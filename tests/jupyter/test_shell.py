@@ -63,7 +63,7 @@ def test_a_command_that_ends_well_is_as_before(kernel):
 
 
 def test_a_page_finds_this_environments_programs(kernel):
-    lines = kernel.run("!command -v python; command -v horovodrun").split()
+    lines = kernel.run("!command -v python; command -v horovodrun").splitlines()
     assert [Path(line).parent for line in lines] == [Path(sys.executable).parent] * 2
     kernel.run("%reload_ext horovod_lm.jupyter")
     path = kernel.run("import os; print(os.environ['PATH'])").strip().split(":")

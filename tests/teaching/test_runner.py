@@ -86,7 +86,7 @@ def test_the_stored_notebook_has_ids_counts_outputs_and_nothing_that_differs_nex
 def test_the_kernel_is_this_python_with_its_programs_in_the_notebooks_folder(executed):
     printed = nbformat.read(executed[1], as_version=4).cells[-1].outputs[0].text
     jupyter = Path(sys.executable).with_name("jupyter")
-    assert printed.split() == [sys.executable, str(executed[1].parent), str(jupyter)]
+    assert printed.splitlines() == [sys.executable, str(executed[1].parent), str(jupyter)]
 
 
 def test_sections_and_output_are_printed(executed):

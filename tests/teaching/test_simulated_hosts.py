@@ -43,7 +43,7 @@ OUT = 3  # seconds for which a link is cut
 TO_DETECT = 10  # seconds after that timeout in which the job must have ended
 PIPE = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 ENDLESS = [f"training.{name}=1000000" for name in ("max_steps", "num_epochs", "eval_interval")]
-TRAINING = "^[^ ]*python -m [h]orovod_lm.train"  # the ranks, for pgrep and pkill
+TRAINING = f"^{sys.executable} -m horovod_lm.train"  # the ranks, for pgrep and pkill
 RANKS = """
 import os, horovod.torch as hvd, torch
 hvd.init()
@@ -234,7 +234,7 @@ def test_a_stopped_job_saves_what_it_has_and_leaves_nothing_on_any_host(tiny_pro
         job = hosts.popen(explained(hosts, config, command), cwd=tiny_project, **PIPE)
         said = until("step 10/", job)
         # As Slurm and Kubernetes do: to the command, not to its group.
-        hosts.run(["pkill", "-TERM", "-f", "^[^ ]*python -m [h]orovod_lm.launch.hosts"])
+        hosts.run(["pkill", "-TERM", "-f", f"^{sys.executable} -m horovod_lm.launch.hosts"])
         said += job.communicate(timeout=TO_DETECT + TIMEOUT)[0]
         assert ranks_left(hosts) == ""
     assert list((tiny_project / "runs" / "stopped" / "checkpoints").glob("*.pt")), said

@@ -28,6 +28,7 @@ CASES = {
     for passes in (1, 4)
 }
 COMPILED = "sgd-float32-1"
+CAN_COMPILE = " " not in torch.__file__  # torch does not quote its own folder for the linker
 
 
 def settings(case: str, ranks: int) -> dict[str, object]:
@@ -52,7 +53,7 @@ def trained(tiny_project, request):
     start = request.getfixturevalue("start_for_module")
     for ranks in (1, 2):
         cases = {f"{case}-on-{ranks}": settings(case, ranks) for case in CASES}
-        if ranks == 2:
+        if ranks == 2 and CAN_COMPILE:
             cases["compiled-on-2"] = settings(COMPILED, 2) | {"training.compile": True}
         (tiny_project / f"cases{ranks}.json").write_text(json.dumps(cases))
         script = ROOT / "tests" / "ranks_train_cases.py"
@@ -90,6 +91,7 @@ def test_recorded_losses_are_those_of_the_whole_batch(trained, case):
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
+@pytest.mark.skipif(not CAN_COMPILE, reason="torch.compile needs a path without spaces")
 def test_a_compiled_model_trains_like_an_eager_one_on_two_ranks(trained):
     eager, compiled = (parameters(trained, f"{name}-on-2") for name in (COMPILED, "compiled"))
     assert eager.keys() == compiled.keys()  # names without the prefix of torch.compile
