@@ -171,9 +171,9 @@ class Trainer:
             staged,
         )
         self.scaler = build_scaler(self.device, self.amp_dtype)
-        # Horovod: a compiled backward pass delivers all gradients at its end: no overlap with it.
         if config.training.compile:
             check_can_compile(self.device)
+        # Horovod: a compiled backward pass delivers all gradients at its end: no overlap with it.
         self.forward = torch.compile(self.model) if config.training.compile else self.model
 
     def _load(self, resume: str | Path | Mapping[str, Any] | None) -> None:
@@ -450,8 +450,8 @@ def check_can_compile(device: torch.device) -> None:
     folder = str(Path(torch.__file__).parent)
     if device.type == "cpu" and " " in folder:
         raise ConfigError(
-            f"training.compile cannot work on the CPU here, because torch is in {folder} and"
-            " does not quote the space in that path; move the project, or set training.compile=false"
+            f"training.compile cannot work on the CPU here: torch is in {folder} and does not quote"
+            " the space in that path; move the project, or set training.compile=false"
         )
 
 
