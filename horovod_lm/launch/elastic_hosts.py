@@ -84,8 +84,10 @@ def write_discovery_script(hosts_file: str | Path) -> Path:
     script = hosts_file.with_name(f"{hosts_file.name}.discovery.sh")
     # horovodrun fails on comments and blank lines. A shell starts faster than Python.
     clean = f"sed -e 's/#.*//' -e 's/[[:space:]]//g' -e '/^$/d' {shlex.quote(str(hosts_file))}"
-    script.write_text(f"#!/bin/sh\nexec {clean}\n", encoding="utf-8")
-    script.chmod(0o755)
+    temporary = script.with_name(f".{script.name}.{os.getpid()}.tmp")
+    temporary.write_text(f"#!/bin/sh\nexec {clean}\n", encoding="utf-8")
+    temporary.chmod(0o755)
+    os.replace(temporary, script)  # a job that runs may be executing it
     return script
 
 
@@ -98,6 +100,7 @@ def elastic_command(
     interface: str | None = None,
     ssh_port: int | None = None,
     ssh_identity_file: str | Path | None = None,
+    ssh_user: str | None = None,
 ) -> list[str]:
     """Return the horovodrun command that starts `command` on ranks that may leave and join.
 
@@ -113,6 +116,7 @@ def elastic_command(
             a name of this machine (`loopback_name`), else horovodrun's choice.
         ssh_port: of the other hosts; None: ssh's own setting.
         ssh_identity_file: the private key for them; None: ssh's own setting.
+        ssh_user: the user there, only with `ssh_identity_file`; None: ssh's own setting.
 
     Raises:
         ConfigError: the file cannot be read, a line of it is not `name:slots`, or it has no host.
@@ -127,6 +131,8 @@ def elastic_command(
     call += ["--host-discovery-script", shlex.quote(str(write_discovery_script(hosts_file)))]
     call += ["--elastic-timeout", str(timeout_seconds)]
     key = None if ssh_identity_file is None else shlex.quote(str(ssh_identity_file))
+    if key and ssh_user:
+        key += f" -l {ssh_user}"  # horovodrun has no option for the user: see launch.hosts
     for option, value in (
         ("--max-np", max_np),
         ("--network-interfaces", interface),
@@ -147,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m horovod_lm.launch.elastic_hosts",
         description="Write a file of hosts, and print the command of an elastic job that follows"
-        " its changes. Interface and ssh come from the configuration's distributed section.",
+        " its changes. Interface, ssh and environment come from the configuration's distributed"
+        " section; the environment of a single host is not used.",
     )
     parser.add_argument("hosts_file", help="name:slots a line; an existing file is not changed")
     add_config_arguments(parser, default="configs/tiny.yaml")
@@ -161,14 +168,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_hosts(arguments.hosts_file, names)
     settings = config.distributed
     key = settings.ssh_identity_file
+    variables = [f"{name}={value}" for name, value in settings.environment.items()]
     call = elastic_command(
-        training_command(arguments, "--elastic"),
+        [*(["env", *variables] if variables else []), *training_command(arguments, "--elastic")],
         arguments.hosts_file,
         arguments.min_np,
         arguments.max_np,
         interface=settings.interface,
         ssh_port=settings.ssh_port,
         ssh_identity_file=config.resolve(key) if key else None,
+        ssh_user=settings.ssh_user,
     )
     print(shlex.join(call))
     return 0

@@ -72,9 +72,11 @@ def test_horovodrun_reads_the_printed_command_as_it_was_meant(tmp_path, capsys):
     settings = ["--config", "configs/laptop.yaml", "--set", "data.path=[my book.txt]"]
     settings += ["--set", "distributed.ssh_port=2222"]
     settings += ["--set", "distributed.ssh_identity_file=/my keys/id"]
+    settings += ["--set", "distributed.ssh_user=ann", "--set", "distributed.environment={A: b c}"]
     assert main([str(hosts_file), "--workers", "3", *settings]) == 0
     call = shlex.split(capsys.readouterr().out)
-    assert call[-8:] == settings
+    assert call[-12:] == settings
+    assert call[call.index("env") + 1] == "A=b c"
     assert read_hosts(hosts_file) == {"localhost": 1, "127.0.0.1": 1, "127.0.0.01": 1}
     launch = pytest.importorskip("horovod.runner.launch")
     parse = f"""from {launch.__name__} import parse_args; told = parse_args()
@@ -82,4 +84,4 @@ print(told.num_proc, told.ssh_port, told.ssh_identity_file)"""
     run = subprocess.run(
         [sys.executable, "-c", parse, *call[1:]], capture_output=True, text=True, timeout=60
     )
-    assert run.stdout == "3 2222 '/my keys/id'\n", run.stderr
+    assert run.stdout == "3 2222 '/my keys/id' -l ann\n", run.stderr
