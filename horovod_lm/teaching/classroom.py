@@ -134,8 +134,13 @@ def _judge(exercise: str, check: NotebookNode, failure: str) -> Grade:
 def _grade_all(files: Sequence[Path], course: Path, table: Path | None) -> None:
     rows = []
     for file in files:
-        answers = read_notebook(file)
-        path = page_of(answers, course)
+        try:
+            answers = read_notebook(file)
+            path = page_of(answers, course)
+        except NotebookError as error:
+            print(f"{file}: not graded: {error}")
+            rows.append((file, "", "", 0, str(error)))
+            continue
         grades = grade(read_notebook(path), answers, course)
         print(f"{file}: {sum(one.right for one in grades)} of {len(grades)} ({path.name})")
         for one in grades:

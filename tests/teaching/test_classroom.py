@@ -68,11 +68,13 @@ def test_right_and_wrong_answers_are_told_apart_whatever_else_was_changed(page, 
     mine[2].source = "def unfinished(:"
     file = tmp_path / "anna, second try.ipynb"
     store(handed_in, file)
-    table = tmp_path / "grades.csv"
-    assert main(["grade", str(file), "--course", str(COURSE), "--csv", str(table)]) == 0
+    empty, table = tmp_path / "empty.ipynb", tmp_path / "grades.csv"
+    empty.write_text("{}")  # it must not end the grading of the others
+    assert main(["grade", str(empty), str(file), "--course", str(COURSE), "--csv", str(table)]) == 0
     assert f"{file}: {len(mine) - 2} of {len(mine)} ({FIRST.name})" in capsys.readouterr().out
     with table.open(encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
+        not_graded, *rows = csv.DictReader(stream)
+    assert not_graded["file"] == str(empty) and not_graded["said"]
     assert [row["exercise"] for row in rows] == [cell.id for cell in mine]
     assert [row["right"] for row in rows[:3]] == ["1", "0", "0"]
     assert rows[0]["said"].startswith(RIGHT)
