@@ -207,7 +207,13 @@ def pytest_terminal_summary(terminalreporter):
 # ---- several workers -----------------------------------------------------------------------------
 
 # Only one worker creates network namespaces at a time: the tests check that none are left.
-MAKE_HOSTS = ("test_simulated_hosts", "test_doctor_hosts", "test_job_files", "test_links")
+MAKE_HOSTS = (
+    "test_simulated_hosts",
+    "test_doctor_hosts",
+    "test_job_files",
+    "test_links",
+    "test_readme",
+)
 
 
 @pytest.hookimpl(tryfirst=True)

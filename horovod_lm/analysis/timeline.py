@@ -4,8 +4,8 @@
     busy_seconds(span for span in reduction(spans, 3) if span.phase == "GLOO_ALLREDUCE")
 
 Horovod writes the events of rank 0 in the format of Chrome's trace viewer (chrome://tracing or
-https://ui.perfetto.dev). A killed job leaves truncated JSON, and even a normal end may lose the
-last events, because Horovod does not wait for the writer thread. The phases are described in
+https://ui.perfetto.dev). A killed job leaves truncated JSON. Horovod as released also loses the
+last events of a normal end; the patch 23-timeline-end writes them. The phases are described in
 https://horovod.readthedocs.io/en/stable/timeline_include.html
 """
 

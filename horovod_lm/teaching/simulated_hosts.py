@@ -266,7 +266,7 @@ class Hosts:
             raise DistributedError(
                 "this machine's kernel has no netem: a link can have a rate, but no delay"
             )
-        for name in [host] if host else self.names:
+        for name in [host] if host else [name for name in self.names if name in self._all]:
             tc = [*self._at(name).enter("net"), "tc", "qdisc"]
             _run([*tc, "del", "dev", INTERFACE, "root"], check=False)  # there may be none
             if rate:

@@ -29,7 +29,7 @@ from horovod_lm.jupyter.launch import launch
 job = launch("configs/tiny.yaml", np=2, run_name="watched",
              overrides={"training.max_steps": 1000000, "training.num_epochs": 1000000})
 """
-# Counts the looks: an update is a look that finds something new.
+# Counts the calls of RunView.update.
 SHOW = """
 dashboard = job.dashboard()
 updates, plain = [], dashboard.view.update
