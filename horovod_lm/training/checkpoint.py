@@ -25,6 +25,8 @@ from horovod_lm.utils.machine import sync_folder
 
 FORMAT = 2  # 2: attention.{qkv,out}_proj and feed_forward.{up,down}_proj have these names
 BEST, FINAL = "best_model.pt", "final_model.pt"
+# Types that loading with weights_only accepts.
+PLAIN = (bool, int, float, str, bytes, torch.Tensor, torch.Size, torch.dtype, torch.device)
 _NUMBERED = re.compile(r"checkpoint_epoch(\d+)_step(\d+)\.pt")
 
 
@@ -68,7 +70,8 @@ def save_checkpoint(
         The path of the file.
 
     Raises:
-        CheckpointError: the folder cannot be written, or the disk is full.
+        CheckpointError: the folder cannot be written, the disk is full, or loading would refuse a
+            value of this type.
     """
     content = checkpoint_content(
         model, optimizer, scheduler, scaler, config=config, tokenizer=tokenizer,
@@ -92,14 +95,14 @@ def checkpoint_content(
     Its tensors are those of the model and the optimizer, not copies.
     """
     return {
+        **_plain(position),
         "format": FORMAT,
         "model": uncompiled(model).state_dict(),
-        "optimizer": None if optimizer is None else optimizer.state_dict(),
+        "optimizer": None if optimizer is None else _plain(optimizer.state_dict()),
         "scheduler": None if scheduler is None else _plain(scheduler.state_dict()),
         "scaler": None if scaler is None else _plain(scaler.state_dict()),
         "config": None if config is None else _plain(dict(config)),
         "tokenizer": tokenizer,
-        **_plain(position),
     }
 
 
@@ -171,6 +174,8 @@ def read_checkpoint(checkpoint_path: str | Path) -> dict[str, Any]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # a truncated file raises many types of errors
         if _is_refusal(error, path):
             raise CheckpointError(
@@ -218,7 +223,13 @@ def find_checkpoints(checkpoint_dir: str | Path) -> list[Path]:
         path for path in Path(checkpoint_dir).glob("checkpoint_epoch*_step*.pt") if _step(path)
     ]
     final = Path(checkpoint_dir) / FINAL
-    return ([final] if final.is_file() else []) + sorted(paths, key=_step, reverse=True)
+    numbered = sorted(paths, key=_step, reverse=True)
+    if not final.is_file():
+        return numbered
+    # A run that was extended after its end has numbered checkpoints that are newer than the final.
+    written = final.stat().st_mtime_ns
+    newer = [path for path in numbered if path.stat().st_mtime_ns > written]
+    return [*newer, final, *(path for path in numbered if path not in newer)]
 
 
 def _read_newest(folder: Path) -> dict[str, Any]:
@@ -226,7 +237,7 @@ def _read_newest(folder: Path) -> dict[str, Any]:
         try:
             return read_checkpoint(path)
         except CheckpointError as error:
-            print(f"warning: {error}; an earlier one is used", file=sys.stderr)
+            print(f"warning: {error}; trying an earlier one", file=sys.stderr)
     raise CheckpointError(
         f"{folder} has no checkpoint to resume from: start the run without --resume"
     )
@@ -296,14 +307,23 @@ def _is_state(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Convert NumPy scalars to Python numbers: loading with `weights_only` refuses the former."""
+    """Convert NumPy scalars to Python numbers: loading with `weights_only` refuses the former.
+
+    Raises:
+        CheckpointError: loading would refuse a value of this type.
+    """
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Mapping):
         return {_plain(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple):
         return type(value)(_plain(inner) for inner in value)
-    return value
+    if value is None or isinstance(value, PLAIN):
+        return value
+    raise CheckpointError(
+        f"a checkpoint cannot contain a value of the type {type(value).__name__}: convert it to a"
+        " tensor, a number, a text, or a list or dict of them"
+    )
 
 
 def _step(path: Path) -> int:

@@ -83,10 +83,10 @@ def content(trained, tmp_path_factory) -> bytes:
     return trained.save(tmp_path_factory.mktemp("content")).read_bytes()
 
 
-def complaint(call, *arguments) -> str:
+def complaint(call, *arguments, **named) -> str:
     """Return the sentence that a call ends with."""
     with pytest.raises(CheckpointError) as error:
-        call(*arguments)
+        call(*arguments, **named)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -348,6 +348,17 @@ def test_the_newest_ones_and_best_and_final_are_kept(tmp_path, trained):
     }  # fmt: skip
     assert [path.name for path in find_checkpoints(tmp_path)] == [
         FINAL, "checkpoint_epoch2_step110.pt", "checkpoint_epoch1_step100.pt"]  # fmt: skip
+    # A run that goes on after its end.
+    trained.save(tmp_path, "checkpoint_epoch3_step120.pt", optimizer=None)
+    assert [path.name for path in find_checkpoints(tmp_path)][:2] == [
+        "checkpoint_epoch3_step120.pt", FINAL]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [Path("x"), [np.zeros(1)], {"a": (1, object())}])
+def test_a_value_that_could_not_be_loaded_again_is_not_saved(tmp_path, trained, value):
+    said = complaint(trained.save, tmp_path, FINAL, optimizer=None, note=value)
+    assert said.startswith("a checkpoint cannot contain a value of the type ")
+    assert not (tmp_path / FINAL).exists()
 
 
 def test_a_folder_means_its_newest_checkpoint_that_can_be_read(tmp_path, trained, content, capsys):
