@@ -95,7 +95,8 @@ def what_to_train(arguments: argparse.Namespace) -> tuple[Config, str, Path | No
         return config, name, None
     checkpoint = None
     if arguments.resume == "auto":
-        config = load_config(arguments.config)
+        paths = [one for one in arguments.overrides if one.startswith("paths.")]
+        config = load_config(arguments.config, paths)
         run_name = arguments.run_name or newest_run(config)
         if run_name is None:
             raise CheckpointError("there is no run to resume: start one without --resume")

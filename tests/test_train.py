@@ -116,6 +116,11 @@ def test_on_two_ranks_a_users_error_is_printed_once_and_nothing_is_overwritten(
     finished = command.wait(60)
     assert finished.code != 0
     assert finished.output.count("was trained with model.d_model=16") == 1
+    damaged = checkpoint.with_name("damaged.pt")  # read by rank 0 alone
+    damaged.write_bytes(b"x")
+    finished = start(["-m", "horovod_lm.train", "--resume", str(damaged)], ranks=2).wait(60)
+    assert finished.output.count("is damaged or truncated") == 1
+    assert "Traceback" not in finished.output
     assert command.left_behind() == []
 
 

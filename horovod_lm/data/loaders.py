@@ -240,8 +240,9 @@ def _check_settings(config: Config, metadata: dict[str, Any], folder: Path) -> N
         if prepared.get(key) != wanted:
             raise DataError(
                 f"the data in {folder} were prepared with {key}={prepared.get(key, 'unset')}, but "
-                f"the configuration has {wanted}: run {command('horovod_lm.data')} again with this "
-                "configuration, or choose another data.data_dir"
+                f"the configuration has {wanted}: run"
+                f" {command('horovod_lm.data', '--config', 'FILE')} with this"
+                " configuration, or choose another data.data_dir"
             )
     tokens = metadata["tokenizer"]["vocab_size"]
     if tokens > config.model.vocab_size:

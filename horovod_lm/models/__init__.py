@@ -1,1 +1,1 @@
-"""The language model: attention, the transformer around it, its loss, and drawing text from it."""
+"""The language model: attention, the transformer, its loss, and GPT-2's weights."""

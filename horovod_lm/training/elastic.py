@@ -34,7 +34,7 @@ from horovod_lm.training.trainer import Trainer, prepare_data_once_per_host
 from horovod_lm.utils import distributed
 from horovod_lm.utils.cli import EXIT_USER_ERROR, command
 from horovod_lm.utils.config import Config
-from horovod_lm.utils.errors import DistributedError
+from horovod_lm.utils.errors import CheckpointError, DistributedError
 from horovod_lm.utils.interrupts import StopRequest
 from horovod_lm.utils.progress import ProgressLine
 from horovod_lm.utils.watchdog import Watchdog
@@ -180,14 +180,18 @@ class ElasticState(State):
     def give_up(self) -> None:
         """Save the newest commit, say so, and end the process."""
         seconds = self.config.training.elastic_timeout_seconds
-        saved = "nothing was committed yet"
+        saved, resume = "nothing was committed yet: start the run again", ""
         if self.content is not None:  # every remaining rank writes the same
             name = checkpoint_name(self.content["epoch"], self.content["global_step"])
-            path = write_checkpoint(self.content, self.run_folder.checkpoint_dir / name)
-            saved = f"saved {path}"
+            try:
+                path = write_checkpoint(self.content, self.run_folder.checkpoint_dir / name)
+                saved = f"saved {path}"
+                run_dir = shlex.quote(str(self.run_folder.run_dir))
+                resume = f"; to resume: start the same call again with --resume {run_dir}"
+            except CheckpointError as error:  # in a thread: the process must end all the same
+                saved = str(error)
         print(
-            f"error: too few ranks are left, and none joined for {seconds} s; {saved}; to resume:"
-            f" start the same call again with --resume {shlex.quote(str(self.run_folder.run_dir))}",
+            f"error: too few ranks are left, and none joined for {seconds} s; {saved}{resume}",
             file=sys.stderr,
             flush=True,
         )

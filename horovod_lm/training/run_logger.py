@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.training.evaluate import Evaluation, perplexity
 from horovod_lm.training.metrics import MetricsRecorder, StepTimer
 from horovod_lm.training.run_dir import RunFolder
@@ -111,13 +112,12 @@ class RunLogger:
         """Mean of this session's training steps, all ranks together."""
         return self._tokens / max(self._training_seconds, 1e-9)
 
-    def announce(self, model: torch.nn.Module, dtype: torch.dtype, at: int, total: int) -> None:
+    def announce(self, model: TransformerLM, dtype: torch.dtype, at: int, total: int) -> None:
         """Report the model, the devices, and the step to start from."""
         self.recorder.event("start", pid=os.getpid(), step=at, total_steps=total)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
         self.progress.say(
-            f"{shown(self.run.run_dir)}: {parameters:,} parameters, {str(dtype).split('.')[-1]},"
-            f" {self.devices}"
+            f"{shown(self.run.run_dir)}: {model.num_parameters():,} parameters,"
+            f" {str(dtype).split('.')[-1]}, {self.devices}"
         )
         if at:
             self.progress.say(f"resuming at step {at} of {total}")

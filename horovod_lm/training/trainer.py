@@ -80,7 +80,7 @@ def run_distributed_training(
 
     Raises:
         UserError: an error in a setting, the data or the checkpoint.
-        LostRankError: another rank was lost; rank 0 has saved a checkpoint.
+        LostRankError: another rank was lost; rank 0, if it remains, has saved a checkpoint.
     """
     # Horovod: each rank would choose a name of its own.
     run_name = distributed.broadcast_object(run_name or default_run_name(), name="run_name")

@@ -1,1 +1,1 @@
-"""Configuration, the door to Horovod, and what a run records."""
+"""Configuration, calls of Horovod, the command line, and the machine's resources."""

@@ -452,7 +452,8 @@ def _parse_override(text: str) -> tuple[str, Any]:
             f"--set takes KEY=VALUE, for example training.learning_rate=1e-3, not {text!r}"
         )
     field = all_settings().get(key)
-    if field and field.annotation in TEXTS and not re.match(r"[\['\"]|(null|~|)$", value):
+    is_text = key.startswith("distributed.environment.") or (field and field.annotation in TEXTS)
+    if is_text and not re.match(r"[\['\"]|(null|~|)$", value):
         return key, value
     try:
         return key, _yaml().load(value)

@@ -1,4 +1,4 @@
-"""All calls of Horovod: everything that differs between one process and many.
+"""Calls of Horovod: what differs between one process and many (elastic training adds its own).
 
 Every function also works in one process, with Horovod absent or not initialised: a reduction
 returns its argument, a broadcast does nothing, the rank is 0 of 1.
@@ -167,7 +167,7 @@ class DeviceChoice:
     Attributes:
         device: this rank's GPU, or the CPU.
         staged: whether gradients are reduced in CPU memory; the same on every rank.
-        summary: the devices of all ranks in one line; the same on every rank.
+        summary: the devices of all ranks in one line.
     """
 
     device: torch.device

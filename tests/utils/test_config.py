@@ -288,6 +288,11 @@ def test_set_takes_a_text_as_it_is(write, value, path):
     assert load_config(write("seed: 1"), [f"data.path={value}"]).data.path == path
 
 
+def test_set_takes_a_variable_as_text(write):
+    config = load_config(write("seed: 1"), ["distributed.environment.OMP_NUM_THREADS=1"])
+    assert config.distributed.environment == {"OMP_NUM_THREADS": "1"}
+
+
 @pytest.mark.parametrize("text", ["", "# nothing\n", "model:\n", "model: {}\nseed: 42\n"])
 def test_an_empty_file_or_section_means_the_defaults(write, text):
     assert load_config(write(text)).to_dict() == Config().to_dict()

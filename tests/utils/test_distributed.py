@@ -302,6 +302,7 @@ def test_content_of_any_size_is_sent_bit_for_bit(ranks):
     ]
     assert content["transposed"][1] == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
     assert content["name"] == "é"
+    assert max(both(ranks, "sizes")) == 16
 
 
 def test_work_is_done_once_per_host_and_its_error_reaches_every_rank(ranks):

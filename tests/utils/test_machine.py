@@ -115,8 +115,7 @@ def test_memory(tmp_path, membership, files, memory):
 
 def test_a_product_takes_some_time_and_this_processors_flags_are_read():
     assert 0 < machine.matmul_seconds(torch.bfloat16, torch.device("cpu"), size=16) < 10
-    flags = machine.cpu_flags()
-    assert flags == set() or flags & {"sse2", "fpu", "fp", "asimd"} or len(flags) > 3
+    assert bool(machine.cpu_flags()) == ("\nflags" in Path("/proc/cpuinfo").read_text())
 
 
 ASK_FOR_DRIVER = """
