@@ -95,8 +95,8 @@ def checkpoint_content(
     Its tensors are those of the model and the optimizer, not copies.
     """
     return {
-        **_plain(position),
         "format": FORMAT,
+        **_plain(position),
         "model": uncompiled(model).state_dict(),
         "optimizer": None if optimizer is None else _plain(optimizer.state_dict()),
         "scheduler": None if scheduler is None else _plain(scheduler.state_dict()),
