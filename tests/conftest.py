@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
+from importlib import metadata
 from pathlib import Path
 
 import psutil
@@ -174,34 +177,75 @@ def train(start):
 # ---- the table of faults -------------------------------------------------------------------------
 
 FAULT = "fault"
+TABLE = os.environ.get("FAULTS_TABLE")  # set by `make faults`
+FULL = TABLE is not None  # every fault, many times; else the short form
+MAX_SECONDS_AFTER_LIMIT = 10
+HEADING = "## What ran"
 
 
 @pytest.fixture
 def note_fault(record_property):
-    """Record an injected fault for the table: seconds until it was detected, and the message."""
+    """Record an injected fault for the table, and check what must hold for each."""
 
-    def note(seconds: float, said: object) -> None:
-        record_property(FAULT, (seconds, str(said)))
+    def note(
+        seconds: float | None,
+        said: object,
+        limit: float | None = None,
+        left: Sequence[int] | None = None,
+        resumed: str = "",
+    ) -> None:
+        """Add a row.
+
+        Args:
+            seconds: from the fault until it was detected, or the job had ended.
+            said: the message; the table shows its last line.
+            limit: the set limit in seconds; 0 for a fault that is detected at once.
+            left: processes that still run.
+            resumed: whether the resumed run equals one without a fault.
+        """
+        record_property(FAULT, (seconds, str(said), limit, left, resumed))
+        assert limit is None or seconds <= limit + MAX_SECONDS_AFTER_LIMIT
+        assert not left
 
     return note
 
 
-def pytest_terminal_summary(terminalreporter):
-    """Print the table of injected faults."""
+def pytest_terminal_summary(terminalreporter, exitstatus):
+    """Print the table of injected faults; `make faults` writes it to a file."""
     ended = [
         one for outcome in ("passed", "failed") for one in terminalreporter.getreports(outcome)
     ]
     rows = [
-        (report.nodeid.partition("::")[2], *value)
+        _row(report.nodeid, *value)
         for report in ended
         for name, value in report.user_properties
         if name == FAULT and report.when == "call"
     ]
-    if rows:
-        terminalreporter.section("faults: seconds until detected, test, message")
-    for name, seconds, said in rows:
-        last = said.strip().splitlines()[-1] if said.strip() else ""
-        terminalreporter.write_line(f"{seconds:6.1f}  {name}: {last}")
+    if not rows:
+        return
+    head = ["fault", "limit, s", "detected or ended, s", "processes left", "resumed", "message"]
+    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    terminalreporter.section("faults")
+    terminalreporter.write_line("\n".join(lines))
+    if TABLE and exitstatus == 0:
+        path = Path(TABLE)
+        text = path.read_text("utf-8").partition(HEADING)[0]
+        versions = f"Python {platform.python_version()}, torch {metadata.version('torch')}"
+        where = f"On {date.today()}, {platform.platform()}, {os.cpu_count()} cores, {versions}."
+        path.write_text("\n".join([text + HEADING, "", where, "", *lines, ""]), "utf-8")
+
+
+def _row(test, seconds, said, limit, left, resumed) -> list[str]:
+    name = test.partition("::")[2].removeprefix("test_").replace("_", " ")
+    last = said.strip().splitlines()[-1].replace("|", "\\|") if said.strip() else ""
+    return [
+        name,
+        "" if limit is None else f"{limit:g}",
+        "" if seconds is None else f"{seconds:.1f}",
+        "" if left is None else str(len(left)),
+        resumed,
+        last,
+    ]
 
 
 # ---- several workers -----------------------------------------------------------------------------
@@ -223,6 +267,8 @@ def pytest_collection_modifyitems(items):
         page_09 = "09_beyond_one_machine" in item.name or "page_09" in item.name
         makes_hosts = item.path.stem in MAKE_HOSTS or page_09
         item.add_marker(pytest.mark.xdist_group("hosts" if makes_hosts else str(item.path)))
+        if "note_fault" in item.fixturenames:
+            item.add_marker(pytest.mark.fault)
 
 
 SMALL_MODEL = {

@@ -11,6 +11,7 @@ import pickle
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -161,7 +162,7 @@ def read_checkpoint(checkpoint_path: str | Path) -> dict[str, Any]:
             is printed for each newer one that cannot.
 
     Raises:
-        CheckpointError: the file is missing, truncated, contains code, or is not a checkpoint.
+        CheckpointError: the file is missing, damaged, contains code, or is not a checkpoint.
     """
     path = Path(checkpoint_path)
     if path.is_dir():
@@ -171,6 +172,7 @@ def read_checkpoint(checkpoint_path: str | Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's warning about unpickling
+            _compare_checksums(path)
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
@@ -192,6 +194,14 @@ def read_checkpoint(checkpoint_path: str | Path) -> dict[str, Any]:
             " load it with the version of horovod_lm that wrote it, or train again"
         )
     return checkpoint
+
+
+def _compare_checksums(path: Path) -> None:
+    """Raise BadZipFile if bytes of a record have changed: torch does not compare checksums."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() is not None:
+                raise zipfile.BadZipFile
 
 
 def restore(

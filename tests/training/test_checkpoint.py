@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
-import random
-import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -142,37 +139,6 @@ def test_a_checkpoint_without_optimizer_loads_for_generation_only(tmp_path, trai
     for part in ("optimizer", "scheduler", "scaler"):
         said = complaint(lambda part=part: load_checkpoint(path, **{part: getattr(other, part)}))
         assert f"has no {part} state" in said and str(path) in said
-
-
-SAVE_WITHOUT_END = """
-import sys, torch
-from horovod_lm.training.checkpoint import save_checkpoint
-model = torch.nn.Linear(1000, 500)
-for step in range(10**6):
-    with torch.no_grad():
-        model.weight.fill_(step)
-    save_checkpoint(model, None, 0, step, float(step), sys.argv[1], "final_model.pt")
-    print(step, flush=True)
-"""
-
-
-def test_a_writer_killed_at_any_moment_leaves_a_complete_file(tmp_path):
-    generator = random.Random(0)
-    for _ in range(3):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", SAVE_WITHOUT_END, str(tmp_path)], stdout=subprocess.PIPE
-        )
-        writer.stdout.readline()  # one is written
-        time.sleep(generator.random() * 0.1)
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.communicate()
-        checkpoint = read_checkpoint(tmp_path / FINAL)
-        assert (checkpoint["model"]["weight"] == checkpoint["step"]).all()
-        assert find_checkpoints(tmp_path) == [tmp_path / FINAL]
-    # Temporary files of killed writers are hidden, and deleted with the next checkpoint.
-    (tmp_path / f".{FINAL}.4711.tmp").write_bytes(b"half")
-    remove_old_checkpoints(tmp_path, keep=3)
-    assert [path.name for path in tmp_path.iterdir()] == [FINAL]
 
 
 def test_the_folder_is_synced_after_the_rename(tmp_path, trained, monkeypatch):
