@@ -204,7 +204,7 @@ def note_fault(record_property):
             resumed: whether the resumed run equals one without a fault.
         """
         record_property(FAULT, (seconds, str(said), limit, left, resumed))
-        assert limit is None or seconds <= limit + MAX_SECONDS_AFTER_LIMIT
+        assert limit is None or seconds is None or seconds <= limit + MAX_SECONDS_AFTER_LIMIT
         assert not left
 
     return note

@@ -107,6 +107,14 @@ def test_the_readme_links_to_files_that_exist():
     assert [link for link in local if not (ROOT / link).exists()] == []
 
 
+def test_the_table_of_faults_names_tests_that_exist():
+    text = (ROOT / "tests" / "faults" / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    assert len(named) >= 14
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
+
+
 def test_no_tracked_file_names_a_folder_of_somebodys_machine():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:

@@ -1,7 +1,8 @@
-"""Training from outside: ways to start it, errors, a user's own text, a rank that fails."""
+"""Training from outside: ways to start it, errors, a user's own text, intervals."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -165,29 +166,18 @@ def test_a_checkpoint_that_knows_only_what_the_contract_names_can_be_resumed(
     assert b"per_gpu_batch_size" in result.checkpoint.read_bytes()  # not compressed
 
 
-@pytest.mark.horovod
-def test_a_failing_rank_ends_the_job_and_leaves_a_checkpoint_that_loads(tiny_project, start):
-    """Rank 1 raises in step 8: the job ends soon, rank 0 has saved the last common step."""
-    (tiny_project / "failing.py").write_text(
-        "from horovod_lm.training.trainer import Trainer\n"
-        "from horovod_lm.train import main\n"
-        "from horovod_lm.utils.cli import run_cli\n"
-        "from horovod_lm.utils.distributed import get_rank\n"
-        "step = Trainer.train_step\n"
-        "def failing(self, batches):\n"
-        "    if get_rank() == 1 and self.state.global_step == 7:\n"
-        "        print('now', flush=True)\n"
-        "        raise RuntimeError('the goose is loose')\n"
-        "    return step(self, batches)\n"
-        "Trainer.train_step = failing\n"
-        "run_cli(main)\n"
-    )
-    command = start(["failing.py", *RUN, "--run-name", "failing"], ranks=2)
-    command.wait_until(lambda: "now" in command.output(), timeout=60)
-    finished = command.wait(10)
-    assert finished.code != 0
-    assert "[1]<stderr>:RuntimeError: the goose is loose" in finished.output
-    assert "horovodrun: process 1 was the first to fail, with exit code" in finished.output
-    assert command.left_behind() == []
-    checkpoint = read_checkpoint(tiny_project / "runs/failing/checkpoints")
-    assert checkpoint["global_step"] in (5, 7)
+def test_intervals_count_optimizer_steps(tiny_project, train):
+    finished = train(
+        "--config", "configs/tiny.yaml", "--run-name", "intervals",
+        "--set", "training.gradient_accumulation_steps=2", "--set", "training.max_steps=10",
+        "--set", "training.eval_interval=4", "--set", "training.log_interval=5",
+        "--set", "training.checkpoint_interval=3", "--set", "training.keep_last_checkpoints=2",
+    )  # fmt: skip
+    folder = tiny_project / "runs" / "intervals"
+    assert re.findall(r"^step (\d+)/10 ", finished.output, re.MULTILINE) == ["1", "5", "10"]
+    assert [row["step"] for row in read_metrics(folder, "validation")] == [4, 8, 10]
+    kept = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert kept == {
+        "best_model.pt", "final_model.pt",
+        "checkpoint_epoch0_step6.pt", "checkpoint_epoch0_step9.pt",
+    }  # fmt: skip

@@ -88,7 +88,7 @@ def run_distributed_training(
     device = distributed.agree_on_devices(config.training.device, local_rank)
     progress = ProgressLine(enabled=rank == 0)
     prepare_data_once_per_host(config, progress)
-    # Horovod: horovodrun cannot kill a hung rank on another host.
+    # Horovod: horovodrun is slow to kill a hung rank, and cannot on another host.
     with StopRequest() as stop, distributed.hang_watchdog():
         run = RunFolder.of(config, run_name)
         trainer = Trainer(

@@ -241,11 +241,11 @@ def elastic_launcher() -> bool:
 
 
 def hang_watchdog() -> AbstractContextManager[Any]:
-    """Return a context in which this rank is killed if it hangs, where horovodrun cannot kill it.
+    """Return a context in which this rank is killed if it hangs; one process alone is not.
 
-    That is on several hosts; on one host the context does nothing.
+    horovodrun needs 10 s more to kill a hung rank, and cannot on another host.
     """
-    if get_local_size() == get_world_size():
+    if get_world_size() == 1:
         return nullcontext()
     limit = float(os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", _GLOO_TIMEOUT))
     return Watchdog(limit + _SECONDS_AFTER_GLOO_TIMEOUT, f"rank {get_rank()}")

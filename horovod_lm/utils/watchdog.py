@@ -3,8 +3,11 @@
 The other ranks detect a dead rank at once, because its connections close. They detect a hung one
 (stopped by a signal, swapped out, waiting for a disk) after the Gloo timeout. Elastic training then
 still waits for it: horovodrun counts it among the next ranks until its process ends. A job with
-fixed ranks ends, but horovodrun kills hung ranks on its own host only. Hence this process: the rank
-sends it bytes, and is killed if none arrives within the time limit.
+fixed ranks ends, but horovodrun needs 10 s more to kill a hung rank, and cannot on another host.
+Hence this process: the rank sends it bytes, and is killed if none arrives within the time limit.
+
+It also kills a rank that hangs in one call, while its other threads work, and does not react to
+SIGTERM: horovodrun would need 10 s to end it and its shell.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 HEARTBEATS_PER_LIMIT = 10
-SECONDS_BETWEEN_CHECKS = 1.0
+SECONDS_BETWEEN_CHECKS = 0.5
+SECONDS_AFTER_SIGTERM = 4.0  # horovodrun kills the rank after 5, and waits 5 more for its shell
 
 
 class Watchdog:
@@ -38,6 +43,10 @@ class Watchdog:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
         assert self._process.stdin is not None
         self._pipe = self._process.stdin
+        os.set_blocking(self._pipe.fileno(), False)
+        with suppress(ValueError):  # not in the main thread
+            # Python writes the numbers of signals there, also while the main thread hangs.
+            signal.set_wakeup_fd(self._pipe.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
         return self
@@ -45,6 +54,8 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+        with suppress(ValueError):
+            signal.set_wakeup_fd(-1)
         self._pipe.close()
         self._process.wait()
 
@@ -57,22 +68,28 @@ class Watchdog:
 
 
 def watch(seconds: float, name: str) -> None:
-    """Read the parent process's bytes; kill it if none arrives for `seconds`."""
-    parent, last = os.getppid(), time.monotonic()
+    """Kill the parent process if it sends no byte for `seconds`, or does not end after SIGTERM."""
+    by_horovodrun = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
+    parent, last, asked = os.getppid(), time.monotonic(), float("inf")
     while os.getppid() == parent:  # the number changes when the parent dies
         readable, _, _ = select.select([sys.stdin], [], [], SECONDS_BETWEEN_CHECKS)
+        now = time.monotonic()
         if readable:
-            if not os.read(sys.stdin.fileno(), 4096):
+            received = os.read(sys.stdin.fileno(), 4096)
+            if not received:
                 return  # the parent has closed its end
-            last = time.monotonic()
-        elif time.monotonic() - last > seconds:
-            os.kill(parent, signal.SIGKILL)
-            print(
-                f"{name} (process {parent}) stood still for {seconds:g} s and was killed",
-                file=sys.stderr,
-                flush=True,
-            )
-            return
+            last = now
+            if signal.SIGTERM in received and by_horovodrun:
+                asked = min(asked, now)
+        if now - last > seconds:
+            why = f"stood still for {seconds:g} s"
+        elif now - asked > SECONDS_AFTER_SIGTERM:
+            why = f"did not end within {SECONDS_AFTER_SIGTERM:g} s of SIGTERM"
+        else:
+            continue
+        os.kill(parent, signal.SIGKILL)
+        print(f"{name} (process {parent}) {why} and was killed", file=sys.stderr, flush=True)
+        return
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -81,26 +80,6 @@ def uninterrupted(tiny_project, start_for_module):
         return tiny_project / "runs" / name
 
     return run
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_killed_in_an_epoch_and_resumed_is_bit_equal(
-    tiny_project, start, train, uninterrupted, victim
-):
-    name = f"killed-{victim}"
-    folder = tiny_project / "runs" / name
-    command = start(["-m", "horovod_lm.train", *RUN, "--run-name", name], ranks=2)
-    command.wait_until(lambda: steps_done(folder) > STEPS // 3, timeout=90)
-    os.kill(process_id(folder, victim), signal.SIGKILL)
-    finished = command.wait(30)
-    assert finished.code != 0
-    assert command.left_behind() == []
-    assert not (folder / "checkpoints" / "final_model.pt").exists()
-
-    resumed = train("--resume", "auto", "--run-name", name, ranks=2)
-    step = int(re.search(r"resuming at step (\d+)", resumed.output).group(1))
-    assert 0 < step < STEPS
-    assert_same_run(uninterrupted(2), folder)
 
 
 # ranks -> name: (settings, largest difference allowed)
