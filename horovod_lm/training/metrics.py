@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from horovod_lm.utils.errors import DataError
 
 COLUMNS = (
     "phase",  # train or validation
@@ -106,7 +109,7 @@ class StepTimer:
         self.seconds = dict.fromkeys(PARTS_OF_A_STEP, 0.0)
         self.elapsed = 0.0
 
-    @contextmanager
+    @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Add the time of the block to `seconds_<name>`."""
         self._synchronize()
@@ -124,29 +127,48 @@ class StepTimer:
 def read_metrics(run_dir: str | Path, phase: str | None = None) -> list[dict[str, Any]]:
     """Return the rows of a run's `metrics.csv` with numbers converted and empty cells left out.
 
+    Lines that cannot be read, for example after a power cut, are left out with a warning.
+
     Args:
         run_dir: the run's folder.
         phase: return only rows of this phase; None: all.
+
+    Raises:
+        DataError: the file is missing or cannot be read.
     """
-    with open(Path(run_dir) / "metrics.csv", encoding="utf-8", newline="") as file:
-        rows = [
-            {
+    path = Path(run_dir) / "metrics.csv"
+    try:
+        rows, n_damaged = _read_table(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    if n_damaged:
+        warnings.warn(f"{path}: {n_damaged} damaged lines are left out", stacklevel=2)
+    return [row for row in rows if phase in (None, row["phase"])]
+
+
+def _read_table(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the rows of a table, and the number of its damaged lines; no cell has quotes."""
+    whole_lines = path.read_bytes().rpartition(b"\n")[0].decode("utf-8", errors="replace")
+    header, *lines = [line.split(",") for line in whole_lines.splitlines()] or [[]]
+    if not set(header) <= set(COLUMNS):  # damaged
+        header = list(COLUMNS)
+    rows: list[dict[str, Any]] = []
+    for cells in lines:
+        with contextlib.suppress(ValueError):
+            row = {
                 key: value if key == "phase" else _number(value)
-                for key, value in row.items()
+                for key, value in zip(header, cells, strict=True)
                 if value
             }
-            for row in csv.DictReader(file)
-        ]
-    return [row for row in rows if phase in (None, row["phase"])]
+            rows += [row] if {"phase", "step"} <= row.keys() else []
+    return rows, len(lines) - len(rows)
 
 
 def _open_table(path: Path, resume_step: int | None) -> Any:
     """Open the table to append, without rows after `resume_step` and incomplete rows."""
-    kept: list[dict[str, str]] = []
+    kept: list[dict[str, Any]] = []
     if resume_step is not None and path.exists():
-        whole_lines = path.read_bytes().rpartition(b"\n")[0].decode("utf-8").splitlines()
-        rows = [row for row in csv.DictReader(whole_lines) if None not in row.values()]
-        kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= resume_step]
+        kept = [row for row in _read_table(path)[0] if row["step"] <= resume_step]
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

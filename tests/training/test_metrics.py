@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from horovod_lm.training import metrics
 from horovod_lm.training.metrics import COLUMNS, MetricsRecorder, StepTimer, read_metrics
+from horovod_lm.utils.errors import DataError
 
 
 @pytest.fixture
@@ -100,6 +101,33 @@ def test_a_line_that_a_death_cut_anywhere_is_dropped(tmp_path, open_recorder):
         table.write_bytes(whole[:cut])
         open_recorder(resume_step=9).close()
         assert table.read_bytes() == whole[:last], whole[last:cut]
+
+
+@pytest.mark.parametrize(
+    ("whole", "damaged"),
+    [(b"0.5,", b"0.\xff5,"), (b"0.5,", b"\0" * 40), (b"0.5,", b""), (b"0.5,", b"9" * 200_000 + b"x,"),
+     (b"train,0,2", b"trai,2"), (b"phase", b"ph\0se")],
+)  # fmt: skip
+def test_damaged_lines_of_a_table_are_left_out_with_a_warning(
+    tmp_path, open_recorder, whole, damaged
+):
+    recorder = open_recorder()
+    fill(recorder, 1, 3)
+    recorder.close()
+    rows, table = read_metrics(tmp_path), tmp_path / "metrics.csv"
+    table.write_bytes(table.read_bytes().replace(whole, damaged, 1) + b"train,0,4,0.")
+    if whole == b"phase":
+        assert read_metrics(tmp_path) == rows
+    else:
+        with pytest.warns(UserWarning, match=r"metrics.csv: 1 damaged lines are left out"):
+            assert read_metrics(tmp_path) == [rows[0], rows[2]]
+    open_recorder(resume_step=3).close()
+    assert len(read_metrics(tmp_path)) == (3 if whole == b"phase" else 2)
+
+
+def test_a_table_that_is_missing_is_one_sentence(tmp_path):
+    with pytest.raises(DataError, match=r"metrics.csv cannot be read: No such file"):
+        read_metrics(tmp_path)
 
 
 def test_a_new_run_begins_a_new_table(tmp_path, open_recorder):
