@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -229,15 +230,17 @@ def pytest_terminal_summary(terminalreporter, exitstatus):
     terminalreporter.write_line("\n".join(lines))
     if TABLE and exitstatus == 0:
         path = Path(TABLE)
-        text = path.read_text("utf-8").partition(HEADING)[0]
+        text = path.read_text("utf-8").partition(HEADING)[0] if path.exists() else ""
         versions = f"Python {platform.python_version()}, torch {metadata.version('torch')}"
-        where = f"On {date.today()}, {platform.platform()}, {os.cpu_count()} cores, {versions}."
+        machine = f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores"
+        where = f"On {date.today()}, {machine}, {versions}."
         path.write_text("\n".join([text + HEADING, "", where, "", *lines, ""]), "utf-8")
 
 
 def _row(test, seconds, said, limit, left, resumed) -> list[str]:
     name = test.partition("::")[2].removeprefix("test_").replace("_", " ")
     last = said.strip().splitlines()[-1].replace("|", "\\|") if said.strip() else ""
+    last = re.sub(r"/[^'\"]*/a project\d+/", "", last)  # the folder of `tiny_project`
     return [
         name,
         "" if limit is None else f"{limit:g}",

@@ -6,6 +6,8 @@ import contextlib
 import csv
 import json
 import math
+import platform
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -45,6 +47,8 @@ class MetricsRecorder:
         tensorboard_dir: folder of TensorBoard's event files.
         rank: this process's number; only rank 0 writes the table and the events.
         resume_step: drop rows of the table after this step, which will be repeated; None: drop all.
+
+    A file that cannot be written, for example on a full disk, is left out with a warning.
     """
 
     def __init__(
@@ -55,13 +59,20 @@ class MetricsRecorder:
         rank: int = 0,
         resume_step: int | None = None,
     ) -> None:
-        log_dir.mkdir(parents=True, exist_ok=True)
-        self._lines = open(log_dir / f"rank{rank}.jsonl", "a", encoding="utf-8", buffering=1)
         self._rank = rank
-        self._table = self._events = None
+        self._lines_path, self._table_path = log_dir / f"rank{rank}.jsonl", run_dir / "metrics.csv"
+        self._events_path = tensorboard_dir
+        self._failed: set[Path] = set()
+        self._lines = self._try(self._lines_path, lambda: _open_lines(self._lines_path))
+        self._table: Any = None
+        self._events: Any = None
         if rank == 0:
-            self._table = _open_table(run_dir / "metrics.csv", resume_step)
-            self._events = _open_events(tensorboard_dir, resume_step)
+            self._table = self._try(
+                self._table_path, lambda: _open_table(self._table_path, resume_step)
+            )
+            self._events = self._try(
+                tensorboard_dir, lambda: _open_events(tensorboard_dir, resume_step)
+            )
 
     def record(self, phase: str, **values: Any) -> None:
         """Record one measurement.
@@ -72,27 +83,44 @@ class MetricsRecorder:
         """
         row = {"phase": phase, **values}
         self.event("metrics", **row)
-        if self._table is None:
-            return
-        writer = csv.DictWriter(self._table, COLUMNS, extrasaction="ignore", restval="")
-        writer.writerow(row)
-        self._table.flush()
-        for name, value in values.items():
-            if self._events is not None and name not in ("epoch", "step") and _is_number(value):
-                self._events.add_scalar(f"{phase}/{name}", value, values["step"])
+        if self._table is not None:
+            self._try(self._table_path, lambda: self._add_row(row))
+        if self._events is not None:
+            numbers = {
+                f"{phase}/{name}": value
+                for name, value in values.items()
+                if name not in ("epoch", "step") and _is_number(value)
+            }
+            self._try(self._events_path, lambda: self._events.add(values["step"], numbers))
 
     def event(self, kind: str, **values: Any) -> None:
         """Append an event, with its time and values, to this rank's JSON lines."""
         line = {"event": kind, "time": round(time.time(), 3), "rank": self._rank, **values}
-        self._lines.write(json.dumps(line) + "\n")
+        self._try(self._lines_path, lambda: self._lines.write(json.dumps(line) + "\n"))
 
     def close(self) -> None:
         """Close every file."""
-        self._lines.close()
-        if self._table is not None:
-            self._table.close()
-        if self._events is not None:
-            self._events.close()
+        for file in (self._lines, self._table, self._events):
+            if file is not None:
+                with contextlib.suppress(OSError):  # the last line of a file that cannot be written
+                    file.close()
+
+    def _add_row(self, row: dict[str, Any]) -> None:
+        writer = csv.DictWriter(self._table, COLUMNS, extrasaction="ignore", restval="")
+        writer.writerow(row)
+        self._table.flush()
+
+    def _try(self, path: Path, write: Callable[[], Any]) -> Any:
+        """Return `write()`. Once it has failed, training goes on without these records."""
+        if path in self._failed:
+            return None
+        try:
+            return write()
+        except OSError as error:
+            self._failed.add(path)
+            why = f"{path} cannot be written ({error.strerror})"
+            print(f"warning: {why}: training goes on without it", file=sys.stderr, flush=True)
+            return None
 
 
 class StepTimer:
@@ -178,13 +206,51 @@ def _open_table(path: Path, resume_step: int | None) -> Any:
     return open(path, "a", encoding="utf-8", newline="")
 
 
+def _open_lines(path: Path) -> Any:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "a", encoding="utf-8", buffering=1)
+
+
 def _open_events(folder: Path, resume_step: int | None) -> Any | None:
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return _EventFile(folder, resume_step)
     except ImportError:  # TensorBoard is optional: the table has the same numbers
         return None
-    purge = None if resume_step is None else resume_step + 1
-    return SummaryWriter(str(folder), purge_step=purge)
+
+
+class _EventFile:
+    """Scalars for TensorBoard. `SummaryWriter` writes in a thread, whose errors are tracebacks.
+
+    Args:
+        folder: created if it does not exist.
+        resume_step: TensorBoard hides earlier events after this step; None: a new run.
+    """
+
+    def __init__(self, folder: Path, resume_step: int | None) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{platform.node()}.{time.monotonic_ns()}"
+        self._writer = RecordWriter(open(folder / name, "wb"))
+        self._write(file_version="brain.Event:2")
+        if resume_step is not None:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write(step=resume_step + 1, session_log=start)
+
+    def add(self, step: int, numbers: dict[str, float]) -> None:
+        """Write the scalars of one step."""
+        values = [self._summary.Value(tag=tag, simple_value=v) for tag, v in numbers.items()]
+        self._write(step=step, summary=self._summary(value=values))
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _write(self, **content: Any) -> None:
+        event = self._event(wall_time=time.time(), **content)
+        self._writer.write(event.SerializeToString())
+        self._writer.flush()
 
 
 def _is_number(value: Any) -> bool:

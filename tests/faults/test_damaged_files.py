@@ -1,4 +1,4 @@
-"""Writers are killed, files are damaged: what was saved can still be read."""
+"""Writers are killed, the disk is full, files are damaged: what was saved can still be read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from horovod_lm.training.checkpoint import find_checkpoints, read_checkpoint, remove_old_checkpoints
 from horovod_lm.utils.distributed import map_tensors
 from horovod_lm.utils.errors import CheckpointError
-from tests.conftest import FULL
+from tests.conftest import FULL, ROOT
 from tests.training.test_resume import assert_same_run
 
 KILLS = 200 if FULL else 25
@@ -23,14 +23,15 @@ FLIPPED_BITS = 5000 if FULL else 500
 RUN = ("--config", "configs/tiny.yaml", "--set", "training.max_steps=60", "--set",
        "training.num_epochs=9", "--set", "training.keep_last_checkpoints=99")  # fmt: skip
 
-# Each child saves until it is killed, at any moment of a save. Prints how many kills left a part of
-# a file. One import of torch is enough: the children are forks.
+# Each child saves until it is killed at a random moment, until so many were killed during a save,
+# which leaves a part of a file. Prints the number of all kills. One import of torch is enough: the
+# children are forks.
 KILL_WRITERS = """
 import os, random, signal, sys, time
 import torch
 from horovod_lm.training.checkpoint import read_checkpoint, save_checkpoint
-folder, kills = sys.argv[1], int(sys.argv[2])
-model, incomplete = torch.nn.Linear(1000, 500), 0
+folder, wanted = sys.argv[1], int(sys.argv[2])
+model, kills, incomplete = torch.nn.Linear(1000, 500), 0, 0
 def save(step):
     with torch.no_grad():
         model.weight.fill_(step)
@@ -39,7 +40,7 @@ started = time.monotonic()
 path = save(0)
 seconds = time.monotonic() - started
 random.seed(0)
-for kill in range(kills):
+while incomplete < wanted and kills < 10 * wanted:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -51,10 +52,11 @@ for kill in range(kills):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(reader), os.close(writer)
+    kills += 1
     incomplete += os.path.exists(f"{folder}/.final_model.pt.{child}.tmp")
     checkpoint = read_checkpoint(path)
     assert (checkpoint["model"]["weight"] == checkpoint["step"]).all()
-print(incomplete)
+print(kills, incomplete)
 """
 
 
@@ -63,13 +65,13 @@ def test_a_writer_killed_at_any_moment_leaves_a_complete_file(tmp_path, note_fau
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads do not survive a fork
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    incomplete = int(done.stdout)
-    assert incomplete > KILLS / 4
+    kills, incomplete = map(int, done.stdout.split())
+    assert incomplete == KILLS
     # Temporary files of killed writers are hidden, and deleted with the next checkpoint.
     [saved] = find_checkpoints(tmp_path)
     remove_old_checkpoints(tmp_path, keep=3)
     assert [*tmp_path.iterdir()] == [saved]
-    note_fault(None, f"{KILLS} kills, {incomplete} of them during a save: 0 checkpoints unreadable")
+    note_fault(None, f"{kills} kills, {incomplete} of them during a save: 0 checkpoints unreadable")
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +117,99 @@ def test_a_damaged_newest_checkpoint_is_passed_over(whole, train, damage, note_f
     assert f"resuming at step {read_checkpoint(earlier)['global_step']} of 60" in resumed.output
     assert_same_run(whole, folder)
     note_fault(None, "newest checkpoint passed over", resumed="bit for bit from the one before")
+
+
+# A small disk is mounted for the command alone, and its files are kept.
+ON_A_SMALL_DISK = """
+disk=$1 size=$2; shift 2
+mkdir -p "$disk" && mount -t tmpfs -o "size=$size" tmpfs "$disk" || exit 99
+"$@"; code=$?
+cp -r "$disk" "$disk.kept"
+exit $code
+"""
+IN_A_NAMESPACE = ("unshare", "--map-root-user", "--mount")
+needs_namespaces = pytest.mark.skipif(
+    shutil.which("unshare") is None
+    or subprocess.run([*IN_A_NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]).returncode != 0,
+    reason="no disk can be mounted here: unshare --map-root-user --mount fails",
+)
+
+
+@pytest.fixture
+def on_a_small_disk(tiny_project):
+    """Train with some folders on a disk of a few KiB; return exit code, output and the disk."""
+
+    def run(name: str, kib: int, *settings: str) -> tuple[int, str, Path]:
+        disk = tiny_project / f"disk of {name}"
+        command = [*IN_A_NAMESPACE, "sh", "-c", ON_A_SMALL_DISK, "sh", str(disk), f"{kib}k",
+                   sys.executable, "-m", "horovod_lm.train", *RUN, "--run-name", name]  # fmt: skip
+        for setting in settings:
+            command += ["--set", f"{setting}={disk}"]
+        done = subprocess.run(
+            command, cwd=tiny_project, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=90,
+        )  # fmt: skip
+        assert "Traceback" not in done.stdout
+        return done.returncode, done.stdout, disk
+
+    return run
+
+
+RECORDS = {
+    "all": (24, "paths.run_dir", "paths.log_dir", "paths.tensorboard_dir"),
+    "metrics": (20, "paths.run_dir"),
+    "log": (8, "paths.log_dir"),
+    "TensorBoard": (4, "paths.tensorboard_dir"),
+}
+
+
+@needs_namespaces
+@pytest.mark.parametrize("kind", list(RECORDS)[: None if FULL else 1])
+def test_training_goes_on_when_the_disk_of_its_records_is_full(
+    whole, on_a_small_disk, note_fault, kind
+):
+    kib, *settings = RECORDS[kind]
+    name = f"full-{kind}"
+    code, output, _ = on_a_small_disk(name, kib, *settings)
+    assert code == 0, output
+    said = [line for line in output.splitlines() if "No space left on device" in line]
+    assert 1 <= len(said) <= len(settings)  # once
+    one, two = (
+        bits_of(run / "checkpoints" / "final_model.pt") for run in (whole, whole.with_name(name))
+    )
+    assert (one["model"], one["optimizer"]) == (two["model"], two["optimizer"])
+    note_fault(None, said[0], resumed="not ended, same bits")
+
+
+REFUSALS = {"config": (4, "paths.run_dir"), "tokens": (4, "data.data_dir")}
+
+
+@needs_namespaces
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_a_full_disk_before_the_first_step_is_one_sentence(on_a_small_disk, note_fault, kind):
+    code, output, disk = on_a_small_disk(f"full-{kind}", *REFUSALS[kind])
+    assert code == 2, output
+    [sentence] = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert str(disk) in sentence and "No space left on device" in sentence
+    note_fault(None, sentence)
+
+
+@needs_namespaces
+def test_a_checkpoint_on_a_full_disk_ends_the_run_and_it_resumes_from_the_one_before(
+    whole, on_a_small_disk, train, note_fault
+):
+    code, output, disk = on_a_small_disk("full-checkpoint", 700, "paths.checkpoint_dir")
+    assert code == 2, output
+    [sentence] = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert f"the checkpoint {disk}" in sentence and "No space left on device" in sentence
+    kept = disk.with_name(f"{disk.name}.kept")
+    assert not [*kept.glob("*.tmp")] and find_checkpoints(kept)
+    disk.rmdir()
+    kept.rename(disk)  # there is space now
+    folder = whole.with_name("full-checkpoint")
+    resumed = train("--resume", str(folder))
+    assert "resuming at step " in resumed.output
+    (folder / "checkpoints").symlink_to(disk)
+    assert_same_run(whole, folder)
+    note_fault(None, sentence, resumed="bit for bit")
