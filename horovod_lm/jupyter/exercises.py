@@ -37,7 +37,13 @@ class ExerciseError(UserError):
     """An exercise of a notebook lacks its check or its solution."""
 
 
-def check(name: str, answer: Any, reference: Any, examples: Iterable[tuple] | None = None) -> None:
+def check(
+    name: str,
+    answer: Any,
+    reference: Any,
+    examples: Iterable[tuple] | None = None,
+    mistakes: Mapping[str, Any] | None = None,
+) -> None:
     """Print whether an answer is right, or the first difference in one sentence.
 
     Args:
@@ -46,12 +52,20 @@ def check(name: str, answer: Any, reference: Any, examples: Iterable[tuple] | No
         reference: the right value, or a function that returns it.
         examples: the positional arguments of each call to compare; None: compare two values. Each
             function gets a copy, so that changes in place do not affect the other.
+        mistakes: a question to print -> the wrong value or function that it is asked for.
     """
-    if examples is None:
-        problem = _difference(answer, reference)
-    else:
-        problem = _first_wrong_call(answer, reference, examples)
-    print(f"not yet: {name} {problem}" if problem else f"{RIGHT} {name}")
+
+    def differs(other: Any) -> str:
+        if examples is None:
+            return _difference(answer, other)
+        return _first_wrong_call(answer, other, examples)
+
+    problem = differs(reference)
+    if not problem:
+        print(f"{RIGHT} {name}")
+        return
+    questions = [text for text, wrong in (mistakes or {}).items() if not differs(wrong)]
+    print(f"not yet: {name} {problem}" + "".join(f". {text}" for text in questions))
 
 
 def solutions(notebook: NotebookNode) -> dict[str, str]:
@@ -145,14 +159,20 @@ def _tensor_difference(given: Any, expected: torch.Tensor) -> str:
         return f"must be a tensor, and is of type {type(given).__name__}"
     if given.shape != expected.shape:
         return f"has shape {tuple(given.shape)}, and must have {tuple(expected.shape)}"
+    if (given.dtype == torch.bool) != (expected.dtype == torch.bool):
+        return f"has the type {given.dtype}, and must have {expected.dtype}"
     close = torch.isclose(given.double(), expected.double(), rtol=1e-4, atol=1e-6, equal_nan=True)
     if close.all():
         return ""
     place = tuple((~close).nonzero()[0].tolist())
-    return (
-        f"is {given[place].item():.5g} at {list(place)}, and must be {expected[place].item():.5g}"
-        f" (shape {tuple(expected.shape)}, {int((~close).sum())} of {close.numel()} differ)"
-    )
+    at = f" at {list(place)}" if place else ""
+    differ = f" ({int((~close).sum())} of {close.numel()} numbers differ)" if place else ""
+    numbers = f"is {given[place].item():.5g}{at}, and must be {expected[place].item():.5g}{differ}"
+    ratio = given[place].double() / expected[place].double()
+    same = torch.isclose(given.double(), ratio * expected.double(), rtol=1e-4, atol=1e-6)
+    if not (torch.isfinite(ratio) and ratio and same.all()):
+        return numbers
+    return f"{numbers}: {ratio.item():.4g} times the right {'numbers' if place else 'number'}"
 
 
 def _scalar_difference(given: Any, expected: Any) -> str:

@@ -51,14 +51,20 @@ def test_a_value_is_right_by_itself_and_not_yet_when_it_is_unfinished(value, cap
         (
             torch.tensor([[1.0, 2.0], [3.0, 5.0]]),
             torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
-            "is 5 at [1, 1], and must be 4 (shape (2, 2), 1 of 4 differ)",
+            "is 5 at [1, 1], and must be 4 (1 of 4 numbers differ)",
         ),
+        (
+            torch.tensor([0.0, 2.0]),
+            torch.tensor([0.0, 4.0]),
+            "is 2 at [1], and must be 4 (1 of 2 numbers differ): 0.5 times the right numbers",
+        ),
+        (torch.eye(2), torch.eye(2) > 0, "has the type torch.float32, and must have torch.bool"),
         ([1.0], torch.ones(1), "must be a tensor, and is of type list"),
         ([1, 2], [1, 3], "at [1] is 2, and must be 3"),
         ([1], [1, 3], "must have 2 items, and is [1]"),
         ({"a": 1}, {"b": 1}, "must have the keys ['b'], and is {'a': 1}"),
         ("three", 3, "is 'three', and must be 3"),
-        (0.5, 0.25, "is 0.5 at [], and must be 0.25 (shape (), 1 of 1 differ)"),
+        (0.5, 0.25, "is 0.5, and must be 0.25: 2 times the right number"),
     ],
 )
 def test_the_first_difference_is_named(given, expected, sentence, capsys):
@@ -73,6 +79,13 @@ def test_a_function_that_raises_or_is_none_is_an_answer_like_any_other(capsys):
     assert said(capsys, 7, lambda a, b: a, examples).endswith(
         "must be a function, and is of type int"
     )
+
+
+def test_a_known_mistake_is_answered_with_its_question(capsys):
+    mistakes = {"Is it the sum?": lambda a, b: a + b, "Is it the product?": lambda a, b: a * b}
+    arguments = (lambda a, b: a / b, [(6, 3), (2, 2)], mistakes)
+    assert said(capsys, lambda a, b: b + a, *arguments).endswith(". Is it the sum?")
+    assert "?" not in said(capsys, lambda a, b: a - b, *arguments)
 
 
 def test_what_an_answer_writes_into_its_arguments_does_not_reach_the_next_check(capsys):

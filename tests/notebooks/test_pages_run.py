@@ -6,17 +6,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import nbformat
 import pytest
+from nbformat.v4 import new_code_cell
 
 from horovod_lm.jupyter.exercises import RIGHT, STUB_TAG, exercises_alone, with_solutions
 from horovod_lm.teaching.notebooks import execute, read_notebook
 from horovod_lm.teaching.simulated_hosts import ADMIN_PATH, why_not_here
 from horovod_lm.training.metrics import read_metrics
 from tests.conftest import ROOT
+from tests.notebooks.wrong_answers import WRONG_ANSWERS
 
 COURSE = sorted((ROOT / "notebooks").glob("*.ipynb"))
 COMPARED = [ROOT / "horovod_transformer.API.ipynb", *COURSE]
@@ -120,16 +122,36 @@ def verdicts(cells: Iterable[nbformat.NotebookNode]) -> list[str]:
 
 
 @pytest.mark.parametrize("path", COURSE, ids=lambda path: path.name)
-def test_solutions_are_right_and_stubs_are_not(path, tmp_path):
-    page = exercises_alone(read_notebook(path))
-    stubs = [cell for cell in page.cells if STUB_TAG in cell.metadata.get("tags", [])]
-    assert 2 <= len(stubs) <= 4
+def test_solutions_are_right_and_stubs_and_wrong_answers_are_not(path, tmp_path):
+    page, wrong = exercises_alone(read_notebook(path)), WRONG_ANSWERS[path.stem]
+    stubs = [cell.id for cell in page.cells if STUB_TAG in cell.metadata.get("tags", [])]
+    assert 2 <= len(stubs) <= 4 and wrong.keys() == set(stubs)
     # The page is stored with its stubs, and the test above has executed them.
     stored = verdicts(page.cells)
     assert len(stored) >= len(stubs) and all(line.startswith(NOT_YET) for line in stored), stored
     (tmp_path / "notebooks").mkdir()
     os.symlink(ROOT / "configs", tmp_path / "configs")
-    solved = tmp_path / "notebooks" / "solved.ipynb"
-    nbformat.write(with_solutions(page), solved)
-    said = verdicts(execute(solved, solved).cells)
-    assert len(said) >= len(stubs) and all(line.startswith(RIGHT) for line in said), said
+    tried = tmp_path / "notebooks" / "tried.ipynb"
+    nbformat.write(with_wrong_answers(page, wrong), tried)
+    checks = [cell for cell in execute(tried, tried).cells if "check(" in cell.source]
+    said = {cell.id: verdicts([cell]) for cell in checks}
+    for name, lines in said.items():
+        right = all(line.startswith(RIGHT) for line in lines)
+        assert lines and right == ("-wrong-" not in name), f"{name}: {lines}"
+    assert len(said) == len(stubs) + sum(map(len, wrong.values())) >= 6 * len(stubs)
+
+
+def with_wrong_answers(
+    page: nbformat.NotebookNode, wrong: Mapping[str, Sequence[str]]
+) -> nbformat.NotebookNode:
+    """Return a page with its solutions; below each check, wrong answers, each with the check."""
+    solved, stubs = with_solutions(page), {cell.id: cell.source for cell in page.cells}
+    for stub, answers in wrong.items():
+        [place] = [number for number, cell in enumerate(solved.cells) if cell.id == stub]
+        check, below = solved.cells[place + 1], []
+        for number, answer in enumerate(answers):
+            function = answer if answer.startswith("def ") else stubs[stub].replace("None", answer)
+            below.append(new_code_cell(function, id=f"{stub}-{number}"))
+            below.append(new_code_cell(check.source, id=f"{check.id}-wrong-{number}"))
+        solved.cells[place + 2 : place + 2] = below
+    return solved
