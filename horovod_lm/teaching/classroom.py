@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,8 +30,16 @@ from horovod_lm.jupyter.exercises import (
     solutions,
     with_solutions,
 )
-from horovod_lm.teaching.notebooks import MAY_RAISE, NotebookError, execute, read_notebook, store
+from horovod_lm.teaching.notebooks import (
+    MAY_RAISE,
+    NotebookError,
+    execute,
+    for_each,
+    read_notebook,
+    store,
+)
 from horovod_lm.utils.cli import run_cli
+from horovod_lm.utils.errors import ConfigError, UserError
 
 COURSE = Path("notebooks")
 CELL_TIMEOUT = 300  # seconds
@@ -132,23 +141,28 @@ def _judge(exercise: str, check: NotebookNode, failure: str) -> Grade:
 
 
 def _grade_all(files: Sequence[Path], course: Path, table: Path | None) -> None:
-    rows = []
-    for file in files:
-        try:
-            answers = read_notebook(file)
-            path = page_of(answers, course)
-        except NotebookError as error:
-            print(f"{file}: not graded: {error}")
-            rows.append((file, "", "", 0, str(error)))
-            continue
-        grades = grade(read_notebook(path), answers, course)
-        print(f"{file}: {sum(one.right for one in grades)} of {len(grades)} ({path.name})")
-        for one in grades:
-            print(f"  {one.exercise}: {one.said}")
-            rows.append((file, path.name, one.exercise, int(one.right), one.said))
-    if table is not None:
-        with table.open("w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows([("file", "page", "exercise", "right", "said"), *rows])
+    """Grade every file that can be graded, and write each row as soon as it is known."""
+    try:
+        # Line-buffered: an interrupt loses no row.
+        stream = open(table or os.devnull, "w", 1, encoding="utf-8", newline="")
+    except OSError as error:
+        raise ConfigError(f"--csv {table} cannot be written: {error.strerror}") from None
+    with stream:
+        rows = csv.writer(stream)
+        rows.writerow(("file", "page", "exercise", "right", "said"))
+        for file in files:
+            try:
+                answers = read_notebook(file)
+                path = page_of(answers, course)
+                grades = grade(read_notebook(path), answers, course)
+            except (UserError, OSError) as error:
+                print(f"{file}: not graded: {error}")
+                rows.writerow((file, "", "", 0, error))
+                continue
+            print(f"{file}: {sum(one.right for one in grades)} of {len(grades)} ({path.name})")
+            for one in grades:
+                print(f"  {one.exercise}: {one.said}")
+                rows.writerow((file, path.name, one.exercise, int(one.right), one.said))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,13 +187,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.out is None:
         parser.error(f"{arguments.action} needs --out FOLDER")
     change = handout if arguments.action == "handout" else with_solutions
-    for path in arguments.files:
+
+    def write(path: Path) -> None:
         target = arguments.out / path.name
         if target.resolve() == path.resolve():
             raise NotebookError(f"{path} would be overwritten: choose another --out")
         store(change(read_notebook(path)), target)
         print(target)
-    return 0
+
+    return for_each(arguments.files, write)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import re
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
-from horovod_lm.utils.cli import run_cli
+from horovod_lm.utils.cli import EXIT_USER_ERROR, run_cli
 from horovod_lm.utils.errors import UserError
 from horovod_lm.utils.progress import ProgressLine, format_seconds
 
@@ -67,11 +69,14 @@ def execute(
         The executed notebook.
 
     Raises:
-        NotebookError: the notebook cannot be read, or a cell failed, died or took too long. The
-            partly executed notebook is stored at `out`, unless that is `path`.
+        NotebookError: the notebook cannot be read or written, or a cell failed, died or took too
+            long; the partly executed notebook is stored at `out`, unless that is `path`.
     """
     path, out = Path(path), Path(out)
     notebook = read_notebook(path)
+    with _written(out):  # before minutes of execution
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
     progress = ProgressLine(enabled=not quiet)
     started = time.monotonic()
     try:
@@ -93,27 +98,61 @@ def read_notebook(path: Path) -> NotebookNode:
         NotebookError: the file cannot be read, is not a notebook, or a cell has no id.
     """
     try:
-        notebook = nbformat.reader.reads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        notebook = nbformat.reader.reads(content.decode(json.detect_encoding(content)))
         # nbformat would add ids, but different ones at each execution.
         if not all("id" in cell for cell in notebook.cells):
             raise NotebookError(f"{path} has cells without ids: save it in format 4.5 or newer")
         nbformat.validate(notebook)
+        nbformat.writes(notebook).encode()  # JSON can hold text that UTF-8 cannot
     except OSError as error:
         raise NotebookError(f"{path} cannot be read: {error.strerror}") from None
-    except (nbformat.ValidationError, nbformat.reader.NotJSONError, AttributeError) as error:
+    except (nbformat.ValidationError, ValueError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise NotebookError(f"{path} is not a notebook: {reason}") from None
+    except (AttributeError, TypeError, LookupError, RecursionError):
+        raise NotebookError(f"{path} is not a notebook of format 4.5 or newer") from None
     return notebook
 
 
 def store(notebook: NotebookNode, path: Path) -> None:
-    """Write a notebook atomically, without what differs between executions."""
+    """Write a notebook atomically, without what differs between executions.
+
+    Raises:
+        NotebookError: the file cannot be written.
+    """
     normalize(notebook)
     renew_table_of_contents(notebook)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with _written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Say in one sentence that a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise NotebookError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def for_each(files: Sequence[Path], act: Callable[[Path], object]) -> int:
+    """Call `act` with each file, also after an error; return the exit code of the command."""
+    code = 0
+    for file in files:
+        try:
+            act(file)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            code = EXIT_USER_ERROR
+    return code
 
 
 def normalize(notebook: NotebookNode) -> None:
@@ -313,9 +352,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.out and len(arguments.files) > 1:
         parser.error("--out takes one FILE: use --in-place for several")
-    for file in arguments.files:
-        execute(file, arguments.out or file, arguments.timeout)
-    return 0
+    return for_each(
+        arguments.files, lambda file: execute(file, arguments.out or file, arguments.timeout)
+    )
 
 
 if __name__ == "__main__":

@@ -8,8 +8,11 @@ import re
 import pytest
 
 from horovod_lm.jupyter.exercises import RIGHT, STUB_TAG, with_solutions
+from horovod_lm.teaching import classroom
 from horovod_lm.teaching.classroom import Grade, grade, handout, main, page_of
 from horovod_lm.teaching.notebooks import NotebookError, read_notebook, store
+from horovod_lm.utils.cli import EXIT_USER_ERROR
+from horovod_lm.utils.errors import ConfigError
 from tests.conftest import ROOT
 
 COURSE = ROOT / "notebooks"
@@ -43,18 +46,35 @@ def test_a_handout_lacks_the_solutions_and_nothing_else(path, tmp_path):
     assert all("<summary>Solution</summary>" in solution for solution in removed)
 
 
-def test_a_page_is_written_with_its_solutions(page, tmp_path):
-    assert main(["solutions", str(FIRST), "--out", str(tmp_path)]) == 0
+def test_a_page_is_written_with_its_solutions_also_after_one_that_cannot_be_read(page, tmp_path):
+    files = [str(tmp_path / "missing.ipynb"), str(FIRST)]
+    assert main(["solutions", *files, "--out", str(tmp_path)]) == EXIT_USER_ERROR
     solved = read_notebook(tmp_path / FIRST.name)
     assert [cell.source for cell in solved.cells] == [
         cell.source for cell in with_solutions(page).cells
     ]
 
 
-def test_the_course_itself_is_not_overwritten(page):
-    with pytest.raises(NotebookError, match="would be overwritten: choose another --out"):
-        main(["handout", str(FIRST), "--out", str(COURSE)])
+def test_the_course_itself_is_not_overwritten(page, capsys):
+    assert main(["handout", str(FIRST), "--out", str(COURSE)]) == EXIT_USER_ERROR
+    assert "would be overwritten: choose another --out" in capsys.readouterr().err
     assert read_notebook(FIRST) == page
+
+
+def test_an_interrupt_loses_no_grade_and_a_table_that_cannot_be_written_is_found_first(
+    tmp_path, monkeypatch
+):
+    def interrupt(*_: object) -> None:
+        assert "missing.ipynb" in table.read_text()  # already on the disk
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(classroom, "grade", interrupt)
+    table, course = tmp_path / "grades.csv", ["--course", str(COURSE)]
+    files = [str(tmp_path / "missing.ipynb"), str(FIRST)]
+    with pytest.raises(KeyboardInterrupt):
+        main(["grade", *files, *course, "--csv", str(table)])
+    with pytest.raises(ConfigError, match=r"--csv /proc/x.csv cannot be written: No such file"):
+        main(["grade", *files, *course, "--csv", "/proc/x.csv"])
 
 
 def test_right_and_wrong_answers_are_told_apart_whatever_else_was_changed(page, tmp_path, capsys):
@@ -69,7 +89,7 @@ def test_right_and_wrong_answers_are_told_apart_whatever_else_was_changed(page, 
     file = tmp_path / "anna, second try.ipynb"
     store(handed_in, file)
     empty, table = tmp_path / "empty.ipynb", tmp_path / "grades.csv"
-    empty.write_text("{}")  # it must not end the grading of the others
+    empty.write_bytes(b"\xff\xfe")  # it must not end the grading of the others
     assert main(["grade", str(empty), str(file), "--course", str(COURSE), "--csv", str(table)]) == 0
     assert f"{file}: {len(mine) - 2} of {len(mine)} ({FIRST.name})" in capsys.readouterr().out
     with table.open(encoding="utf-8") as stream:

@@ -176,14 +176,33 @@ def test_an_interrupt_leaves_no_process_and_no_half_written_file(tmp_path, numbe
          '[{"cell_type": "markdown", "metadata": {}, "source": ""}]}', "without ids"),
         ('{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": '
          '[{"cell_type": "poem", "id": "a", "metadata": {}, "source": ""}]}', "not a notebook"),
+        ('{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": '
+         '[{"cell_type": "raw", "id": "a", "metadata": {}, "source": "\\ud800"}]}', "can't encode"),
+        ("[7]", "not a notebook of format 4.5 or newer"),
+        ("[" * 100_000, "not a notebook of format 4.5 or newer"),
+        ("caf\udce9", "not a notebook: 'utf-8' codec can't decode byte 0xe9"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_not_a_notebook_is_a_sentence(tmp_path, content, sentence):
     path = tmp_path / "page.ipynb"
     if content is not None:
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(notebooks.NotebookError, match=sentence):
         notebooks.read_notebook(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_notebook_in_another_encoding_of_unicode_is_read(tmp_path, encoding):
+    page = write(tmp_path / "page.ipynb", "x = 'é'")
+    page.write_bytes(page.read_text(encoding="utf-8").encode(encoding))
+    assert notebooks.read_notebook(page).cells[1].source == "x = 'é'"
+
+
+def test_an_unwritable_folder_is_found_before_the_first_cell(tmp_path):
+    page = write(tmp_path / "page.ipynb", f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    with pytest.raises(notebooks.NotebookError, match=r"/proc/x.ipynb cannot be written: No such"):
+        notebooks.execute(page, "/proc/x.ipynb", quiet=True)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
