@@ -79,6 +79,31 @@ def test_every_line_is_read_once_wherever_it_was_cut(tmp_path_factory):
     check()
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [b'{"event": "metrics", "ti', b"\xff\0\n", b"[7]\n", b"[" * 10_000 + b"\n", b'{"rank": "x"}\n',
+     b'{"event": "metrics", "rank": 0, "time": 0, "phase": "train", "step": 2, "loss": "low"}\n'],
+)  # fmt: skip
+def test_damaged_lines_are_left_out_and_said(past_run, tmp_path, damaged):
+    folder = copy_of(past_run, tmp_path)
+    log = folder / "logs" / "rank0.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join([*lines[:4], damaged, *lines[4:]]))
+    dashboard = Dashboard(folder)
+    assert dashboard.bar.value == 20 and len(dashboard.view.rows) == len(lines) - 2
+    assert "parts of rank0.jsonl could not be read" in dashboard.ranks.value
+    log.write_bytes(lines[0])  # another run has taken the name
+    dashboard.update()
+    assert dashboard.view.rows == []
+    (folder / "logs" / "rank1.jsonl").mkdir()
+    dashboard.update()
+    assert "parts of rank0.jsonl, rank1.jsonl could" in dashboard.ranks.value
+    shutil.rmtree(folder / "logs")  # while it is watched
+    (folder / "run.json").write_text('{"sessions": [5]}')
+    dashboard.update()
+    assert "whether this run trains is unknown" in dashboard.message.value
+
+
 def test_what_a_recorder_writes_is_read(tmp_path):
     view = RunView(tmp_path)
     assert view.update() == [] and math.isnan(view.loss)

@@ -89,6 +89,9 @@ class Dashboard(BaseWidget):
             self.ranks.value = html_table(label, list(rows[0]), cells)
         else:
             self.ranks.value = "<p>no events of any rank yet</p>"
+        if self.view.unreadable:
+            names = html.escape(", ".join(sorted(self.view.unreadable)))
+            self.ranks.value += f"<p>parts of {names} could not be read and are left out</p>"
         if not live:
             self._show_end()
         due = time.monotonic() - self._drawn_at > DRAWING_SHARE * self._drawing_took

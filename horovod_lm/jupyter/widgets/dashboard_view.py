@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import time
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from horovod_lm.utils.progress import format_seconds
 RECENT_STEPS = 20  # that current speeds and times are the mean of
 SILENCE_SECONDS = 10  # after which the table shows that a rank writes nothing
 START_SECONDS = 60  # from a run's folder to the first event of its ranks, at most
+FIRST_KEY = b'{"event": '
 COLUMNS = ("phase", "step", "loss", "learning_rate", "tokens_per_second")
 
 
@@ -85,6 +87,7 @@ class RunView:
         rows: the `COLUMNS` of the metrics, as `read_metrics` returns them.
         ranks: the ranks by number.
         entropy: the corpus's exact entropy in nats per token; None: not known.
+        unreadable: names of the log files with parts that could not be read.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class RunView:
         self.rows: list[dict[str, Any]] = []
         self.ranks: dict[int, RankView] = {}
         self.entropy: float | None = None
+        self.unreadable: set[str] = set()
         self._log_dir = log_dir or self.run_dir / "logs"
         self._positions = {file: file.stat().st_size for file in self._log_files() if skip_existing}
 
@@ -105,15 +109,37 @@ class RunView:
         """
         events: list[dict[str, Any]] = []
         for file in self._log_files():
-            with open(file, "rb") as lines:
-                position = lines.seek(self._positions.get(file, 0))
-                whole, _, _ = lines.read().rpartition(b"\n")
+            try:
+                with open(file, "rb") as lines:
+                    position = self._positions.get(file, 0)
+                    if position > lines.seek(0, os.SEEK_END):  # a new run has replaced the file
+                        position = 0
+                    lines.seek(position)
+                    whole, _, _ = lines.read().rpartition(b"\n")
+            except OSError:  # it was deleted, or belongs to another user
+                self.unreadable.add(file.name)
+                continue
             if whole:
                 self._positions[file] = position + len(whole) + 1
-                events += [json.loads(line) for line in whole.splitlines()]
-        for event in events:
-            self._add(event)
+                for line in whole.split(b"\n"):
+                    events += self._read_line(file.name, line)
         return events
+
+    def _read_line(self, name: str, line: bytes) -> list[dict[str, Any]]:
+        """Return the event of a line, or nothing where the line is damaged."""
+        start = max(0, line.rfind(FIRST_KEY))
+        if start:  # a power cut left a part of a line, and the resumed run continued it
+            self.unreadable.add(name)
+        try:
+            event = json.loads(line[start:])
+            numbers = {"rank", "time", "step", "pid", "total_steps", *COLUMNS, *PARTS_OF_A_STEP}
+            if any(not isinstance(event.get(key, 0), (int, float)) for key in numbers - {"phase"}):
+                raise ValueError("not a number")
+            self._add(event)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            self.unreadable.add(name)
+            return []
+        return [event]
 
     def _log_files(self) -> list[Path]:
         return sorted(self._log_dir.glob("rank*.jsonl"), key=lambda file: (len(file.stem), file))
@@ -157,8 +183,10 @@ class RunView:
     @property
     def host(self) -> str | None:
         """The host on which the last session was started; None: not known."""
-        sessions = read_sessions(self.run_dir)
-        return sessions[-1]["host"] if sessions else None
+        try:
+            return read_sessions(self.run_dir)[-1]["host"]
+        except (LookupError, TypeError):
+            return None
 
     def ask_to_stop(self) -> None:
         """Ask every rank on this host to end after its current step; return at once.
@@ -175,6 +203,10 @@ class RunView:
 
     def describe_end(self) -> str:
         """Return how far a run came that does not run on this host, or no longer."""
+        if self.host is None:
+            return (
+                f"{self.run_dir}/run.json is missing or damaged: whether this run trains is unknown"
+            )
         if self.host not in (None, platform.node()):
             return f"the ranks are on {self.host}: only what they have written is shown here"
         if self.step >= self.total_steps > 0:
@@ -223,6 +255,6 @@ def entropy_per_token(run_dir: Path) -> float | None:
         config = load_config(run_dir / "config.yaml")
         metadata = config.resolve(config.data.data_dir) / "metadata.json"
         stories = json.loads(metadata.read_text(encoding="utf-8"))["stories"]
-    except (OSError, ValueError, KeyError):
+        return stories["entropy_nats_per_story"] / stories["tokens_per_story"]
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError):
         return None
-    return stories["entropy_nats_per_story"] / stories["tokens_per_story"]
