@@ -9,24 +9,29 @@ job.metrics().tail()
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import sys
 from collections.abc import Generator, Iterable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from horovod_lm.jupyter.run_cell.job import (
     COMMAND_GRACE_PERIOD,
     JobProcess,
     JobSpec,
+    require_horovod,
     threads_per_rank,
 )
 from horovod_lm.jupyter.run_cell.job_result import RankError
 from horovod_lm.jupyter.widgets.dashboard_view import RunView
 from horovod_lm.launch.elastic_hosts import elastic_command, loopback_name, read_hosts, write_hosts
 from horovod_lm.launch.hosts import check_names, horovodrun_command, write_hostfile
+from horovod_lm.training.metrics import COLUMNS, read_metrics
 from horovod_lm.training.run_dir import RunFolder, default_run_name
+from horovod_lm.utils.cli import shown
 from horovod_lm.utils.config import Config, load_config, save_config
 from horovod_lm.utils.errors import ConfigError
 from horovod_lm.utils.progress import format_seconds
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
     from horovod_lm.jupyter.widgets.dashboard import Dashboard
 
 SECONDS_BETWEEN_LOOKS = 0.2
+_JOBS: WeakValueDictionary[Path, TrainingJob] = WeakValueDictionary()  # of this kernel, by folder
 HOSTS_FILE = "hosts"  # in the folder of an elastic run: a line for each of its workers
 
 
@@ -63,20 +69,38 @@ def launch(
         threads: CPU threads of each rank; default: an equal share of the host's cores.
 
     Raises:
-        ConfigError: a setting is wrong, or there is nothing to resume.
+        ConfigError: a setting is wrong, the run is training already, or there is nothing to resume.
         DistributedError: Horovod is not installed.
     """
+    require_horovod()
     if not isinstance(config, Config):
         config = load_config(config, overrides)
     elif overrides:
         config = config.with_overrides(overrides)
     run = RunFolder.of(config, run_name or default_run_name("job"))
+    other = _JOBS.get(run.run_dir)
+    if other is not None and other.is_running:
+        raise ConfigError(
+            f"run {run.name!r} is training already ({other.status}): call stop() of its job first,"
+            " or choose another run_name"
+        )
     if resume and not (run.run_dir / "config.yaml").is_file():
         raise ConfigError(f"there is no run {run.name!r} to resume in {run.run_dir.parent}")
-    if not resume:
-        run.archive_existing_run()
-        save_config(config, run.run_dir / "config.yaml")
-    return TrainingJob(run, _spec(config, run, np, resume, elastic, threads))
+    hosts = {} if elastic else {host.name: host.slots for host in config.distributed.hosts}
+    size = _size(np, sum(hosts.values()))
+    if hosts:
+        check_names(config)
+    try:
+        if not resume:
+            run.archive_existing_run()
+            save_config(config, run.run_dir / "config.yaml")
+        spec = _spec(config, run, hosts, size, resume, elastic, threads)
+    except OSError as error:
+        raise ConfigError(
+            f"the run's folder {run.run_dir} cannot be written: {error.strerror}"
+        ) from None
+    job = _JOBS[run.run_dir] = TrainingJob(run, spec)
+    return job
 
 
 class TrainingJob:
@@ -92,7 +116,8 @@ class TrainingJob:
         self._view = RunView(run.run_dir, run.log_dir, skip_existing=True)
         # horovodrun never uses a host name again on which a rank has failed.
         self._names_used = {loopback_name(number) for number in range(spec.size)}
-        run.log_dir.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # the job runs without `console-rankN.log`
+            run.log_dir.mkdir(parents=True, exist_ok=True)
         self._process = JobProcess(spec, self._note)
 
     # ---- its state ------------------------------------------------------------------------------
@@ -122,7 +147,9 @@ class TrainingJob:
             return f"running: {at}{loss}" if total else "starting"
         after = f"after {at}{loss}, {format_seconds(self._process.seconds)}"
         if self._process.result.reason == "stopped":
-            return f"stopped by you {after}; launch(..., run_name={self.run.name!r}, resume=True)"
+            config = shown(self.run.run_dir / "config.yaml")
+            call = f"launch({config!r}, {self.size}, run_name={self.run.name!r}, resume=True)"
+            return f"stopped by you {after}; to resume: {call}"
         if self.error is not None:
             log = self.run.log_dir / f"console-rank{self.error.rank or 0}.log"
             return f"failed {after}: {self.error}; log: {log}"
@@ -147,12 +174,10 @@ class TrainingJob:
         """Return `metrics.csv` as a table, one row per measurement; empty before the first one."""
         import pandas
 
-        from horovod_lm.training.metrics import COLUMNS
-
-        table = self.run.run_dir / "metrics.csv"
-        if not table.is_file() or not table.stat().st_size:
-            return pandas.DataFrame(columns=list(COLUMNS))
-        return pandas.read_csv(table)
+        path = self.run.run_dir / "metrics.csv"
+        return pandas.DataFrame(
+            read_metrics(path.parent) if path.is_file() else [], columns=COLUMNS
+        )
 
     def dashboard(self) -> Dashboard:
         """Return a widget that watches this job and can stop it."""
@@ -249,7 +274,13 @@ class TrainingJob:
 
 
 def _spec(
-    config: Config, run: RunFolder, np: int | None, resume: bool, elastic: bool, threads: int | None
+    config: Config,
+    run: RunFolder,
+    hosts: dict[str, int],
+    size: int,
+    resume: bool,
+    elastic: bool,
+    threads: int | None,
 ) -> JobSpec:
     """Return the job of a run whose configuration is in its folder."""
     training = [sys.executable, "-m", "horovod_lm.train"]
@@ -257,14 +288,11 @@ def _spec(
         training += ["--resume", str(run.run_dir)]
     else:
         training += ["--config", str(run.run_dir / "config.yaml"), "--run-name", run.name]
-    hosts = {} if elastic else {host.name: host.slots for host in config.distributed.hosts}
-    size = _size(np, sum(hosts.values()))
     if elastic:
         names = [f"{loopback_name(number)}:1" for number in range(size)]
         hosts_file = write_hosts(run.run_dir / HOSTS_FILE, names)
         call = elastic_command([*training, "--elastic"], hosts_file)
     elif hosts:
-        check_names(config)
         hostfile = write_hostfile(config, run.run_dir / "hostfile")
         call = horovodrun_command(config, training, hostfile)
     else:

@@ -99,11 +99,16 @@ def test_a_stopped_job_has_saved_goes_on_and_is_kept_when_its_name_is_taken_anew
     with pytest.raises(ConfigError, match="run stopped_twice is not elastic"):
         job.add_worker()
     status = job.stop()
-    assert status.startswith("stopped by you after step ") and "resume=True" in status
+    assert status.startswith("stopped by you after step ")
     assert job.error is None and job.wait(1) is job
     saved = read_checkpoint(job.run.checkpoint_dir)
-    again = running(run_name="stopped_twice", resume=True)
+    again = eval(status.partition("; to resume: ")[2])
+    with pytest.raises(ConfigError, match=r"run 'stopped_twice' is training already \("):
+        launch(CONFIG, run_name="stopped_twice")  # the cell is run twice
+    wait_until(lambda: "step" in again.status, 60, "the first step")
     again.stop()
+    with pytest.raises(ConfigError, match="np=0"):
+        launch(CONFIG, 0, run_name="stopped_twice")
     assert f"resuming at step {saved['global_step']} of" in again.log()
     table = (again.run.run_dir / "metrics.csv").read_text()
     running(run_name="stopped_twice")
@@ -199,6 +204,10 @@ def test_ranks_end_when_the_supervisor_itself_is_killed(running):
             "np=3 does not fit the hosts' 2 slots",
         ),
         ({"run_name": "nobody", "resume": True}, "there is no run 'nobody' to resume"),
+        (
+            {"overrides": {"paths.run_dir": "/proc/{run_name}"}},
+            "the run's folder /proc/.* cannot be written: No such file",
+        ),
         ({"run_name": "a/b"}, "the run name 'a/b' must be the name of a folder"),
         ({"overrides": {"training.epochs": 3}}, "training.epochs"),
     ],
