@@ -64,12 +64,16 @@ class HorovodCluster:
     def start(self) -> HorovodCluster:
         """Start the ranks, give the notebook its `%%px`, and return this cluster.
 
+        A cluster that was started before is stopped, so that a cell can be run twice.
+
         Raises:
             DistributedError: Horovod is not installed, or a rank did not start.
         """
         if self._ranks:
             return self
         require_horovod()
+        if HorovodCluster.current is not None:
+            HorovodCluster.current.stop()
         try:
             self._ranks = [self._new_rank(number) for number in range(self.n)]
             self._start_horovod(new=self._ranks)
