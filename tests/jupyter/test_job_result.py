@@ -11,8 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from horovod_lm.jupyter.run_cell import rank_cell
 from horovod_lm.jupyter.run_cell.framed_horovodrun import frame_output
-from horovod_lm.jupyter.run_cell.job_result import JobResult, how_it_ended, rank_list
+from horovod_lm.jupyter.run_cell.job_result import (
+    JobResult,
+    RankError,
+    how_it_ended,
+    load_value,
+    rank_list,
+)
 from tests.jupyter.conftest import needs_horovod
 
 
@@ -84,6 +91,31 @@ STALL = [
     "Missing ranks:", "1: [allreduce.late, allreduce.later]",
     'One or more rank (marked by "!") is stalled for longer than 4 seconds. Will shutdown.',
 ]  # fmt: skip
+
+
+def test_ranks_that_wait_in_calls_of_their_own_are_all_named():
+    lines = [*STALL[:2], "0: [allreduce.b]", "1: [allreduce.a]", STALL[-1]]
+    printed = [{"event": "output", "rank": 0, "text": f"{line}\n"} for line in lines]
+    assert str(result_of(*printed, error(0, LOST)).error()).startswith(
+        "the ranks waited for each other for 4 s: rank 0 did not come to 'b', rank 1 did not come"
+        " to 'a'; every rank must make the same collective calls"
+    )
+
+
+class Unusual(Exception):
+    def __str__(self) -> str:
+        raise ValueError
+
+    def __reduce__(self) -> tuple:
+        return int, ("x",)
+
+
+def test_errors_and_values_that_python_cannot_show_or_load_are_said():
+    file = OSError(b"caf\xe9".decode("utf-8", "surrogateescape"))
+    shown = [rank_cell.describe(error)["text"] for error in (file, Unusual())]
+    assert shown == [r"caf\udce9", "<exception str() failed>"]
+    with pytest.raises(RankError, match=r"value of rank 1 cannot be loaded .*ValueError: invalid"):
+        load_value(1, rank_cell.pickled_value(Unusual()))
 
 
 def test_only_a_report_of_the_stall_check_names_missing_ranks():

@@ -13,7 +13,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 from horovod_lm.jupyter.run_cell.job_result import RankError
 from horovod_lm.jupyter.run_cell.rank_cell import execute
-from horovod_lm.utils.errors import ConfigError
+from horovod_lm.utils.errors import ConfigError, DistributedError
 from tests.conftest import ROOT
 from tests.jupyter.conftest import children, held, needs_horovod
 
@@ -151,6 +151,12 @@ def test_a_wrong_line_is_one_sentence_and_starts_nothing(run, line, body, senten
 def test_a_line_that_cannot_be_read_is_an_error_of_usage(run, line, sentence):
     with pytest.raises(UsageError, match=sentence):
         run(line, "1")
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(run, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/dev/null")
+    with pytest.raises(DistributedError, match=r"cannot be given to the ranks: .*Not a directory"):
+        run("-np 2", "1")
 
 
 def test_a_syntax_error_is_found_before_anything_starts(run):

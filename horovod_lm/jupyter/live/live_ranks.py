@@ -15,14 +15,13 @@ from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import Any
 
-import cloudpickle
-
 from horovod_lm.jupyter.run_cell.job_result import (
     JobResult,
     RankError,
     RanksStopped,
     StallReports,
     how_it_ended,
+    load_value,
     readable,
 )
 from horovod_lm.jupyter.run_cell.processes import SupervisedProcess
@@ -179,8 +178,8 @@ class Task:
         return self._error() if self._has_failed() else None
 
     def values(self) -> list[Any]:
-        """Return each rank's value, in the order of ranks."""
-        return [cloudpickle.loads(answer["value"]) for _, answer in sorted(self._answers.items())]
+        """Return each rank's value, in the order of ranks. Raises RankError as `load_value`."""
+        return [load_value(rank, one["value"]) for rank, one in sorted(self._answers.items())]
 
     def show(self) -> None:
         """Print what the ranks have printed, rank by rank."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -121,7 +122,8 @@ class JobProcess:
             if self._spec.cell_folder is not None:
                 self.result.read_reports(self._spec.cell_folder)
             for log in self._logs.values():
-                log.close()
+                with contextlib.suppress(OSError):  # a full disk
+                    log.close()
 
     def _log(self, rank: int, text: str) -> None:
         if self._spec.log_dir is None:

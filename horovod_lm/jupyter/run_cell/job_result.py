@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import signal
 from collections import defaultdict
@@ -184,12 +185,18 @@ class JobResult:
     def _stalled_ranks(self) -> RankError | None:
         if not self._stalled or not self._missing:
             return None
-        rank, tensor = min(self._missing.items())
+        missing = sorted(self._missing.items())
         waiting = [other for other in range(self.size) if other not in self._missing]
+        rule = "every rank must make the same collective calls in the same order"
+        if not waiting:  # each waited in a call of its own
+            each = ", ".join(f"rank {rank} did not come to {tensor!r}" for rank, tensor in missing)
+            return RankError(
+                f"the ranks waited for each other for {self._stalled} s: {each}; {rule}"
+            )
+        rank, tensor = missing[0]
         text = (
             f"{rank_list(sorted(self._missing))} did not come to {tensor!r}, where"
-            f" {rank_list(waiting)} waited for {self._stalled} s: every rank must make the same"
-            " collective calls in the same order"
+            f" {rank_list(waiting)} waited for {self._stalled} s: {rule}"
         )
         return RankError(text, rank)
 
@@ -233,6 +240,22 @@ class JobResult:
         ends = _STALL_ENDS.search(text)
         if ends:
             self._stalled = int(ends[1])
+
+
+def load_value(rank: int, packed: bytes) -> Any:
+    """Unpickle the last value of a rank's cell.
+
+    Raises:
+        RankError: the notebook cannot make an object of it.
+    """
+    try:
+        return pickle.loads(packed)
+    except Exception as error:
+        raise RankError(
+            f"the last value of rank {rank} cannot be loaded in the notebook"
+            f" ({type(error).__name__}: {error}): end the cell with numbers, tensors or plain"
+            " containers of them"
+        ) from None
 
 
 def rank_list(numbers: list[int]) -> str:

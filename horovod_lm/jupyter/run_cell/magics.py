@@ -21,7 +21,6 @@ so that the same cell always shows the same text.
 from __future__ import annotations
 
 import argparse
-import pickle
 import queue
 import shlex
 import sys
@@ -45,7 +44,13 @@ from horovod_lm.jupyter.run_cell.job import (
     stall_settings,
     threads_per_rank,
 )
-from horovod_lm.jupyter.run_cell.job_result import JobResult, RankError, StallReports, readable
+from horovod_lm.jupyter.run_cell.job_result import (
+    JobResult,
+    RankError,
+    StallReports,
+    load_value,
+    readable,
+)
 from horovod_lm.utils.errors import ConfigError, DistributedError
 
 STALL_SECONDS = 20  # that the ranks of a cell wait for a missing one
@@ -94,16 +99,19 @@ class HorovodMagics(Magics):
         pushed = self._pickle_variables(arguments.push)
         if arguments.stall is None:
             arguments.stall = STALL_SECONDS
-        with tempfile.TemporaryDirectory(prefix="horovodrun-") as name:
-            folder = Path(name)
-            rank_cell.write_cell(folder, cell, pushed, bool(arguments.out))
-            spec = _spec(arguments, [sys.executable, "-m", rank_cell.__name__])
-            spec.cell_folder = folder
-            error = _run(spec).error()
-            if error is not None:
-                raise error from None
-            values = rank_cell.read_reports(folder, "value")
-        return [pickle.loads(values[rank]) if rank in values else None for rank in range(spec.size)]
+        try:
+            with tempfile.TemporaryDirectory(prefix="horovodrun-") as name:
+                folder = Path(name)
+                rank_cell.write_cell(folder, cell, pushed, bool(arguments.out))
+                spec = _spec(arguments, [sys.executable, "-m", rank_cell.__name__])
+                spec.cell_folder = folder
+                error = _run(spec).error()
+                values = rank_cell.read_reports(folder, "value")
+        except OSError as failure:  # for example a full disk
+            raise DistributedError(f"the cell cannot be given to the ranks: {failure}") from None
+        if error is not None:
+            raise error from None
+        return [load_value(n, values[n]) if n in values else None for n in range(spec.size)]
 
     def _run_command(self, arguments: argparse.Namespace) -> None:
         command = list(arguments.command)

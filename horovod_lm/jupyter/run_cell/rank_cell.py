@@ -101,12 +101,21 @@ def describe(error: BaseException) -> dict[str, Any]:
     frames = traceback.extract_tb(trace)
     shown = traceback.TracebackException(type(error), error, trace)
     at = [frame.lineno for frame in frames if frame.filename == CELL]
+    try:
+        text = str(error)
+    except Exception:
+        text = "<exception str() failed>"  # as in a traceback
     return {
         "name": type(error).__name__,
-        "text": str(error),
+        "text": _displayable(text),
         "line": at[-1] if at else getattr(error, "lineno", None),
-        "traceback": list(shown.format()),
+        "traceback": [_displayable(line) for line in shown.format()],
     }
+
+
+def _displayable(text: str) -> str:
+    """Escape what a page cannot show, such as bytes of a file name that is not UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def pickled_value(value: Any) -> bytes:
