@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -25,6 +26,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from horovod_lm.utils.errors import ConfigError
 
 RUN_NAME = "${run_name}"
+_REPR = reprlib.Repr()  # lists and mappings of any size and depth in a few characters
+_REPR.maxstring = _REPR.maxother = 61
 TEXTS = (str, str | None, str | list[str] | None)  # types of settings that hold text
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -499,6 +502,7 @@ def _first_problem(error: ValidationError) -> str:
 def _dotted_key(loc: tuple[int | str, ...]) -> str:
     """Return the path of a setting, without the parts that name a type of a union or a key."""
     parts = [str(part) for part in loc if part != "[key]"]
+    parts = [part if part.isprintable() else repr(part) for part in parts]
     is_nested = "hosts" in parts or "environment" in parts
     return ".".join(parts if is_nested else parts[:2])
 
@@ -518,7 +522,7 @@ def _nearest_key(key: str) -> str | None:
 
 def _short(value: Any) -> str:
     """Return a value for a sentence, at most 60 characters long."""
-    text = "empty" if value is None else repr(value)
+    text = "empty" if value is None else _one_line(_REPR.repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 
