@@ -18,6 +18,7 @@ import torch
 from horovod_lm.utils.config import Config, save_config
 from horovod_lm.utils.errors import ConfigError
 
+LONGEST_NAME = 200  # bytes; file systems allow 255, and an archived run has a number as well
 _PACKAGES = ("horovod_lm", "torch", "horovod", "numpy", "tokenizers", "pydantic")
 
 
@@ -38,9 +39,11 @@ class RunFolder:
         Raises:
             ConfigError: the name cannot be a folder's name.
         """
-        if run_name in ("", ".", "..") or set(run_name) & set("/\\\0"):
+        is_valid = run_name.isprintable() and 0 < len(run_name.encode()) <= LONGEST_NAME
+        if not is_valid or run_name in (".", "..") or set(run_name) & set("/\\"):
             raise ConfigError(
-                f"the run name {run_name!r} must be the name of a folder, without / or \\"
+                f"the run name {run_name[:LONGEST_NAME]!r} must be the name of a folder: printable,"
+                f" without / or \\, at most {LONGEST_NAME} bytes long"
             )
         paths = config.paths
         folders = (paths.run_dir, paths.checkpoint_dir, paths.log_dir, paths.tensorboard_dir)
