@@ -45,6 +45,11 @@ def load_model_for_generation(
     restore(checkpoint, model=model, name=str(path))
     to_column_major(model)
     tokenizer = _tokenizer_for(checkpoint, path, config)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, more than the model's"
+            f" {config.model.vocab_size}: it is of another run"
+        )
     return model.to(choose_device(device)).eval(), tokenizer, config
 
 
@@ -86,12 +91,24 @@ def _config_for(checkpoint: dict[str, Any], path: Path, config_path: str | Path 
     config = trained if config_path is None else load_config(config_path)
     if config is None:
         raise CheckpointError(f"{path} contains no configuration: give the one of its training")
-    embedding = checkpoint["model"].get("token_embedding.weight")
-    if embedding is None:
-        raise CheckpointError(f"{path} contains the weights of another kind of model")
     # The trained tokenizer may have fewer tokens than the configuration allows.
-    model = (trained or config).model.model_copy(update={"vocab_size": len(embedding)})
+    model = (trained or config).model.model_copy(update=_sizes(checkpoint["model"], path))
     return config.model_copy(update={"model": model})
+
+
+def _sizes(state: dict[str, torch.Tensor], path: Path) -> dict[str, int]:
+    """Return the sizes of a model, from the shapes of its weights."""
+    try:
+        vocab_size, d_model = state["token_embedding.weight"].shape
+        return {
+            "vocab_size": vocab_size,
+            "d_model": d_model,
+            "max_seq_len": len(state["position_embedding.weight"]),
+            "n_layers": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+            "d_ff": len(state["blocks.0.feed_forward.up_proj.bias"]),
+        }
+    except (LookupError, TypeError, ValueError):
+        raise CheckpointError(f"{path} contains the weights of another kind of model") from None
 
 
 def _tokenizer_for(checkpoint: dict[str, Any], path: Path, config: Config) -> Tokenizer:

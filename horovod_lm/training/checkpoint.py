@@ -28,6 +28,12 @@ FORMAT = 2  # 2: attention.{qkv,out}_proj and feed_forward.{up,down}_proj have t
 BEST, FINAL = "best_model.pt", "final_model.pt"
 # Types that loading with weights_only accepts.
 PLAIN = (bool, int, float, str, bytes, torch.Tensor, torch.Size, torch.dtype, torch.device)
+# What is read from a checkpoint has these types, or is None.
+TYPES: dict[str, type] = {
+    "config": dict, "tokenizer": str, "optimizer": dict, "scheduler": dict, "scaler": dict,
+    "epoch": int, "step": int, "global_step": int, "samples_seen": int, "tokens": int,
+    "loss": float, "first_loss": float, "best_loss": float,
+}  # fmt: skip
 _NUMBERED = re.compile(r"checkpoint_epoch(\d+)_step(\d+)\.pt")
 
 
@@ -188,11 +194,17 @@ def read_checkpoint(checkpoint_path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged or truncated{others}") from None
     if not isinstance(checkpoint, dict) or not _is_state(checkpoint.get("model")):
         raise CheckpointError(f"{path} is not a checkpoint of horovod_lm: it has no 'model'")
-    if checkpoint.get("format") != FORMAT:
+    found = checkpoint.get("format")
+    if not isinstance(found, int) or found != FORMAT:
         raise CheckpointError(
-            f"{path} has format {checkpoint.get('format')}, but this version reads format {FORMAT}:"
-            " load it with the version of horovod_lm that wrote it, or train again"
+            f"{path} has format {str(found)[:20]}, but this version reads format {FORMAT}: load it"
+            " with the version of horovod_lm that wrote it, or train again"
         )
+    for key, kind in TYPES.items():
+        if not isinstance(checkpoint.get(key), kind | None):
+            raise CheckpointError(
+                f"{path} is not a checkpoint of horovod_lm: its {key!r} is not a {kind.__name__}"
+            )
     return checkpoint
 
 
@@ -221,10 +233,54 @@ def restore(
         if checkpoint.get(part) is None:
             raise CheckpointError(f"{name} has no {part} state: it was saved for generation only")
         try:
-            target.load_state_dict(checkpoint[part])
+            load = _load_optimizer if part == "optimizer" else _load_plain
+            load(target, checkpoint[part])
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{name} has an incompatible {part} state: {reason}") from None
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Restore moments and learning rates; the other settings stay those of the configuration."""
+    groups = optimizer.state_dict()["param_groups"]
+    for own, other in zip(groups, saved["param_groups"], strict=True):
+        if own["params"] != other["params"] or ("betas" in own) != ("betas" in other):
+            raise ValueError("it is of another optimizer; keep training.optimizer")
+        rates = ("lr", "initial_lr")
+        own.update({name: float(other[name]) for name in rates if name in other})
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    for number, state in saved["state"].items():
+        _check_moments(optimizer, parameters[number], state, f"parameter {number}")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+def _check_moments(optimizer: Any, parameter: torch.Tensor, state: dict[str, Any], of: str) -> None:
+    """Raise ValueError for moments of another shape: fused AdamW would write outside of them."""
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        state = {"step": None, "exp_avg": None, "exp_avg_sq": None, **state}
+    elif not isinstance(optimizer, torch.optim.SGD) or state.get("momentum_buffer") is None:
+        return
+    for name, value in state.items():
+        shape = () if name == "step" else parameter.shape
+        fits = _is_dense(value) and value.shape == shape and value.is_contiguous()
+        if not fits or not value.is_floating_point():
+            raise ValueError(f"{name} of {of} does not fit the model")
+
+
+def _load_plain(target: Any, saved: dict[str, Any]) -> None:
+    """Restore a scheduler or a scaler, whose state is numbers."""
+    if not _same_types(saved, target.state_dict()):
+        raise ValueError("it is of another kind")
+    target.load_state_dict(saved)
+
+
+def _same_types(saved: Any, own: Any) -> bool:
+    """Return whether nested plain values have the same types, where both have a key."""
+    if isinstance(own, dict) and isinstance(saved, dict):
+        return all(_same_types(saved[key], own[key]) for key in own.keys() & saved.keys())
+    if isinstance(own, list) and isinstance(saved, list):
+        return len(saved) == len(own) and all(map(_same_types, saved, own))
+    return type(saved) is type(own) or all(isinstance(one, int | float) for one in (saved, own))
 
 
 def find_checkpoints(checkpoint_dir: str | Path) -> list[Path]:
@@ -293,6 +349,11 @@ def _restore_model(
         for key, tensor in own.items()
         if key in state and state[key].shape != tensor.shape
     ]
+    problems += [
+        f"{key} has the type {state[key].dtype}"
+        for key, tensor in own.items()
+        if key in state and state[key].is_floating_point() != tensor.is_floating_point()
+    ]
     problems += [f"missing key {key}" for key in sorted(own.keys() - state.keys())]
     problems += [f"unexpected key {key}" for key in sorted(state.keys() - own.keys())]
     if problems:
@@ -312,8 +373,15 @@ def _is_refusal(error: Exception, path: Path) -> bool:
 
 
 def _is_state(value: Any) -> bool:
-    """Return whether `value` is a module's `state_dict()`."""
-    return isinstance(value, dict) and all(isinstance(v, torch.Tensor) for v in value.values())
+    """Return whether `value` is a module's `state_dict()`, of dense tensors."""
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and _is_dense(tensor) for key, tensor in value.items()
+    )
+
+
+def _is_dense(value: Any) -> bool:
+    """Return whether a value is a tensor with a number for each element."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
 
 
 def _plain(value: Any) -> Any:
