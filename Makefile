@@ -15,7 +15,7 @@ BOOTSTRAP = $(if $(shell command -v "$(PYTHON)"),"$(PYTHON)" horovod_lm/setup/bo
 SETUP = $(BOOTSTRAP) --venv "$(VENV)" --horovod-options="$(HOROVOD_OPTIONS)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup example lab notebooks test faults doctor machines gpu clean
+.PHONY: help setup example lab notebooks test faults fuzz doctor machines gpu clean
 
 help:  ## list the commands
 	@echo "make COMMAND, one of:"
@@ -45,6 +45,9 @@ test: setup  ## run every test
 
 faults: setup  ## kill, freeze and fill disks, and write the table of tests/faults/README.md
 	@FAULTS_TABLE=tests/faults/README.md $(RUN) -m pytest -m fault
+
+fuzz: setup  ## read 15,000 damaged and foreign files, settings, prompts and cells: some minutes
+	@FUZZ=1 $(RUN) -m pytest tests/fuzz
 
 doctor:  ## check this machine, and say how to fix what does not work; needs no set-up
 	@$(if $(shell "$(VENV)/bin/python" -c "" >/dev/null 2>&1 && echo runs),\

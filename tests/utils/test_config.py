@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horovod_lm import generate
@@ -417,50 +417,3 @@ def test_a_missing_file_is_one_sentence_that_names_the_others(write, monkeypatch
     for no_file in (path.parent, "x" * 5000):
         with pytest.raises(ConfigError, match="no configuration file"):
             load_config(no_file)
-
-
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-KEYS = (st.sampled_from(list(SETTINGS)).map(lambda key: key.rpartition(".")[2])
-        | st.sampled_from(SECTIONS) | st.text(max_size=8) | st.integers() | st.none())  # fmt: skip
-NESTED = st.recursive(
-    SCALARS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
-    max_leaves=12,
-)
-
-
-@given(content=st.dictionaries(KEYS, NESTED, max_size=5))
-@example(content={"model": {"d_model": 10**5000}})
-@settings(max_examples=250, deadline=None)
-def test_no_mapping_raises_anything_but_a_sentence(content):
-    try:
-        config_from_dict(content, ROOT)
-    except ConfigError as error:
-        assert str(error).startswith("the configuration")
-
-
-@given(text=st.text(max_size=60) | st.text(alphabet="[]{}:,-#&*!|>'\"% \n\tab1.", max_size=60))
-@settings(max_examples=250, deadline=None)
-def test_no_text_raises_anything_but_a_sentence(tmp_path_factory, text):
-    path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
-    path.write_text(text, encoding="utf-8", errors="surrogatepass", newline="")
-    try:
-        load_config(path)
-    except ConfigError as error:
-        assert str(path) in str(error) and "\n" not in str(error)
-
-
-@given(
-    overrides=st.lists(st.text(max_size=20) | st.builds(
-        "{}={}".format, st.sampled_from(list(SETTINGS)), st.text(max_size=12)), max_size=3)
-    | st.dictionaries(KEYS, NESTED, max_size=3)
-)  # fmt: skip
-@example(overrides={"distributed": {"hosts": {"a": 1}}})
-@example(overrides={"seed": {"a": 1}})
-@settings(max_examples=250, deadline=None)
-def test_no_override_raises_anything_but_a_sentence(overrides):
-    full = Config().with_overrides({"distributed.hosts": [{"name": "a"}], "data.path": "b"})
-    try:
-        assert isinstance(full.with_overrides(overrides), Config)
-    except ConfigError as error:
-        assert str(error)
