@@ -56,7 +56,7 @@ for round in range(ROUNDS):
     play.start()
     await play._task
     cpu_streamed = time.process_time() - cpu_started
-    one = play.history[-1]
+    one = play.continuation
     streamed.append(one.n_tokens / one.seconds)
     started, cpu_started = time.perf_counter(), time.process_time()
     texts = generate_text(model, tokenizer, one.prompt, **one.settings.model_dump())

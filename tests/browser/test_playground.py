@@ -21,9 +21,6 @@ def endless(hidden, plain=model.logits):
 
 model.logits = endless
 """
-OPTIONS_OF_THE_HISTORY = (
-    "count => document.querySelectorAll('select[multiple] option').length === count"
-)
 SHOW = """
 from horovod_lm.jupyter.widgets.playground import Playground
 play = Playground(model, tokenizer, config)
@@ -59,7 +56,7 @@ def fill(page, label: str, text: str) -> None:
     box.press("Tab")
 
 
-def test_a_text_is_written_looked_into_and_compared(page):
+def test_a_text_is_written_and_looked_into(page):
     page = page()
     fill(page, "Tokens", "40")
     page.button("Generate").click()
@@ -72,20 +69,14 @@ def test_a_text_is_written_looked_into_and_compared(page):
     for key, place in (("ArrowRight", 4), ("ArrowLeft", 3), ("End", count - 1), ("Home", 0)):
         page.page.keyboard.press(key)
         page.page.wait_for_selector(f"[aria-selected=true][data-index='{place}']")
-    fill(page, "Seed", "2")
-    page.button("Generate").focus()
-    page.page.keyboard.press("Space")
-    page.page.wait_for_function(OPTIONS_OF_THE_HISTORY, arg=2)
-    page.page.locator("select[multiple]").select_option(index=[0, 1])
-    page.wait_for("text 2")
-    tokens(page).nth(5).click()
-    page.wait_for("after the filters")
+    tokens(page).nth(6).click()
+    page.page.wait_for_selector("[aria-selected=true][data-index='6']")
     page.screenshot("playground")
     prompt = "<b>Once</b> \N{SLIGHTLY SMILING FACE} שלום"
     fill(page, "Prompt", prompt)
-    page.button("Generate").click()
-    page.page.wait_for_function(OPTIONS_OF_THE_HISTORY, arg=3)
-    assert page.page.locator(".lm-prompt").inner_text() == prompt
+    page.button("Generate").focus()
+    page.page.keyboard.press("Space")
+    page.page.locator(".lm-prompt").get_by_text(prompt).wait_for()
     assert page.complaints == []
 
 

@@ -16,7 +16,7 @@ import math
 import secrets
 import time
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -50,7 +50,6 @@ N_CANDIDATES = 12  # of each token, the most probable ones
 FULL_COLOUR = 0.001  # probability from which on a token has the full colour
 # Okabe and Ito's orange. Its opacity stays below 1 so that text is readable in both themes.
 MAX_OPACITY = 0.6
-MAX_HISTORY = 50
 UPDATE_INTERVAL = 0.1  # seconds; the browser needs time to draw, too
 UPDATE_SHARE = 20  # updates of a long text take at most 1 part in so many of the time
 HINT = "Click a token, or move to it with the arrow keys, to see its distribution."
@@ -263,15 +262,6 @@ def coloured_text(continuation: Continuation) -> str:
     return f"<div role='group' aria-label='generated text'>{''.join(lines)}</div>"
 
 
-def describe_settings(settings: GenerationConfig) -> str:
-    """Return the settings of a text in one line."""
-    return (
-        f"temperature {settings.temperature:g}, top-k {settings.top_k or 'all'}, "
-        f"top-p {settings.top_p:g}, seed {settings.seed}, {settings.max_new_tokens} tokens"
-        + (f", {settings.num_samples} samples" if settings.num_samples > 1 else "")
-    )
-
-
 def distribution_table(tokenizer: Tokenizer, token: SampledToken) -> str:
     """Return the distribution that a token was sampled from, before and after the filters."""
 
@@ -315,18 +305,6 @@ def _bar(probability: float, largest: float) -> str:
     )
 
 
-def side_by_side(continuations: Sequence[Continuation], names: Sequence[str]) -> str:
-    """Return continuations in columns, each below its name and its settings."""
-    cells = "".join(
-        f"<section aria-label='{html.escape(name)}' style='flex: 1 1 16em;"
-        " min-width: 0; border: 1px solid var(--jp-border-color2, #999); padding: 0.5em'>"
-        f"<b>{html.escape(name)}</b><br>{html.escape(describe_settings(one.settings))}"
-        f"<hr>{coloured_text(one)}</section>"
-        for one, name in zip(continuations, names, strict=True)
-    )
-    return f"<div style='display: flex; flex-wrap: wrap; gap: 0.5em'>{cells}</div>"
-
-
 # ---- the widget ----------------------------------------------------------------------------------
 
 
@@ -368,7 +346,7 @@ class Playground(BaseWidget):
         prompt: the initial prompt.
 
     Attributes:
-        history: every `Continuation` of this playground, oldest first.
+        continuation: the `Continuation` that is shown; None: none yet.
     """
 
     def __init__(
@@ -381,8 +359,7 @@ class Playground(BaseWidget):
     ) -> None:
         super().__init__()
         self._model, self._tokenizer, self._device = model, tokenizer, device
-        self.history: list[Continuation] = []
-        self._shown: Continuation | None = None
+        self.continuation: Continuation | None = None
         self._make_inputs(config.generation, prompt)
         self.generate = self.button("Generate", "play", "continue the prompt", self.start)
         self.stop_button = self.button("Stop", "stop", "end the text here", self.cancel_task)
@@ -390,13 +367,13 @@ class Playground(BaseWidget):
         self.view = TokenView()
         self.view.on_msg(self.guarded(lambda _, place, buffers: self.select(*place)))
         self._tracker = ViewTracker(on_closed=self.cancel_task)
-        self.detail, self.comparison = widgets.HTML(HINT), widgets.HTML()
+        self.detail = widgets.HTML(HINT)
         self.children = [
             self.prompt,
             row(self.temperature, self.top_k, self.top_p),
             row(self.tokens, self.samples, self.seed, self.new_seed),
             row(self.generate, self.stop_button),
-            self.message, self.view, self.detail, self.past, self.comparison, self._tracker,
+            self.message, self.view, self.detail, self._tracker,
         ]  # fmt: skip
 
     def start(self) -> None:
@@ -411,8 +388,8 @@ class Playground(BaseWidget):
 
     def select(self, sample: int, index: int) -> None:
         """Show the distribution of a token."""
-        if self._shown is not None:
-            token = self._shown.samples[sample][index]
+        if self.continuation is not None:
+            token = self.continuation.samples[sample][index]
             self.view.selected = [sample, index]
             self.detail.value = distribution_table(self._tokenizer, token)
 
@@ -453,7 +430,7 @@ class Playground(BaseWidget):
                     if following is None:
                         break
                     is_new = continuation is None
-                    self._shown = continuation = following
+                    self.continuation = continuation = following
                     started = time.perf_counter()
                     if started > due:
                         self.view.show(continuation, is_new)
@@ -470,29 +447,12 @@ class Playground(BaseWidget):
 
     def _finish(self, continuation: Continuation, notes: list[str]) -> None:
         self.view.show(continuation, is_new=False)
-        self.history = [*self.history, continuation][-MAX_HISTORY:]
-        self.past.options = [
-            (f"{visible(one.prompt)[:30]!r}: {describe_settings(one.settings)}", index)
-            for index, one in enumerate(self.history)
-        ]
         rate = continuation.n_tokens / max(continuation.seconds, 1e-9)
         words = f"{continuation.state}: {continuation.n_tokens} tokens, {rate:,.0f} per second"
         self.say("; ".join([words, *notes]))
 
-    def _compare(self) -> None:
-        """Show one text of the history again, or several side by side."""
-        chosen = [self.history[index] for index in self.past.value]
-        if len(chosen) == 1 and not self.is_busy:
-            self._shown = chosen[0]
-            self.view.show(chosen[0], is_new=True)
-            self.comparison.value = ""
-        else:
-            names = [f"text {index + 1}" for index in self.past.value]
-            self.comparison.value = side_by_side(chosen, names)
-
     def _set_writing(self, writing: bool) -> None:
         self.generate.disabled, self.stop_button.disabled = writing, not writing
-        self.past.disabled = writing
 
     def _make_inputs(self, now: GenerationConfig, prompt: str) -> None:
         number, slider = widgets.BoundedIntText, widgets.FloatSlider
@@ -515,8 +475,6 @@ class Playground(BaseWidget):
             value=now.seed is None, description="a new seed each time", indent=False,
             layout={"width": "auto"},
         )  # fmt: skip
-        self.past = labelled(widgets.SelectMultiple, "History (several: side by side)", "auto")
-        self.on_change(self.past, self._compare)
 
 
 def show_playground(
