@@ -25,9 +25,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from horovod_lm.launch.hosts import training_command
+from horovod_lm.launch.hosts import (
+    ssh_options,
+    training_command,
+    with_environment,
+    write_environment,
+)
 from horovod_lm.utils.cli import add_config_arguments, program, run_cli
-from horovod_lm.utils.config import load_config
+from horovod_lm.utils.config import Config, load_config
 from horovod_lm.utils.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
@@ -46,12 +51,22 @@ def write_hosts(path: str | Path, hosts: Sequence[str]) -> Path:
     Args:
         path: the file; its folder is created.
         hosts: `name:slots` each.
+
+    Raises:
+        ConfigError: it cannot be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    return _replace(Path(path), "".join(f"{host}\n" for host in hosts))
+
+
+def _replace(path: Path, text: str, mode: int = 0o644) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(f"{host}\n" for host in hosts), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
     return path
 
 
@@ -59,13 +74,13 @@ def read_hosts(path: str | Path) -> dict[str, int]:
     """Return the slots of each host in a file of hosts; it may have `#` comments and blank lines.
 
     Raises:
-        ConfigError: the file cannot be read, or a line is not `name:slots`.
+        ConfigError: the file cannot be read, a line is not `name:slots`, or a host is named twice.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise ConfigError(f"the file of hosts {path} cannot be read: {error}") from None
-    hosts = {}
+    hosts: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         if entry := line.partition("#")[0].strip():
             found = _HOST.fullmatch(entry)
@@ -74,21 +89,39 @@ def read_hosts(path: str | Path) -> dict[str, int]:
                     f"{path}, line {number}: {entry!r} is not a host: write NAME:SLOTS, for"
                     " example localhost:2"
                 )
+            if found[1] in hosts:
+                raise ConfigError(
+                    f"{path}, line {number}: {found[1]} is named twice: name it once, with the sum"
+                    " of its slots"
+                )
             hosts[found[1]] = int(found[2] or 1)
     return hosts
+
+
+# Prints the hosts of the file that is its argument, without comments, blank lines and spaces. It
+# fails if a line is wrong or there is none: horovodrun then warns, and keeps the hosts that it has.
+# A shell and awk start faster than Python.
+_DISCOVERY = r"""#!/bin/sh
+exec awk '
+    { sub(/#.*/, ""); gsub(/[[:space:]]/, "") }
+    $0 == "" { next }
+    { split($0, part, ":") }
+    !/^[A-Za-z0-9_.-]+(:[1-9][0-9]*)?$/ || part[1] in seen {
+        print FILENAME ": wrong line: " $0 > "/dev/stderr"
+        wrong = 1
+    }
+    { seen[part[1]]; hosts = hosts $0 "\n" }
+    END { if (wrong || hosts == "") exit 1; printf "%s", hosts }
+' {file}
+"""
 
 
 def write_discovery_script(hosts_file: str | Path) -> Path:
     """Write, beside a file of hosts, the script with which horovodrun reads it."""
     hosts_file = Path(hosts_file).resolve()
     script = hosts_file.with_name(f"{hosts_file.name}.discovery.sh")
-    # horovodrun fails on comments and blank lines. A shell starts faster than Python.
-    clean = f"sed -e 's/#.*//' -e 's/[[:space:]]//g' -e '/^$/d' {shlex.quote(str(hosts_file))}"
-    temporary = script.with_name(f".{script.name}.{os.getpid()}.tmp")
-    temporary.write_text(f"#!/bin/sh\nexec {clean}\n", encoding="utf-8")
-    temporary.chmod(0o755)
-    os.replace(temporary, script)  # a job that runs may be executing it
-    return script
+    text = _DISCOVERY.replace("{file}", shlex.quote(str(hosts_file)))
+    return _replace(script, text, 0o755)  # a job that runs may be executing the old one
 
 
 def elastic_command(
@@ -97,10 +130,7 @@ def elastic_command(
     min_np: int = 1,
     max_np: int | None = None,
     timeout_seconds: int = 75,
-    interface: str | None = None,
-    ssh_port: int | None = None,
-    ssh_identity_file: str | Path | None = None,
-    ssh_user: str | None = None,
+    config: Config | None = None,
 ) -> list[str]:
     """Return the horovodrun command that starts `command` on ranks that may leave and join.
 
@@ -112,35 +142,29 @@ def elastic_command(
         max_np: the largest number of ranks; None: as many as the file has slots.
         timeout_seconds: how long horovodrun waits for enough slots before it ends all ranks: longer
             than the ranks' own `training.elastic_timeout_seconds`, after which they save and end.
-        interface: network interface for all traffic; None: the loopback interface if every host is
-            a name of this machine (`loopback_name`), else horovodrun's choice.
-        ssh_port: of the other hosts; None: ssh's own setting.
-        ssh_identity_file: the private key for them; None: ssh's own setting.
-        ssh_user: the user there, only with `ssh_identity_file`; None: ssh's own setting.
+        config: its `distributed` section has the interface, the options of ssh, and environment
+            variables. Without an interface it is the loopback interface if every host is a name of
+            this machine (`loopback_name`), else horovodrun's choice.
 
     Raises:
-        ConfigError: the file cannot be read, a line of it is not `name:slots`, or it has no host.
+        ConfigError: the file cannot be read or has no host, a line of it is not `name:slots`, or a
+            file cannot be written beside it.
     """
+    config, hosts_file = config or Config(), Path(hosts_file).absolute()
     hosts = read_hosts(hosts_file)
     if not hosts:
         raise ConfigError(f"{hosts_file} has no host: write a line NAME:SLOTS for each")
+    interface = config.distributed.interface
     if interface is None and all(h == "localhost" or h.startswith("127.0.0.") for h in hosts):
         interface = loopback_interface()  # else horovodrun looks for one that the hosts share
     call = [program("horovodrun"), "-np", str(sum(hosts.values())), "--min-np", str(min_np)]
-    # horovodrun passes both the script and the key to a shell without quotes.
+    call += [] if max_np is None else ["--max-np", str(max_np)]
+    # horovodrun passes the script to a shell without quotes.
     call += ["--host-discovery-script", shlex.quote(str(write_discovery_script(hosts_file)))]
     call += ["--elastic-timeout", str(timeout_seconds)]
-    key = None if ssh_identity_file is None else shlex.quote(str(ssh_identity_file))
-    if key and ssh_user:
-        key += f" -l {ssh_user}"  # horovodrun has no option for the user: see launch.hosts
-    for option, value in (
-        ("--max-np", max_np),
-        ("--network-interfaces", interface),
-        ("--ssh-port", ssh_port),
-        ("--ssh-identity-file", key),
-    ):
-        call += [] if value is None else [option, str(value)]
-    return [*call, *command]
+    call += [] if interface is None else ["--network-interfaces", interface]
+    write_environment(config, hosts_file)
+    return [*call, *ssh_options(config), *with_environment(config, hosts_file, command)]
 
 
 def loopback_interface() -> str:
@@ -154,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m horovod_lm.launch.elastic_hosts",
         description="Write a file of hosts, and print the command of an elastic job that follows"
         " its changes. Interface, ssh and environment come from the configuration's distributed"
-        " section; the environment of a single host is not used.",
+        " section.",
     )
     parser.add_argument("hosts_file", help="name:slots a line; an existing file is not changed")
     add_config_arguments(parser, default="configs/tiny.yaml")
@@ -162,22 +186,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--min-np", type=int, default=1, help="with fewer ranks, save and end")
     parser.add_argument("--max-np", type=int, help="the largest number of ranks")
     arguments = parser.parse_args(argv)
+    if arguments.workers < 1:
+        raise ConfigError(f"--workers must be at least 1, not {arguments.workers}")
     config = load_config(arguments.config, arguments.overrides)
     if not Path(arguments.hosts_file).exists():
         names = [f"{loopback_name(number)}:1" for number in range(arguments.workers)]
         write_hosts(arguments.hosts_file, names)
-    settings = config.distributed
-    key = settings.ssh_identity_file
-    variables = [f"{name}={value}" for name, value in settings.environment.items()]
     call = elastic_command(
-        [*(["env", *variables] if variables else []), *training_command(arguments, "--elastic")],
+        training_command(arguments, "--elastic"),
         arguments.hosts_file,
         arguments.min_np,
         arguments.max_np,
-        interface=settings.interface,
-        ssh_port=settings.ssh_port,
-        ssh_identity_file=config.resolve(key) if key else None,
-        ssh_user=settings.ssh_user,
+        config=config,
     )
     print(shlex.join(call))
     return 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,15 +23,18 @@ from pathlib import Path
 
 import psutil
 
-from horovod_lm.utils.cli import add_config_arguments, command, program, run_cli
+from horovod_lm.utils import cli
+from horovod_lm.utils.cli import add_config_arguments, program, run_cli
 from horovod_lm.utils.config import Config, HostConfig, load_config
 from horovod_lm.utils.errors import ConfigError, DistributedError, last_line
 
 DEFAULT_HOSTFILE = "runs/hostfile"
-# What our own ssh takes to another host; horovodrun takes the whole environment.
+# Variables that our own ssh takes to another host; horovodrun takes all.
 FORWARDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
-# Variables that horovodrun does not pass to other hosts (horovod/runner/common/util/env.py).
-_NOT_PASSED_ON = re.compile("BASH_FUNC_.*|OLDPWD|.*CUDA_VISIBLE_DEVICES|_HOROVOD_SECRET_KEY")
+_READ_ENVIRONMENT = (
+    'test -r "$0" || { echo "error: $HOROVOD_HOSTNAME lacks $0: copy it from the first host" >&2;'
+    ' exit 2; }; . "$0"; exec "$@"'
+)
 SSH_TIMEOUT = 4  # seconds
 _RANK_LINE = re.compile(r"\[(\d+)\]<(?:stdout|stderr)>:(.*)")
 _LOST_RANK = "lost another rank"  # the error of a rank whose connections have closed
@@ -42,6 +46,8 @@ _FIRST_TO_FAIL = re.compile(
 
 def write_hostfile(config: Config, path: str | Path) -> Path:
     """Write horovodrun's hostfile, a line `name slots=N` per host, and return its path.
+
+    The configuration's environment variables, if any, go into a second file, `PATH.environment`.
 
     Args:
         config: its `distributed` section names the hosts.
@@ -57,7 +63,49 @@ def write_hostfile(config: Config, path: str | Path) -> Path:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"the hostfile {path} cannot be written: {error.strerror}") from None
+    write_environment(config, path)
     return path
+
+
+def write_environment(config: Config, hosts_file: Path) -> None:
+    """Write the configuration's environment variables into a file beside a file of hosts.
+
+    Each rank reads it, and only its owner can. horovodrun writes its own variables into the command
+    lines of all ranks, which every user sees in the list of processes.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    script = _exports(config.distributed.environment)
+    for host in config.distributed.hosts:
+        if exports := _exports(host.environment):
+            script += f'[ "$HOROVOD_HOSTNAME" != {host.name} ] || {exports}'
+    path = environment_file(hosts_file)
+    try:
+        path.unlink(missing_ok=True)
+        if script:
+            path.touch(0o600, exist_ok=False)
+            path.write_text(script, encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _exports(variables: Mapping[str, str]) -> str:
+    words = shlex.join(f"{name}={value}" for name, value in variables.items())
+    return f"export {words}\n" if words else ""
+
+
+def environment_file(hosts_file: Path) -> Path:
+    """Return the path of the environment variables that belong to a file of hosts."""
+    return hosts_file.with_name(f"{hosts_file.name}.environment")
+
+
+def with_environment(config: Config, hosts_file: Path, command: Sequence[str]) -> list[str]:
+    """Return `command` in a shell that first sets the variables that `write_environment` wrote."""
+    settings = config.distributed
+    if not settings.environment and not any(host.environment for host in settings.hosts):
+        return list(command)
+    return ["sh", "-c", _READ_ENVIRONMENT, str(environment_file(hosts_file)), *command]
 
 
 def horovodrun_command(
@@ -78,43 +126,33 @@ def horovodrun_command(
     settings = config.distributed
     # With fewer ranks than slots, horovodrun would still start one process per slot.
     ranks = sum(host.slots for host in checked_hosts(config))
-    passed_on: list[str] = []
-    of_ranks: list[str] = []
-    for name, value in settings.environment.items():
-        (of_ranks if _NOT_PASSED_ON.match(name) else passed_on).append(f"{name}={value}")
-    call = ["env", *passed_on] if passed_on else []
+    hostfile = config.resolve(hostfile)
     # Without --disable-cache, horovodrun does not check ssh again for an hour.
-    call += [program("horovodrun"), "-np", str(ranks), "--disable-cache"]
-    call += ["--hostfile", str(config.resolve(hostfile))]
+    call = [program("horovodrun"), "-np", str(ranks), "--disable-cache"]
+    call += ["--hostfile", str(hostfile)]
     if settings.interface:
         call += ["--network-interfaces", settings.interface]
-    if settings.ssh_port:
-        call += ["--ssh-port", str(settings.ssh_port)]
+    return [*call, *ssh_options(config), *with_environment(config, hostfile, command)]
+
+
+def ssh_options(config: Config) -> list[str]:
+    """Return horovodrun's options for ssh: port, private key and user."""
+    settings = config.distributed
+    options = ["--ssh-port", str(settings.ssh_port)] if settings.ssh_port else []
     if settings.ssh_identity_file:
         key = shlex.quote(str(config.resolve(settings.ssh_identity_file)))
         # horovodrun has no option for ssh's user and rejects user@host, but it inserts the key into
         # ssh's command line without quotes (horovod/runner/util/remote.py).
         user = f" -l {settings.ssh_user}" if settings.ssh_user else ""
-        call += ["--ssh-identity-file", key + user]
-    command = _with_own_environment(settings.hosts, command)
-    return [*call, *(["env", *of_ranks] if of_ranks else []), *command]
-
-
-def _with_own_environment(hosts: Sequence[HostConfig], command: Sequence[str]) -> list[str]:
-    """Return `command` in a shell that first sets the variables of its own host."""
-    cases = [
-        f"{host.name}) export {shlex.join(f'{k}={v}' for k, v in host.environment.items())};;"
-        for host in hosts
-        if host.environment
-    ]
-    if not cases:
-        return list(command)
-    script = f'case $HOROVOD_HOSTNAME in {" ".join(cases)} esac; exec "$@"'
-    return ["sh", "-c", script, "sh", *command]
+        options += ["--ssh-identity-file", key + user]
+    return options
 
 
 def ssh_command(config: Config, host: str, command: str, seconds: int = 5) -> list[str]:
-    """Return the ssh command that runs a shell line on a host, with the options of horovodrun.
+    """Return the ssh command that runs a shell line on a host.
+
+    As in horovodrun's own command, a new host's key is accepted. A key that has changed is not:
+    horovodrun would log in to a machine that only claims to be that host.
 
     Args:
         config: its `distributed` section says how to log in.
@@ -123,7 +161,7 @@ def ssh_command(config: Config, host: str, command: str, seconds: int = 5) -> li
         seconds: limit for connecting.
     """
     settings = config.distributed
-    call = ["ssh", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no"]
+    call = ["ssh", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=accept-new"]
     call += ["-o", f"ConnectTimeout={seconds}"]
     if settings.ssh_port:
         call += ["-p", str(settings.ssh_port)]
@@ -153,96 +191,133 @@ def checked_hosts(config: Config) -> list[HostConfig]:
     return hosts
 
 
-def unknown_hosts(config: Config) -> list[str]:
-    """Return the hosts whose name this machine cannot resolve to an address."""
+def wrong_names(config: Config) -> dict[str, tuple[str, str]]:
+    """Return each host whose name cannot be right, with what is wrong and how to fix it.
 
-    def resolves(name: str) -> bool:
-        try:
-            return bool(socket.getaddrinfo(name, None))
-        except (OSError, UnicodeError):
-            return False
-
-    return [host.name for host in checked_hosts(config) if not resolves(host.name)]
+    A name needs an address that is known here. Only one name may be this machine, because
+    horovodrun would start the ranks of the other one here, too.
+    """
+    wrong, here = {}, None
+    for name in (host.name for host in checked_hosts(config)):
+        address = address_of(name)
+        if address is None:
+            fix = f"correct it in distributed.hosts, or add a line 'ADDRESS {name}' to /etc/hosts"
+            wrong[name] = "has no address known here", fix
+        elif is_this_machine(name) and here is not None:
+            fix = "correct its address in /etc/hosts, or name this machine once with all its slots"
+            wrong[name] = f"has an address of this machine ({address}), as {here} does", fix
+        elif is_this_machine(name):
+            here = name
+    return wrong
 
 
 def check_names(config: Config) -> None:
-    """Check that every host has an address, and that at most one is this machine.
+    """Check the hosts' names.
 
     Raises:
-        ConfigError: a host has no address, or horovodrun would start another host's ranks here.
+        ConfigError: see `wrong_names`.
     """
-    for name in unknown_hosts(config):
-        raise ConfigError(
-            f"{name} has no address known here: correct it in distributed.hosts, or add a line"
-            f" 'ADDRESS {name}' to /etc/hosts"
-        )
-    here = [host.name for host in checked_hosts(config) if is_this_machine(host.name)]
-    if len(here) > 1:
-        address = socket.gethostbyname(here[-1])
-        raise ConfigError(
-            f"{' and '.join(here)} are both this machine ({here[-1]} has the address {address}"
-            " here): correct their addresses in /etc/hosts, or name the machine once with all its"
-            " slots"
-        )
+    for name, (message, fix) in wrong_names(config).items():
+        raise ConfigError(f"{name} {message}: {fix}")
+
+
+def address_of(name: str) -> str | None:
+    """Return the IPv4 address of a host's name, or None if this machine does not know it."""
+    try:
+        return socket.gethostbyname(name)
+    except (OSError, UnicodeError):
+        return None
 
 
 def is_this_machine(name: str) -> bool:
     """Return whether a host's name resolves to an address of this machine."""
-    try:
-        address = socket.gethostbyname(name)
-    except (OSError, UnicodeError):
-        return False
+    address = address_of(name) or ""
     mine = {one.address for all_of in psutil.net_if_addrs().values() for one in all_of}
     return address in mine or address.startswith("127.")
 
 
-def run(config: Config, command: Sequence[str], hostfile: str | Path = DEFAULT_HOSTFILE) -> None:
+def run(
+    config: Config,
+    command: Sequence[str],
+    hostfile: str | Path = DEFAULT_HOSTFILE,
+    file: str | Path = "FILE",
+) -> None:
     """Print the horovodrun command, run it, and show its output.
+
+    Ctrl-C and SIGTERM stop the job; its ranks save checkpoints and say how to resume.
 
     Args:
         config: its `distributed` section names the hosts.
         command: what each rank runs.
         hostfile: where to write the hostfile.
+        file: the configuration file, for messages.
 
     Raises:
         ConfigError: the hosts' names cannot be right.
-        DistributedError: the job failed; the sentence names the host.
+        DistributedError: Horovod is not installed, a host cannot be reached, or the job failed.
     """
     check_names(config)
-    call = horovodrun_command(config, command, write_hostfile(config, hostfile))
+    if shutil.which(program("horovodrun")) is None:
+        raise DistributedError(
+            f"Horovod is not installed: run {cli.command('horovod_lm.setup.install_horovod')}"
+        )
+    hostfile = write_hostfile(config, hostfile)
+    if silent := silent_hosts(config, 15, environment_file(hostfile)):
+        raise DistributedError(explain(config, [], silent, file))
+    call = horovodrun_command(config, command, hostfile)
     print(shlex.join(call), flush=True)
     lines: deque[str] = deque(maxlen=400)
-    silent = None
+    was_lost = False
     with subprocess.Popen(
         call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as process:
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        stops = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, lambda *_: process.terminate()) for number in stops]
         try:
             for line in process.stdout or []:
                 lines.append(line)
                 print(line, end="", flush=True)
-                if silent is None and _LOST_RANK in line:
+                if not was_lost and _LOST_RANK in line:
+                    was_lost = True
                     silent = silent_hosts(config)  # while horovodrun ends the other ranks
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in zip(stops, before, strict=True):
+                signal.signal(number, handler)
     if process.returncode:
-        silent = silent_hosts(config) if silent is None else silent
-        raise DistributedError(explain(config, lines, silent))
+        silent = silent if was_lost else silent_hosts(config)
+        raise DistributedError(explain(config, lines, silent, file))
 
 
-def silent_hosts(config: Config) -> dict[str, str]:
-    """Return the hosts on which ssh cannot run a command now, with its last line for each."""
+def silent_hosts(
+    config: Config, seconds: int = SSH_TIMEOUT, copied: Path | None = None
+) -> dict[str, str]:
+    """Return the hosts on which ssh cannot run a command now, with its last line for each.
+
+    Args:
+        config: its `distributed` section names the hosts.
+        seconds: limit for connecting.
+        copied: a file to copy to the same place on every host, readable by its owner only.
+    """
+    content = copied.read_bytes() if copied and copied.exists() else None
 
     def problem(name: str) -> str:
-        call = ssh_command(config, name, "true", SSH_TIMEOUT)
+        line = "true"
+        if copied and content is not None:  # atomically: the hosts may share the disk
+            path, new = shlex.quote(str(copied)), shlex.quote(f"{copied}.{name}")
+            folder = shlex.quote(str(copied.parent))
+            line = f"umask 077; mkdir -p {folder} && cat > {new} && mv {new} {path}"
+        call = ssh_command(config, name, line, seconds)
         try:
             done = subprocess.run(
-                call, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                timeout=SSH_TIMEOUT + 1,
-            )  # fmt: skip
+                call, input=content or b"", capture_output=True, timeout=seconds + 1
+            )
         except subprocess.TimeoutExpired:
-            return f"no answer for {SSH_TIMEOUT} s"
-        return (last_line(done.stderr) or "it does not say why") if done.returncode else ""
+            return f"no answer for {seconds} s"
+        return (
+            (last_line(done.stderr.decode("utf-8", "replace")) or "it does not say why")
+            if done.returncode
+            else ""
+        )
 
     names = [host.name for host in checked_hosts(config) if not is_this_machine(host.name)]
     with ThreadPoolExecutor(max(1, len(names))) as pool:
@@ -250,20 +325,23 @@ def silent_hosts(config: Config) -> dict[str, str]:
         return {name: text for name, text in problems if text}
 
 
-def explain(config: Config, lines: Iterable[str], silent: Mapping[str, str]) -> str:
+def explain(
+    config: Config, lines: Iterable[str], silent: Mapping[str, str], file: str | Path = "FILE"
+) -> str:
     """Return why a job failed: hosts that cannot be reached, or the rank that hung or failed.
 
     Args:
         config: its `distributed` section names the hosts.
         lines: the last lines of horovodrun's output.
         silent: what `silent_hosts` returned.
+        file: the configuration file.
     """
     if silent:
+        doctor = cli.command("horovod_lm.setup.doctor", "--hosts", file)
         return (
             f"cannot reach {' and '.join(f'{name} ({why})' for name, why in silent.items())}:"
             " check the machine, its network, and distributed.ssh_user, ssh_port and"
-            f" ssh_identity_file ({command('horovod_lm.setup.doctor', '--hosts', 'FILE')} checks"
-            " every host), then resume with --resume"
+            f" ssh_identity_file; to check every host: {doctor}"
         )
     lines = list(lines)
     failed = [found for line in lines if (found := _FIRST_TO_FAIL.match(line))]
@@ -315,10 +393,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(arguments.config, arguments.overrides)
     words = arguments.command or training_command(arguments)
     if arguments.run:
-        run(config, words, arguments.hostfile)
+        run(config, words, arguments.hostfile, arguments.config)
         return 0
-    for name in unknown_hosts(config):
-        print(f"warning: {name} has no address known here: see distributed.hosts", file=sys.stderr)
+    for name, (message, fix) in wrong_names(config).items():
+        print(f"warning: {name} {message}: {fix}", file=sys.stderr)
     hostfile = write_hostfile(config, arguments.hostfile)
     print(shlex.join(horovodrun_command(config, words, hostfile)))
     return 0

@@ -24,7 +24,7 @@ from horovod_lm.launch.hosts import (
     checked_hosts,
     is_this_machine,
     ssh_command,
-    unknown_hosts,
+    wrong_names,
 )
 from horovod_lm.setup.finding import FAIL, OK, WARN, Finding
 from horovod_lm.training.host_check import SECONDS_TO_CONNECT, fix_difference
@@ -48,9 +48,9 @@ class HostProcess:
         self.name = name
         self._errors = tempfile.TemporaryFile("w+", errors="replace")
         host = next(host for host in checked_hosts(config) if host.name == name)
-        variables = {key: os.environ[key] for key in FORWARDED if key in os.environ}
-        variables |= config.distributed.environment | host.environment
-        words = ["env", *(f"{key}={value}" for key, value in variables.items())]
+        variables = os.environ | config.distributed.environment | host.environment
+        # Only these, because a command line is visible to every user of both hosts.
+        words = ["env", *(f"{key}={variables[key]}" for key in FORWARDED if key in variables)]
         # A host with a PATH of its own has a `python` of its own.
         python = "python" if "PATH" in host.environment else sys.executable
         words += [python, "-m", "horovod_lm.training.host_check"]
@@ -107,16 +107,11 @@ def examine_hosts(config: Config) -> Iterator[Finding]:
     Raises:
         ConfigError: there are no hosts, or one is named twice.
     """
-    unknown = unknown_hosts(config)
-    for name in unknown:
-        fix = f"correct it in distributed.hosts, or add a line 'ADDRESS {name}' to /etc/hosts"
-        yield Finding(name, FAIL, "has no address known here", fix)
-    names = [host.name for host in checked_hosts(config) if host.name not in unknown]
-    here = [name for name in names if is_this_machine(name)]
-    for name in here[1:]:
-        fix = f"give {name} its own address in this machine's /etc/hosts"
-        yield Finding(name, FAIL, f"has the address of this machine, as {here[0]} does", fix)
-    processes = [HostProcess(config, name) for name in names if name not in here[1:]]
+    wrong = wrong_names(config)
+    for name, (message, fix) in wrong.items():
+        yield Finding(name, FAIL, message, fix)
+    names = [host.name for host in checked_hosts(config) if host.name not in wrong]
+    processes = [HostProcess(config, name) for name in names]
     try:
         yield from _examine(config, processes)
     finally:
@@ -170,6 +165,10 @@ def _unreachable(config: Config, name: str, why: str) -> Finding:
     login = shlex.join(ssh_command(config, name, "true"))
     if "Permission denied" in why:
         fix = f"add the key to {name}'s ~/.ssh/authorized_keys; this must print nothing: {login}"
+    elif "Host key verification failed" in why:
+        port = config.distributed.ssh_port or 22
+        entry = shlex.quote(name if port == 22 else f"[{name}]:{port}")
+        fix = f"if {name} was installed again, ssh-keygen -R {entry}; if not, see what answers"
     elif "No module named" in why or "No such file" in why or "can't cd" in why:
         fix = (
             f"on {name}, put the project into {config.project_root} and its environment into"

@@ -428,12 +428,19 @@ def config_from_dict(
 
 
 def save_config(config: Config, path: str | Path) -> Path:
-    """Write `config` as YAML; `load_config` gives an equal one back. Return the path."""
+    """Write `config` as YAML; `load_config` gives an equal one back. Return the path.
+
+    Only its owner can read a file with environment variables.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     yaml = _yaml()
     # The library writes U+0085 as it is and reads it as a space.
     yaml.allow_unicode = "\x85" not in config.model_dump_json()
+    settings = config.distributed
+    if settings.environment or any(host.environment for host in settings.hosts):
+        path.unlink(missing_ok=True)
+        path.touch(0o600)  # variables may be secret
     with path.open("w", encoding="utf-8") as file:
         yaml.dump(config.to_dict(), file)
     return path

@@ -18,6 +18,7 @@ from horovod_lm.launch.elastic_hosts import (
     write_discovery_script,
     write_hosts,
 )
+from horovod_lm.launch.hosts import environment_file
 from horovod_lm.utils.errors import ConfigError
 
 
@@ -42,6 +43,10 @@ def test_the_script_prints_what_the_file_says_now_without_comments_and_blank_lin
         (b"localhost:1\nlocalhost slots=2\n", "line 2: 'localhost slots=2' is not a host"),
         (b"localhost:two", "line 1: 'localhost:two' is not a host: write NAME:SLOTS"),
         (b"localhost:0", "line 1: 'localhost:0' is not a host"),
+        (b"one:1\n# two\none : 2\n", "line 3: one is named twice: name it once, with the sum"),
+        (b"user@one:1", "line 1: 'user@one:1' is not a host"),
+        (b"\xef\xbb\xbfone:1", "is not a host: write NAME:SLOTS"),
+        (b"::1:2", "line 1: '::1:2' is not a host"),
         (b"# nobody yet\n\n", "has no host: write a line NAME:SLOTS for each"),
         (b"h\xe9te:1", "cannot be read"),
     ],
@@ -51,6 +56,10 @@ def test_a_file_that_names_no_hosts_is_refused_in_a_sentence(tmp_path, content, 
     with pytest.raises(ConfigError, match=re.escape(sentence)) as caught:
         elastic_command(["true"], tmp_path / "hosts")
     assert str(tmp_path / "hosts") in str(caught.value)
+    # In a running job the script fails: horovodrun warns, and keeps the hosts that it has.
+    script = write_discovery_script(tmp_path / "hosts")
+    done = subprocess.run([script], capture_output=True)
+    assert done.returncode != 0 and not done.stdout
 
 
 @pytest.mark.parametrize(
@@ -76,7 +85,8 @@ def test_horovodrun_reads_the_printed_command_as_it_was_meant(tmp_path, capsys):
     assert main([str(hosts_file), "--workers", "3", *settings]) == 0
     call = shlex.split(capsys.readouterr().out)
     assert call[-12:] == settings
-    assert call[call.index("env") + 1] == "A=b c"
+    assert "A=b c" not in call
+    assert environment_file(hosts_file).read_text() == "export 'A=b c'\n"
     assert read_hosts(hosts_file) == {"localhost": 1, "127.0.0.1": 1, "127.0.0.01": 1}
     launch = pytest.importorskip("horovod.runner.launch")
     parse = f"""from {launch.__name__} import parse_args; told = parse_args()
@@ -85,3 +95,19 @@ print(told.num_proc, told.ssh_port, told.ssh_identity_file)"""
         [sys.executable, "-c", parse, *call[1:]], capture_output=True, text=True, timeout=60
     )
     assert run.stdout == "3 2222 '/my keys/id' -l ann\n", run.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["FOLDER/hosts", "--workers", "0"], "--workers must be at least 1, not 0"),
+        (["FOLDER/file/deep/hosts"], "FOLDER/file/deep/hosts cannot be written: Not a directory"),
+        (["FOLDER"], "the file of hosts FOLDER cannot be read: "),
+    ],
+)
+def test_what_cannot_work_is_a_sentence(tmp_path, options, sentence):
+    (tmp_path / "file").touch()
+    named = [option.replace("FOLDER", str(tmp_path)) for option in options]
+    with pytest.raises(ConfigError, match=re.escape(sentence.replace("FOLDER", str(tmp_path)))):
+        main([*named, "--config", "configs/tiny.yaml"])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

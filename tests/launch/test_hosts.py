@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
@@ -58,13 +59,25 @@ def test_horovodrun_reads_the_command_as_it_was_meant(monkeypatch, tmp_path):
     assert read.command == command
 
 
-def test_variables_that_horovodrun_does_not_pass_on_are_set_by_each_rank():
-    env = pytest.importorskip("horovod.runner.common.util.env")
-    assert set(launcher._NOT_PASSED_ON.pattern.split("|")) == env.IGNORE_REGEXES
-    config = with_hosts(TWO, environment={"A": "1", "CUDA_VISIBLE_DEVICES": "2"})
-    call = launcher.horovodrun_command(config, ["true"])
-    assert call[:3] == ["env", "A=1", "horovodrun"]
-    assert call[-3:] == ["env", "CUDA_VISIBLE_DEVICES=2", "true"]
+def test_variables_reach_the_ranks_of_their_host_and_no_command_line(tmp_path):
+    variables = {"ALL": "a secret", "CUDA_VISIBLE_DEVICES": "2", "MINE": "no"}
+    hosts = [TWO[0], {**TWO[1], "environment": {"MINE": "it's $HOME\na secret"}}]
+    config = with_hosts(hosts, environment=variables)
+    hostfile = launcher.write_hostfile(config, tmp_path / "a hostfile")
+    show = "import json, os; print(json.dumps([os.environ[name] for name in ('ALL', 'MINE')]))"
+    call = launcher.horovodrun_command(config, [sys.executable, "-c", show], hostfile)
+    assert "secret" not in shlex.join(call)
+    file = launcher.environment_file(hostfile)
+    assert file.stat().st_mode & 0o777 == 0o600
+    ranks = call[call.index("sh") :]
+    for host, mine in (("node1", "no"), ("10.0.0.2", "it's $HOME\na secret")):
+        rank = ["env", f"HOROVOD_HOSTNAME={host}", *ranks]
+        assert json.loads(subprocess.check_output(rank)) == ["a secret", mine]
+    launcher.write_hostfile(with_hosts(TWO), hostfile)
+    assert not file.exists()
+    done = subprocess.run(rank, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: 10.0.0.2 lacks {file}: copy it from the first host\n"
 
 
 @pytest.mark.parametrize(
@@ -82,9 +95,17 @@ def test_what_cannot_work_is_a_sentence(hosts, command, hostfile, sentence, tmp_
         launcher.write_hostfile(with_hosts(hosts), tmp_path / hostfile)
 
 
-def test_a_host_without_an_address_is_named():
-    hosts = [{"name": "localhost"}, {"name": "there.is.no.such.host.invalid"}]
-    assert launcher.unknown_hosts(with_hosts(hosts)) == ["there.is.no.such.host.invalid"]
+def test_a_wrong_name_is_named_with_its_fix():
+    nowhere = "there.is.no.such.host.invalid"
+    hosts = [{"name": name} for name in ("localhost", nowhere, "127.0.0.1")]
+    wrong = launcher.wrong_names(with_hosts(hosts))
+    assert wrong[nowhere][0] == "has no address known here"
+    assert wrong["127.0.0.1"][0] == (
+        "has an address of this machine (127.0.0.1), as localhost does"
+    )
+    assert wrong.keys() == {nowhere, "127.0.0.1"}
+    with pytest.raises(ConfigError, match=f"^{nowhere} has no address known here: correct it in"):
+        launcher.check_names(with_hosts(hosts))
 
 
 def test_the_shipped_cluster_is_the_model_of_config_yaml_on_several_hosts():

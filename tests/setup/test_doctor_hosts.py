@@ -138,8 +138,8 @@ UNREACHABLE = {
     "names": (
         {"hosts": [{"name": "host0"}, {"name": "host9"}, {"name": "hots1"},
                    {"name": "host2", "environment": PATH}]},
-        [("hots1", "has no address known here", "/etc/hosts"),
-         ("host9", "has the address of this machine, as host0 does", "/etc/hosts"),
+        [("host9", "has an address of this machine (127.0.1.1), as host0 does", "/etc/hosts"),
+         ("hots1", "has no address known here", "/etc/hosts"),
          ("host2", "does not answer: ", "the same folders as here")],
     ),
     "port": (

@@ -17,8 +17,6 @@ import torch
 
 from horovod_lm.teaching import simulated_hosts as hosts_module
 from horovod_lm.teaching.simulated_hosts import (
-    INTERFACE,
-    SSH_PORT,
     Hosts,
     kernel_can_delay,
     token_bucket,
@@ -245,8 +243,8 @@ def test_elastic_training_goes_on_without_a_host_that_loses_power(tiny_project, 
     with Hosts(3) as hosts:
         run = ElasticRun(
             tiny_project, "elastic-hosts", 3,
-            hosts=hosts.names, enter=hosts.enter(folder=tiny_project), interface=INTERFACE,
-            ssh_port=SSH_PORT, ssh_identity_file=hosts.folder / "key",
+            hosts=hosts.names, enter=hosts.enter(folder=tiny_project),
+            config=hosts.configure(Config()),
         )  # fmt: skip
         try:
             run.wait_for_step(12)
@@ -303,16 +301,23 @@ def test_a_wrong_key_user_name_or_address_is_a_sentence_that_names_the_host(last
             assert said.startswith("error: cannot reach host1 (") and "Permission denied" in said
         said = last_line_of(hosts, {"hosts": [{"name": "host0"}, {"name": "hots1"}]})
         assert said.startswith("error: hots1 has no address known here")
+        other_key = (hosts.folder / "key.pub").read_text()
+        (hosts.folder / "known_hosts").write_text(f"* {other_key}")
+        # horovodrun would log in, and send its environment, to whoever has this address now.
+        said = last_line_of(hosts)
+        assert said.startswith("error: cannot reach host1 (Host key verification failed.)")
     # horovodrun would start both ranks on host0 without a word.
     with Hosts(2, wrong_names={"host0": "127.0.1.1 host1"}) as hosts:
         said = last_line_of(hosts)
-    assert said.startswith("error: host0 and host1 are both this machine (host1 has the address")
+    assert said.startswith("error: host1 has an address of this machine (127.0.1.1), as host0 does")
 
 
-def test_the_user_and_variables_of_one_host_and_of_all_reach_the_ranks():
+def test_the_user_and_variables_of_one_host_and_of_all_reach_the_ranks_unseen(tmp_path):
     show = (
-        "import os; print('AT', os.uname().nodename,"
-        " *(os.environ[name] for name in ('OF_ALL', 'CUDA_VISIBLE_DEVICES', 'MINE')))"
+        "import glob, os; print('AT', os.uname().nodename,"
+        " *(os.environ[name] for name in ('OF_ALL', 'CUDA_VISIBLE_DEVICES', 'MINE')));"
+        " print('SEEN', any(os.environb[b'OF_ALL'] in open(file, 'rb').read() for file in"
+        " glob.glob('/proc/[0-9]*/cmdline') if os.path.exists(file)))"
     )
     changes = {
         "ssh_user": "root",
@@ -320,12 +325,15 @@ def test_the_user_and_variables_of_one_host_and_of_all_reach_the_ranks():
         "environment": {"OF_ALL": "a b", "CUDA_VISIBLE_DEVICES": "2,3", "MINE": "no"},
         "hosts": [{"name": "host0"}, {"name": "host1", "environment": {"MINE": "it's $HOME"}}],
     }
-    with Hosts(2) as hosts:
+    with Hosts(2, own_folders=[tmp_path / "own"]) as hosts:
         config = hosts.configure(Config()).with_overrides({"distributed": changes})
-        done = hosts.horovodrun(config, [sys.executable, "-c", show])
+        command = explained(hosts, config, [sys.executable, "-c", show])
+        command[command.index("--hostfile") + 1] = str(tmp_path / "own" / "a hostfile")
+        done = hosts.run(command)
     assert done.returncode == 0, done.stdout
     assert "AT host0 a b 2,3 no" in done.stdout, done.stdout
     assert "AT host1 a b 2,3 it's $HOME" in done.stdout, done.stdout
+    assert "SEEN False" in done.stdout and "SEEN True" not in done.stdout, done.stdout
 
 
 # ---- the hosts themselves ------------------------------------------------------------------------
