@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from horovod_lm.utils.config import Config, save_config
 from horovod_lm.utils.errors import ConfigError
 
 LONGEST_NAME = 200  # bytes; file systems allow 255, and an archived run has a number as well
+_VARIABLES = re.compile("(=.*environment|environment.*?=).*", re.DOTALL)  # may be secret
 _PACKAGES = ("horovod_lm", "torch", "horovod", "numpy", "tokenizers", "pydantic")
 
 
@@ -70,7 +72,7 @@ class RunFolder:
         """
         session = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": sys.argv,
+            "command": [_VARIABLES.sub(r"\1...", word) for word in sys.argv],
             "host": platform.node(),
             "platform": platform.platform(),
             "python": platform.python_version(),

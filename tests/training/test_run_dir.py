@@ -37,22 +37,26 @@ def test_a_run_is_one_folder_under_the_project(config, tmp_path):
 
 
 def test_a_run_describes_command_host_and_versions(config, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train", "--config", "x.yaml"])
+    secrets = ["distributed.environment.A=secret", "distributed.hosts=[{environment: {A: secret}}]"]
+    monkeypatch.setattr(sys, "argv", ["train", "--config", "x.yaml", *secrets])
+    config = config.with_overrides({"distributed.environment": {"A": "secret"}})
     run = described(config, "first")
+    assert (run.run_dir / "config.yaml").stat().st_mode & 0o777 == 0o600
     assert load_config(run.run_dir / "config.yaml").to_dict() == config.to_dict()
     [session] = read_sessions(run.run_dir)
     assert session.pop("started").startswith("20") and session.pop("platform")
     assert {"horovod", "horovod_lm", "numpy"} <= session["versions"].keys()
     assert session.pop("versions")["torch"] == metadata.version("torch")
     assert session == {
-        "command": ["train", "--config", "x.yaml"],
+        "command": ["train", "--config", "x.yaml", "distributed.environment.A=...",
+                    "distributed.hosts=[{environment..."],
         "host": platform.node(),
         "python": platform.python_version(),
         "git_commit": None,  # this project is no repository
         "world_size": 2,
         "threads_per_rank": torch.get_num_threads(),
         "devices": "2 ranks on the CPU",
-    }
+    }  # fmt: skip
 
 
 def test_the_commit_is_recorded(config, tmp_path):
