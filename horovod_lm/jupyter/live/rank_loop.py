@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from horovod_lm.jupyter.run_cell import rank_cell
+from horovod_lm.jupyter.run_cell.framed_horovodrun import EVENTS_VARIABLE
 from horovod_lm.utils.cli import end_at_once
 
 SECONDS_TO_BE_INTERRUPTED = 0.5  # if it lasts longer, the rank waits inside Horovod
@@ -131,6 +132,7 @@ def main() -> None:
     import horovod.torch  # noqa: F401  not in the first request, whose ranks would wait
 
     end_at_once()
+    os.close(int(os.environ.pop(EVENTS_VARIABLE)))  # a cell could write to it
     rank_cell.new_main_module()
     # One pipe keeps what a cell prints, what it warns of, and Horovod's log in order.
     os.dup2(1, 2)
