@@ -141,22 +141,18 @@ class HorovodCluster:
             ({**(env or {}), **settings, **groups}, threads)
             for settings in self._rendezvous.settings
         ]
-        error = Task(self._ranks, range(self.n), "start", arguments).wait()
+        error = Task(self._ranks, "start", arguments).wait()
         self._broken = "" if error is None else str(error)
         if error is not None:
             raise DistributedError(f"the ranks did not start: {error}; {RESTART}")
 
     # ---- work -----------------------------------------------------------------------------------
 
-    def run(
-        self, work: str | Callable[..., Any], *args: Any, only: Sequence[int] | None = None,
-        **kwargs: Any,
-    ) -> list[Any]:  # fmt: skip
+    def run(self, work: str | Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Run code, or call a function, on every rank; show what they print, rank by rank.
 
         Args:
             work: Python code, or a function for `args` and `kwargs`.
-            only: the ranks that run it; None: all.
 
         Returns:
             Each rank's last or returned value, in the order of ranks.
@@ -166,12 +162,12 @@ class HorovodCluster:
             RanksStopped: the notebook was interrupted.
         """
         if isinstance(work, str):
-            return self._perform("cell", (work, True), only)
-        return self._perform("function", (cloudpickle.dumps((work, args, kwargs)),), only)
+            return self._perform("cell", work, True)
+        return self._perform("function", cloudpickle.dumps((work, args, kwargs)))
 
-    def run_cell(self, source: str, only: Sequence[int] | None = None) -> None:
+    def run_cell(self, source: str) -> None:
         """Run a cell as `%%px` does: its last value is shown, not returned."""
-        self._perform("cell", (source, False), only)
+        self._perform("cell", source, False)
 
     def push(self, **values: Any) -> None:
         """Set variables of every rank."""
@@ -181,12 +177,12 @@ class HorovodCluster:
         state = (self._broken or "ready") if self._ranks else "not running"
         return f"<HorovodCluster of {rank_list(list(range(self.n)))}: {state}>"
 
-    def _perform(
-        self, operation: str, arguments: tuple[Any, ...], only: Sequence[int] | None
-    ) -> list[Any]:
-        chosen = range(self.n) if only is None else only
-        self._check(chosen)
-        task = Task(self._ranks, chosen, operation, [arguments] * len(chosen))
+    def _perform(self, operation: str, *arguments: Any) -> list[Any]:
+        if not self._ranks:
+            raise DistributedError(NOT_RUNNING)
+        if self._broken:
+            raise DistributedError(f"the ranks have ended ({self._broken}); {RESTART}")
+        task = Task(self._ranks, operation, [arguments] * self.n)
         error = task.wait()
         task.show()
         if error is not None:
@@ -196,15 +192,6 @@ class HorovodCluster:
                 raise RanksStopped(text)
             raise RankError(text, error.rank, error.code, error.trace)
         return task.values()
-
-    def _check(self, only: Sequence[int]) -> None:
-        if not self._ranks:
-            raise DistributedError(NOT_RUNNING)
-        wrong = [rank for rank in only if not 0 <= rank < self.n]
-        if wrong:
-            raise ConfigError(f"there is no rank {wrong[0]}: the ranks are 0 to {self.n - 1}")
-        if self._broken:
-            raise DistributedError(f"the ranks have ended ({self._broken}); {RESTART}")
 
 
 def _update(values: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The processes of live ranks, and one request to several of them at once."""
+"""The processes of live ranks, and one request to all of them at once."""
 
 from __future__ import annotations
 
@@ -127,26 +127,23 @@ class LiveRank:
 
 
 class Task:
-    """One request to several live ranks. If any rank has ended before, none is asked.
+    """One request to all live ranks. If any rank has ended before, none is asked.
 
     Args:
         ranks: all live ranks.
-        chosen: the ranks that execute it.
         operation: a key of `rank_loop.OPERATIONS`.
-        arguments: the operation's arguments for each chosen rank.
+        arguments: the operation's arguments for each rank.
     """
 
     def __init__(
-        self, ranks: Sequence[LiveRank], chosen: Sequence[int], operation: str,
-        arguments: Sequence[tuple[Any, ...]],
-    ) -> None:  # fmt: skip
+        self, ranks: Sequence[LiveRank], operation: str, arguments: Sequence[tuple[Any, ...]]
+    ) -> None:
         self._ranks = ranks
         self._result = JobResult(len(ranks))
         self._answers: dict[int, dict[str, Any]] = {}
         self._printed: dict[int, list[str]] = {}
         self._end_of_output = f"{secrets.token_hex(16)}\n"
-        whole = not any(rank.has_ended for rank in ranks)
-        self._asked = [ranks[number] for number in chosen] if whole else []
+        self._asked = [] if any(rank.has_ended for rank in ranks) else ranks
         for rank, own in zip(self._asked, arguments, strict=False):
             rank.send(operation, own, self._end_of_output)
 

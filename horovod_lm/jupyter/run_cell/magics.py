@@ -12,7 +12,6 @@ is shown after its rank: rank 0's at once, those of the others in order when all
 so that the same cell always shows the same text.
 
     %%px                       every live rank of a HorovodCluster
-    %%px --rank 1              one rank: its cell must not call a collective
     %%px --out sizes           a list of each rank's last value, by rank
 
 `%horovodrun?` and `%px?` list the options.
@@ -148,8 +147,6 @@ class HorovodMagics(Magics):
     @no_var_expand
     @line_cell_magic
     @magic_arguments()
-    @argument("--rank", type=int, action="append", metavar="N",
-              help="a rank that runs it (repeatable; default: all)")
     @argument("--out", metavar="NAME", help="a list of each rank's last value, by rank")
     # fmt: on
     def px(self, line: str, cell: str | None = None) -> None:
@@ -163,9 +160,9 @@ class HorovodMagics(Magics):
         source = line if cell is None else cell
         _check_syntax(source)
         if arguments.out:
-            self.shell.user_ns[arguments.out] = cluster.run(source, only=arguments.rank)
+            self.shell.user_ns[arguments.out] = cluster.run(source)
         else:
-            cluster.run_cell(source, only=arguments.rank)
+            cluster.run_cell(source)
 
 
 def _parse(magic: Any, line: str) -> argparse.Namespace:
