@@ -233,7 +233,8 @@ def pytest_terminal_summary(terminalreporter, exitstatus):
         text = path.read_text("utf-8").partition(HEADING)[0] if path.exists() else ""
         versions = f"Python {platform.python_version()}, torch {metadata.version('torch')}"
         machine = f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores"
-        where = f"On {date.today()}, {machine}, {versions}."
+        load = f"load {os.getloadavg()[2]:.0f}"
+        where = f"On {date.today()}, {machine}, {load}, {versions}."
         path.write_text("\n".join([text + HEADING, "", where, "", *lines, ""]), "utf-8")
 
 
@@ -241,6 +242,7 @@ def _row(test, seconds, said, limit, left, resumed) -> list[str]:
     name = test.partition("::")[2].removeprefix("test_").replace("_", " ")
     last = said.strip().splitlines()[-1].replace("|", "\\|") if said.strip() else ""
     last = re.sub(r"/[^'\"]*/a project\d+/", "", last)  # the folder of `tiny_project`
+    last = last if len(last) <= 160 else f"{last[:159]}…"
     return [
         name,
         "" if limit is None else f"{limit:g}",

@@ -6,8 +6,9 @@ still waits for it: horovodrun counts it among the next ranks until its process 
 fixed ranks ends, but horovodrun needs 10 s more to kill a hung rank, and cannot on another host.
 Hence this process: the rank sends it bytes, and is killed if none arrives within the time limit.
 
-It also kills a rank that hangs in one call, while its other threads work, and does not react to
-SIGTERM: horovodrun would need 10 s to end it and its shell.
+It also kills a rank that hangs in one call, while its other threads work, and does not react when
+it is told to end. On its own host, horovodrun sends it SIGTERM, and would need 10 s to kill it and
+its shell. On another host it closes the connection, and nobody reads the rank's output any more.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from contextlib import suppress
 
 HEARTBEATS_PER_LIMIT = 10
 SECONDS_BETWEEN_CHECKS = 0.5
-SECONDS_AFTER_SIGTERM = 4.0  # horovodrun kills the rank after 5, and waits 5 more for its shell
+SECONDS_TO_END = 4.0  # horovodrun kills the rank after 5, and waits 5 more for its shell
 
 
 class Watchdog:
@@ -68,27 +69,35 @@ class Watchdog:
 
 
 def watch(seconds: float, name: str) -> None:
-    """Kill the parent process if it sends no byte for `seconds`, or does not end after SIGTERM."""
+    """Kill the parent process if it sends no byte for `seconds`, or does not end when told to."""
+    parent, last, told_to_end = os.getppid(), time.monotonic(), float("inf")
     by_horovodrun = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
-    parent, last, asked = os.getppid(), time.monotonic(), float("inf")
+    events = select.poll()
+    events.register(sys.stdin, select.POLLIN)
+    if by_horovodrun:
+        events.register(sys.stderr, 0)  # only errors: the pipe has no reader
     while os.getppid() == parent:  # the number changes when the parent dies
-        readable, _, _ = select.select([sys.stdin], [], [], SECONDS_BETWEEN_CHECKS)
+        ready = dict(events.poll(1000 * SECONDS_BETWEEN_CHECKS))
         now = time.monotonic()
-        if readable:
+        if sys.stderr.fileno() in ready:
+            events.unregister(sys.stderr)
+            told_to_end = min(told_to_end, now)
+        if sys.stdin.fileno() in ready:
             received = os.read(sys.stdin.fileno(), 4096)
             if not received:
                 return  # the parent has closed its end
             last = now
             if signal.SIGTERM in received and by_horovodrun:
-                asked = min(asked, now)
+                told_to_end = min(told_to_end, now)
         if now - last > seconds:
             why = f"stood still for {seconds:g} s"
-        elif now - asked > SECONDS_AFTER_SIGTERM:
-            why = f"did not end within {SECONDS_AFTER_SIGTERM:g} s of SIGTERM"
+        elif now - told_to_end > SECONDS_TO_END:
+            why = f"did not end within {SECONDS_TO_END:g} s of SIGTERM"
         else:
             continue
         os.kill(parent, signal.SIGKILL)
-        print(f"{name} (process {parent}) {why} and was killed", file=sys.stderr, flush=True)
+        with suppress(OSError):  # the pipe has no reader
+            print(f"{name} (process {parent}) {why} and was killed", file=sys.stderr, flush=True)
         return
 
 

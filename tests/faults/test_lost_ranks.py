@@ -16,7 +16,7 @@ from tests.training.test_resume import assert_same_run, process_id, steps_done
 
 STEPS = 150
 GLOO_TIMEOUT = 10 if FULL else 4  # seconds
-STALL_WARNING, STALL_SHUTDOWN = 1, 10 if FULL else 3  # seconds
+STALL_WARNING, STALL_SHUTDOWN = 1, 10  # seconds
 SETTINGS = (
     "training.num_epochs=20", f"training.max_steps={STEPS}", "training.eval_interval=50",
     f"distributed.gloo_timeout_seconds={GLOO_TIMEOUT}",
@@ -56,13 +56,13 @@ FAULTS = {
     "rank 1 killed": (0, "process 1 was the first to fail, with exit code 137"),
     "rank 1 frozen": (GLOO_TIMEOUT, rf"rank 1 \(process \d+\) {STOOD_STILL}"),
     "rank 1 raises": (0, r"\[1\]<stderr>:RuntimeError: the goose is loose"),
-    "rank 1 hangs": (STALL_SHUTDOWN, r"rank 1 .* did not end within 4 s of SIGTERM and was killed"),
     "kernel killed": (0, ""),
+    "rank 1 hangs": (STALL_SHUTDOWN, r"rank 1 .* did not end within 4 s of SIGTERM and was killed"),
     "horovodrun killed": (0, ""),
     "rank 0 killed": (0, "process 0 was the first to fail, with exit code 137"),
     "rank 0 frozen": (GLOO_TIMEOUT, rf"rank 0 \(process \d+\) {STOOD_STILL}"),
 }
-IN_SHORT = 5
+IN_SHORT = 4
 RESUMED_IN_SHORT = "rank 1 killed"
 
 

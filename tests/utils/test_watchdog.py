@@ -11,10 +11,13 @@ import time
 import psutil
 import pytest
 
+from horovod_lm.utils.watchdog import SECONDS_TO_END
+
 LIMIT = 3  # seconds
 PROGRAM = f"""
-import sys, time
+import signal, sys, time
 from horovod_lm.utils.watchdog import Watchdog
+signal.signal(signal.SIGTERM, lambda *_: None)
 with Watchdog({LIMIT}, "rank 7"):
     print("working", flush=True)
     time.sleep(float(sys.argv[1]))
@@ -30,6 +33,7 @@ def program():
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(seconds)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "HOROVOD_GLOO_RENDEZVOUS_ADDR": "localhost"},
         )  # fmt: skip
         assert process.stdout.readline() == "working\n"
         started.append(process)
@@ -51,6 +55,18 @@ def test_a_process_that_stands_still_is_killed_and_named(program):
     assert f"rank 7 (process {process.pid}) stood still for {LIMIT} s" in process.stderr.read()
     psutil.wait_procs([watchdog], timeout=10)
     assert not watchdog.is_running() or watchdog.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("way", ["SIGTERM", "no reader of its output"])
+def test_a_process_that_does_not_end_when_it_is_told_to_is_killed(program, way):
+    process, _ = program(60)
+    if way == "SIGTERM":
+        process.terminate()
+    else:
+        process.stderr.close()
+    assert process.wait(SECONDS_TO_END + 5) == -signal.SIGKILL
+    if way == "SIGTERM":
+        assert f"rank 7 (process {process.pid}) did not end within" in process.stderr.read()
 
 
 def test_a_process_that_works_longer_than_the_limit_ends_by_itself(program):
