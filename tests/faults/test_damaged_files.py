@@ -130,7 +130,9 @@ exit $code
 IN_A_NAMESPACE = ("unshare", "--map-root-user", "--mount")
 needs_namespaces = pytest.mark.skipif(
     shutil.which("unshare") is None
-    or subprocess.run([*IN_A_NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]).returncode != 0,
+    or subprocess.run(
+        [*IN_A_NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/tmp"], capture_output=True
+    ).returncode,
     reason="no disk can be mounted here: unshare --map-root-user --mount fails",
 )
 

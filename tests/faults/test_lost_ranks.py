@@ -46,8 +46,7 @@ run_cli(main)
 KERNEL = """
 import sys, time
 from horovod_lm.jupyter.launch import launch
-job = launch("configs/tiny.yaml", 2, overrides=sys.argv[2:],
-             run_name=sys.argv[1])
+job = launch("configs/tiny.yaml", 2, overrides=sys.argv[2:], run_name=sys.argv[1])
 time.sleep(600)
 """
 STOOD_STILL = r"stood still for \d+ s and was killed"
