@@ -312,7 +312,7 @@ def plot_step_parts(runs: Runs, title: str = "Where the time of a step goes") ->
     """
     parts = {}
     for part in PARTS_OF_A_STEP:
-        times = [1000 * median(_points(rows, part)[1]) for rows in runs.values()]
+        times = [1000 * median(_points(rows, part)[1] or [math.nan]) for rows in runs.values()]
         values = " / ".join(f"{value:.0f}" for value in times)
         parts[f"{part.removeprefix('seconds_')} {values} ms"] = times
     what = f"milliseconds of each part of a step in {' and '.join(runs)}"
@@ -401,7 +401,7 @@ def plot_world_size(rows: Rows, title: str) -> Plot:
             _mark_step(above, step - 0.5)
             _mark_step(below, step - 0.5)
     label_axes(below, "", STEPS, "ranks")
-    below.set_ylim(0, max(sizes) + 0.4)
+    below.set_ylim(0, max(sizes, default=1) + 0.4)
     below.yaxis.set_major_locator(MaxNLocator(integer=True))
     return plot
 

@@ -214,6 +214,11 @@ def test_a_long_run_is_drawn_in_a_moment():
     assert len(raw.get_xdata()) == 100_000 and 500 < len(smooth.get_xdata()) < 700
 
 
+@pytest.mark.parametrize("draw", [plots.plot_loss, plots.plot_step_parts])
+def test_a_run_without_steps_is_drawn(draw):
+    assert draw({"killed early": []}).png() and plots.plot_world_size([], "").png()
+
+
 def test_step_parts_are_stacked_medians():
     disturbed = training_rows(slower=2)
     disturbed[0] = {**disturbed[0], "seconds_forward": 60.0}

@@ -104,7 +104,7 @@ class Dashboard(BaseWidget):
 
     def plot(self) -> Plot:
         """Return the curves so far, for pages without a kernel."""
-        name, entropy = self.view.run_dir.name, self.view.entropy
+        name, entropy = self.view.run_dir.name.replace("$", r"\$"), self.view.entropy
         columns = ["loss", "learning_rate", "tokens_per_second"]
         levels = {"exact entropy of the stories": entropy} if entropy is not None else None
         return plot_metrics({name: self.view.rows}, name, columns, levels)
