@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from horovod_lm.jupyter.widgets.dashboard import Dashboard
 
-SECONDS_BETWEEN_LOOKS = 0.2
+POLL_INTERVAL = 0.2  # seconds
 _JOBS: WeakValueDictionary[Path, TrainingJob] = WeakValueDictionary()  # of this kernel, by folder
 HOSTS_FILE = "hosts"  # in the folder of an elastic run: a line for each of its workers
 
@@ -254,7 +254,7 @@ class TrainingJob:
         try:
             # In steps: a kernel sees an interrupt when its event loop wakes up, and not before.
             while self.is_running:
-                await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+                await asyncio.sleep(POLL_INTERVAL)
         except asyncio.CancelledError:
             print(await asyncio.to_thread(self.stop))
             raise

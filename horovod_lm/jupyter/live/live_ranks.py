@@ -29,7 +29,7 @@ from horovod_lm.utils.errors import DistributedError, last_line
 
 RANK_LOOP = "horovod_lm.jupyter.live.rank_loop"
 SECONDS_TO_START = 60.0
-SECONDS_BETWEEN_LOOKS = 0.02
+POLL_INTERVAL = 0.02  # seconds
 SECONDS_TO_BE_FREED = 7.0  # after a failure, before a rank that still waits is killed
 SECONDS_FOR_OUTPUT = 2.0  # after the answer
 
@@ -96,17 +96,17 @@ class LiveRank:
     def receive(self) -> Any:
         """Return the next answer; None: there is none yet, or the process is ending."""
         try:
-            if self.connection.poll(SECONDS_BETWEEN_LOOKS):
+            if self.connection.poll(POLL_INTERVAL):
                 return self.connection.recv()
         except (EOFError, OSError):
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(POLL_INTERVAL)
         return None
 
     def output(self, until: str) -> str:
         """Return what it has printed since the last call, up to a text that it prints itself."""
         deadline = time.monotonic() + SECONDS_FOR_OUTPUT
         while until not in self._text and not self.has_ended and time.monotonic() < deadline:
-            time.sleep(SECONDS_BETWEEN_LOOKS / 10)
+            time.sleep(POLL_INTERVAL / 10)
         with self._lock:
             printed, _, self._text = self._text.partition(until)
         return printed
@@ -155,7 +155,7 @@ class Task:
         kill_at = math.inf
         while pending := self._pending():
             try:
-                ready = wait([rank.connection for rank in pending], SECONDS_BETWEEN_LOOKS)
+                ready = wait([rank.connection for rank in pending], POLL_INTERVAL)
                 for rank in pending:
                     if rank.connection in ready and (answer := rank.receive()) is not None:
                         self._take(rank, answer)

@@ -36,7 +36,7 @@ import psutil
 
 from horovod_lm.jupyter.run_cell.framed_horovodrun import EVENTS_VARIABLE
 from horovod_lm.jupyter.run_cell.supervisor import (
-    SECONDS_BETWEEN_LOOKS,
+    POLL_INTERVAL,
     SECONDS_TO_VANISH,
     find_ranks,
 )
@@ -120,21 +120,21 @@ class SupervisedProcess:
         self._thread.join()
 
     def _read(self) -> None:
-        complaint = ""
+        message = ""
         try:
             self._follow()
         except Exception as error:
-            complaint = f"the reader of its events failed: {type(error).__name__}: {error}\n"
+            message = f"the reader of its events failed: {type(error).__name__}: {error}\n"
             self.stop("failed")
         code = self._supervisor.wait()
         if code < 0:
             kill_process_tree(self.pid)
             code, self._reason = 128 + signal.SIGKILL, self._reason or "failed"
-            complaint = complaint or "its supervisor was killed\n"
+            message = message or "its supervisor was killed\n"
         self._lifeline.close()
         os.close(self._output)
         os.close(self._events)
-        self._emit("ended", code=code, reason=self._reason, text=complaint)
+        self._emit("ended", code=code, reason=self._reason, text=message)
 
     def _emit(self, event: str, **values: Any) -> None:
         self._on_event({"event": event, **values})
@@ -143,12 +143,12 @@ class SupervisedProcess:
 
     def _follow(self) -> None:
         """Report what the command prints and what its ranks do, until its supervisor has ended."""
-        decoder, rest, look_at = codecs.getincrementaldecoder("utf-8")("replace"), b"", 0.0
+        decoder, rest, next_poll = codecs.getincrementaldecoder("utf-8")("replace"), b"", 0.0
         with selectors.DefaultSelector() as selector:
             selector.register(self._output, selectors.EVENT_READ)
             selector.register(self._events, selectors.EVENT_READ)
             while selector.get_map():
-                ready = selector.select(SECONDS_BETWEEN_LOOKS)
+                ready = selector.select(POLL_INTERVAL)
                 for key, _ in ready:
                     chunk = os.read(key.fd, 65536)
                     if not chunk:
@@ -163,11 +163,11 @@ class SupervisedProcess:
                         self._emit("output", rank=None, text=text)
                 if not ready and self._supervisor.poll() is not None:
                     return  # an unkillable process holds the pipes
-                if time.monotonic() >= look_at:
-                    self._look()
-                    look_at = time.monotonic() + SECONDS_BETWEEN_LOOKS
+                if time.monotonic() >= next_poll:
+                    self._poll()
+                    next_poll = time.monotonic() + POLL_INTERVAL
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         now = time.monotonic()
         if now >= self._stop_at:
             self._lifeline.close()

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import psutil
 
-SECONDS_BETWEEN_LOOKS = 0.25
+POLL_INTERVAL = 0.25  # seconds
 SECONDS_TO_VANISH = 5.0  # after SIGKILL
 PR_SET_CHILD_SUBREAPER = 36  # Linux, sys/prctl.h
 
@@ -50,7 +50,7 @@ def stop_when_told(
     """Wait until the kernel closes the lifeline or ends, then stop the command."""
     parent = os.getppid()  # a fork of the kernel may hold the lifeline open
     while os.getppid() == parent:
-        if select.select([lifeline], [], [], SECONDS_BETWEEN_LOOKS)[0]:
+        if select.select([lifeline], [], [], POLL_INTERVAL)[0]:
             break
     import psutil
 

@@ -109,14 +109,26 @@ class Continuation:
 
     def shown_tokens(self) -> list[list[tuple[str, str, str]]]:
         """Return each token of each sample: visible text, probability, and colour in CSS."""
-        return [[self._shown_token(token) for token in sample] for sample in self.samples]
-
-    def _shown_token(self, token: SampledToken) -> tuple[str, str, str]:
-        text = visible_token(self.tokenizer, token.token_id)
-        return text, f"{token.before:.4g}", colour_of(token.before)
+        return [
+            [
+                (visible_token(self.tokenizer, id_), f"{before:.4g}", colour_of(before))
+                for id_, before, *_ in sample
+            ]
+            for sample in self.samples
+        ]
 
     def _repr_html_(self) -> str:
-        return coloured_text(self)
+        """Return the prompt and each token, coloured by its probability."""
+        prompt = html.escape(visible(self.prompt))
+        style = "white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7"
+        lines = []
+        for sample in self.shown_tokens():
+            lines.append(f"<div style='{style}'><bdi style='opacity: 0.7'>{prompt}</bdi>")
+            for text, probability, colour in sample:
+                look = f"title='probability {probability}' style='background: {colour}'"
+                lines.append(f"<bdi {look}>{html.escape(text)}</bdi>")
+            lines.append("</div>")
+        return f"<div role='group' aria-label='generated text'>{''.join(lines)}</div>"
 
     def __repr__(self) -> str:
         return "\n\n".join(self.texts)
@@ -246,20 +258,6 @@ def colour_of(probability: float) -> str:
     """
     share = math.log(max(probability, FULL_COLOUR)) / math.log(FULL_COLOUR)
     return f"rgba(230, 159, 0, {MAX_OPACITY * abs(share):.3f})"
-
-
-def coloured_text(continuation: Continuation) -> str:
-    """Return a continuation with each token coloured by its probability."""
-    prompt = html.escape(visible(continuation.prompt))
-    style = "white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7"
-    lines = []
-    for sample in continuation.shown_tokens():
-        lines.append(f"<div style='{style}'><bdi style='opacity: 0.7'>{prompt}</bdi>")
-        for text, probability, colour in sample:
-            look = f"title='probability {probability}' style='background: {colour}'"
-            lines.append(f"<bdi {look}>{html.escape(text)}</bdi>")
-        lines.append("</div>")
-    return f"<div role='group' aria-label='generated text'>{''.join(lines)}</div>"
 
 
 def distribution_table(tokenizer: Tokenizer, token: SampledToken) -> str:
