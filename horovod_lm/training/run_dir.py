@@ -98,8 +98,8 @@ class RunFolder:
 def read_sessions(run_dir: str | Path) -> list[dict[str, Any]]:
     """Return the sessions in a run's `run.json`, oldest first; none if it cannot be read."""
     try:
-        return json.loads((Path(run_dir) / "run.json").read_text(encoding="utf-8"))["sessions"]
-    except (OSError, ValueError, LookupError, TypeError):
+        return list(json.loads((Path(run_dir) / "run.json").read_text("utf-8"))["sessions"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return []
 
 
