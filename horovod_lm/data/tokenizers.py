@@ -137,17 +137,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     Raises:
         DataError: `vocab_size` is below 257: one per byte and one for end-of-text.
     """
-    from tokenizers import Tokenizer as LibraryTokenizer
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from tokenizers import models, pre_tokenizers, trainers
 
     if vocab_size <= NUM_BYTES:
         raise DataError(
             f"a byte-level BPE needs at least {NUM_BYTES + 1} tokens (all bytes and end-of-text), "
             f"but model.vocab_size is {vocab_size}"
         )
-    tokenizer = LibraryTokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -156,6 +153,34 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return BPETokenizer(tokenizer)
+
+
+def _byte_level(model: Any) -> Any:
+    """Return a tokenizer of the library that adds nothing to the text and removes nothing."""
+    from tokenizers import Tokenizer as LibraryTokenizer
+    from tokenizers import decoders, pre_tokenizers
+
+    tokenizer = LibraryTokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _read_bpe(model: dict[str, Any]) -> BPETokenizer:
+    """Return the tokenizer of a vocabulary and merges; raise an error if it is not byte-level."""
+    from tokenizers import models
+
+    vocabulary, letters = model["vocab"], set(_byte_of_letter())
+    if set(vocabulary.values()) != set(range(len(vocabulary))):
+        raise ValueError("the ids of its vocabulary are not 0, 1, 2 ...")
+    if not letters <= vocabulary.keys() or set("".join(vocabulary)) != letters:
+        raise ValueError("its vocabulary is not one of bytes")
+    # Older versions of the library write a merge as one text.
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    merges = [(left, right) for left, right in pairs]
+    if any(not {left, right, left + right} <= vocabulary.keys() for left, right in merges):
+        raise ValueError("a merge is not in its vocabulary")  # the library would panic
+    return BPETokenizer(_byte_level(models.BPE(vocab=vocabulary, merges=merges)))
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -234,15 +259,14 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if not text.lstrip().startswith("{"):
         try:
             text = Path(source).read_text(encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"the tokenizer {source} cannot be read: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise DataError(f"the tokenizer {source} cannot be read: {reason}") from None
     try:
         content = json.loads(text)
         name = content["name"]
         if name == "bpe":
-            from tokenizers import Tokenizer as LibraryTokenizer
-
-            return BPETokenizer(LibraryTokenizer.from_str(json.dumps(content["tokenizer"])))
+            return _read_bpe(content["tokenizer"]["model"])
     except Exception as error:  # the library raises bare Exceptions
         reason = " ".join(str(error).split())[:100]
         raise DataError(f"this is not a tokenizer of horovod_lm ({reason})") from None
@@ -252,6 +276,6 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 def make_tokenizer(name: str) -> Tokenizer:
     """Return a tokenizer that needs no training: `byte` or `gpt2`."""
     kinds = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer}
-    if name not in kinds:
+    if not isinstance(name, str) or name not in kinds:
         raise DataError(f"unknown tokenizer {name!r}: use bpe, byte or gpt2")
     return kinds[name]()
