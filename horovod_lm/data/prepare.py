@@ -41,6 +41,7 @@ from horovod_lm.utils.machine import sync_folder
 FORMAT = 2  # to be incremented when the same inputs give other files
 METADATA, TOKENIZER = "metadata.json", "tokenizer.json"
 FILES = (f"{TRAIN}.bin", f"{VAL}.bin", TOKENIZER, METADATA)  # in the order of publication
+DTYPES = ("<u2", "<u4")  # of a token id: two bytes, or four for a large vocabulary
 BPE_TRAINING_BYTES = 64 << 20  # more text hardly changes a vocabulary
 BATCH_CHARACTERS = 1 << 20  # text that is encoded in one call
 
@@ -104,7 +105,15 @@ def read_metadata(data_dir: Path) -> dict[str, Any] | None:
     """Return the content of `metadata.json`, or None if the data are missing or incomplete."""
     try:
         metadata = json.loads((data_dir / METADATA).read_text(encoding="utf-8"))
-        complete = metadata["format"] == FORMAT and (data_dir / TOKENIZER).is_file()
+        vocab_size, eot_id = (metadata["tokenizer"][key] for key in ("vocab_size", "eot_id"))
+        complete = (
+            metadata["format"] == FORMAT
+            and metadata["dtype"] in DTYPES
+            and 0 <= eot_id < vocab_size
+            and metadata["block_length"] == metadata["settings"]["model.max_seq_len"]
+            and isinstance(metadata["inputs"], str)
+            and (data_dir / TOKENIZER).is_file()
+        )
         for part in (TRAIN, VAL):
             size = metadata[part]["tokens"] * np.dtype(metadata["dtype"]).itemsize
             complete = complete and (data_dir / f"{part}.bin").stat().st_size == size
@@ -178,7 +187,7 @@ def _prepare(
     shutil.rmtree(partial, ignore_errors=True)  # from a killed preparation
     partial.mkdir()
     try:
-        dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+        dtype = DTYPES[tokenizer.vocab_size > 1 << 16]
         parts = _encode(texts(), tokenizer, partial, dtype, total_bytes, progress)
         _check_size(config, corpus, parts)
         metadata = {
