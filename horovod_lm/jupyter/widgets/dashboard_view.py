@@ -135,6 +135,8 @@ class RunView:
             numbers = {"rank", "time", "step", "pid", "total_steps", *COLUMNS, *PARTS_OF_A_STEP}
             if any(not isinstance(event.get(key, 0), (int, float)) for key in numbers - {"phase"}):
                 raise ValueError("not a number")
+            if event["event"] == "metrics" and "loss" not in event:
+                raise ValueError("incomplete")
             self._add(event)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             self.unreadable.add(name)
@@ -220,7 +222,7 @@ class RunView:
         if not recent:
             return "waiting for the first step"
         loss = recent[0]["loss"]
-        speed = sum(row["tokens_per_second"] for row in recent) / len(recent)
+        speed = sum(row.get("tokens_per_second", 0) for row in recent) / len(recent)
         words = [
             f"step {self.step} of {self.total_steps}",
             f"loss {loss:.4f}",
