@@ -54,7 +54,9 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _is_inside(path: str) -> bool:
-    return path == os.devnull or os.path.realpath(path).startswith(f"{_folder}{os.sep}")
+    return path == os.devnull or f"{os.path.realpath(path)}{os.sep}".startswith(
+        f"{_folder}{os.sep}"
+    )
 
 
 sys.addaudithook(_watch)  # cannot be removed
