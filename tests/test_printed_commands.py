@@ -1,6 +1,7 @@
 """A printed command can be pasted: in any folder, without an active environment.
 
-To check another command, let a test print it and pass it to `Shell.paste`.
+To check another command, let a test print it and pass it to `Shell.paste`. A command that is only
+documented is executed by `test_readme.py`; `documented.py` lists the exceptions.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, Command, Finished
+from tests.documented import ELSEWHERE, NOT_EXECUTED, documented, in_messages, shape
 
 PACKAGE = ROOT / "horovod_lm"
 COMMANDS = Path(sys.executable).parent
@@ -119,3 +121,19 @@ def test_messages_take_their_commands_from_one_place(file):
     typed = [node for node in texts if isinstance(node.value, str) and TYPED.search(node.value)]
     plain = plain_texts(tree)
     assert [(node.lineno, node.value) for node in typed if id(node) not in plain] == []
+
+
+def test_the_lists_of_commands_that_are_executed_elsewhere_or_not_at_all_are_right():
+    lines = documented() | in_messages()
+    targets = re.findall("^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert {line.split()[1] for line in lines if line.startswith("make ")} <= {*targets}
+    for line in lines:  # of what is not executed, the files exist at least
+        for word in re.findall(r"\b(?:tests|configs|notebooks)/[\w/]+\.(?:py|yaml|ipynb)\b", line):
+            assert "NAME" in word or (ROOT / word).is_file(), line
+    assert [start for start in NOT_EXECUTED if not any(re.match(start, one) for one in lines)] == []
+    shapes = {shape(line) for line in lines}
+    assert [line for line in ELSEWHERE if shape(line) not in shapes] == []
+    for line, file in ELSEWHERE.items():
+        module, options = shape(line)[1], [word for word in line.split() if word[0] == "-"][1:]
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert module.rpartition(".")[2] in text and all(one in text for one in options), line

@@ -1,4 +1,4 @@
-"""The README's commands and code run as written, in a project with a small model."""
+"""Documented commands and the README's code run as written, in a project with a small model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from textwrap import dedent
+from textwrap import dedent, indent
 
 import nbformat
 import pytest
@@ -15,6 +15,7 @@ import pytest
 from horovod_lm.teaching.notebooks import execute
 from horovod_lm.teaching.simulated_hosts import why_not_here
 from tests.conftest import ROOT, Command, Finished
+from tests.documented import not_yet_executed
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL))
@@ -45,6 +46,8 @@ def project(tiny_project, tmp_path_factory) -> Path:
     (folder / "configs" / "cluster.yaml").write_text(of_cluster, encoding="utf-8")
     (folder / "my_book.txt").write_text("It was a dark and stormy night.\n\n" * 400)
     (folder / ".venv").symlink_to(sys.prefix)
+    (folder / "notebooks").mkdir()
+    shutil.copy(ROOT / "notebooks" / "01_attention.ipynb", folder / "notebooks")
     return folder
 
 
@@ -55,11 +58,13 @@ def code_in(section: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def commands(project) -> Finished:
-    """Run the README's commands in a shell without an active environment."""
+    """Run the README's commands, then those of other texts, in a shell without an environment."""
     if not (Path(sys.prefix) / "bin" / "activate").exists():
         pytest.skip("this environment is not one that make setup creates")
     assert f"    {ACTIVATE}\n" in SECTIONS["Two commands"]
-    script = "\n".join([ACTIVATE, *code_in("At the command line")])
+    readme = code_in("At the command line")
+    others = not_yet_executed("".join(indent(block, "    ") for block in readme))
+    script = "\n".join([ACTIVATE, *readme, *others])
     env = {"HOME": os.environ["HOME"], "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
     command = Command(["bash", "-exc", script], project, {**env, "OMP_NUM_THREADS": "1"})
     try:

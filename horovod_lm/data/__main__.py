@@ -28,7 +28,7 @@ EXAMPLES = """\
 examples:
   python -m horovod_lm.data --config configs/tiny.yaml
   python -m horovod_lm.data --config configs/laptop.yaml --set data.source=files \\
-      --set data.path=my_book.txt"""
+      --set data.path=my_book.txt --set data.data_dir=data/preprocessed/my_book"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
