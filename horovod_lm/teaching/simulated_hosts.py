@@ -79,8 +79,8 @@ cat
 """
 SSHD_CONFIG = """
 Port {port}
-HostKey {folder}/host_key
-AuthorizedKeysFile {folder}/key.pub
+HostKey "{folder}/host_key"
+AuthorizedKeysFile "{folder}/key.pub"
 StrictModes no
 PasswordAuthentication no
 KbdInteractiveAuthentication no
@@ -92,7 +92,7 @@ ClientAliveInterval 2
 ClientAliveCountMax 3
 """
 SSH_CONFIG = """
-UserKnownHostsFile {folder}/known_hosts
+UserKnownHostsFile "{folder}/known_hosts"
 GlobalKnownHostsFile /dev/null
 LogLevel ERROR
 ServerAliveInterval 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -225,18 +226,22 @@ def test_a_lost_host_or_rank_ends_the_job_and_is_named(how, tiny_project, note_f
     assert list((tiny_project / "runs" / run / "checkpoints").glob("checkpoint_*.pt"))
 
 
-def test_a_stopped_job_saves_what_it_has_and_leaves_nothing_on_any_host(tiny_project):
-    command = [*train(*ENDLESS), "--run-name", "stopped"]
+def test_a_stopped_job_saves_leaves_nothing_on_any_host_and_is_resumed_as_printed(tiny_project):
     with Hosts(2) as hosts:
-        config = hosts.configure(config_of(tiny_project))
-        job = hosts.popen(explained(hosts, config, command), cwd=tiny_project, **PIPE)
-        said = until("step 10/", job)
-        # As Slurm and Kubernetes do: to the command, not to its group.
-        hosts.run(["pkill", "-TERM", "-f", f"^{sys.executable} -m horovod_lm.launch.hosts"])
-        said += job.communicate(timeout=TO_DETECT + TIMEOUT)[0]
-        assert ranks_left(hosts) == ""
-    assert list((tiny_project / "runs" / "stopped" / "checkpoints").glob("*.pt")), said
-    assert "to resume: horovodrun -np 2 -H host0:1,host1:1 python -m horovod_lm.train" in said
+        config = hosts.configure(config_of(tiny_project)).with_overrides(ENDLESS)
+        cluster = save_config(config, tiny_project / "configs" / "endless cluster.yaml")
+        training = [sys.executable, "-m", "horovod_lm.train", "--config", str(cluster)]
+        command = explained(hosts, config, [*training, "--run-name", "stopped"])
+        for words in ("step 10/", "step 50/"):
+            job = hosts.popen(command, cwd=tiny_project, **PIPE)
+            said = until(words, job)
+            # As Slurm and Kubernetes do: to the command, not to its group.
+            hosts.run(["pkill", "-TERM", "-f", "^[^ ]*python -m horovod_lm.launch.hosts"])
+            said += job.communicate(timeout=TO_DETECT + TIMEOUT)[0]
+            assert ranks_left(hosts) == "" and job.returncode == 0, said
+            [resume] = re.findall("to resume: (.*)", said)
+            command = ["bash", "-c", f"exec {resume}"]
+    assert "horovod_lm.launch.hosts --config" in resume and "resuming at step" in said
 
 
 def test_elastic_training_goes_on_without_a_host_that_loses_power(tiny_project, note_fault):
@@ -312,7 +317,11 @@ def test_a_wrong_key_user_name_or_address_is_a_sentence_that_names_the_host(last
     assert said.startswith("error: host1 has an address of this machine (127.0.1.1), as host0 does")
 
 
-def test_the_user_and_variables_of_one_host_and_of_all_reach_the_ranks_unseen(tmp_path):
+def test_the_user_and_variables_of_one_host_and_of_all_reach_the_ranks_unseen(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a folder"))
+    Path(tempfile.gettempdir()).mkdir()
     show = (
         "import glob, os; print('AT', os.uname().nodename,"
         " *(os.environ[name] for name in ('OF_ALL', 'CUDA_VISIBLE_DEVICES', 'MINE')));"
