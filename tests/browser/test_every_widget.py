@@ -1,6 +1,6 @@
 """All widgets on one page of a real browser: what holds for each of them, and what each one does.
 
-`test_playground.py` and `test_dashboard.py` have what needs a kernel or a run of its own.
+`test_playground.py` and `test_ranks.py` have what needs a kernel or a run of its own.
 """
 
 from __future__ import annotations

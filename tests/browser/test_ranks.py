@@ -1,4 +1,4 @@
-"""Ranks started from JupyterLab: a cell, a job, and the Stop button."""
+"""Ranks started from JupyterLab: a cell, and a job with its dashboard; both are stopped there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.browser.conftest import command_of
+from tests.browser.conftest import SCREENSHOTS, command_of
 from tests.jupyter.conftest import needs_horovod, wait_until
 
 pytestmark = [pytest.mark.horovod, needs_horovod]
@@ -17,9 +17,15 @@ hvd.init()
 total = hvd.allreduce(torch.ones(1) * hvd.rank(), name="sum", op=hvd.Sum).item()
 print("total", total, flush=True)
 time.sleep(SECONDS)"""
-JOB = """from horovod_lm.jupyter.launch import launch
-job = launch('configs/tiny.yaml', np=2, run_name='lab',
-             overrides={'training.max_steps': 100000, 'training.num_epochs': 10000})"""
+# For a picture: large steps, so that the curves are not far behind the step of the headline.
+STEPS, BATCH = (300, 512) if SCREENSHOTS else (20_000, 8)
+LAUNCH = f"""
+from horovod_lm.jupyter.launch import launch
+job = launch("configs/tiny.yaml", np=2, run_name="watched",
+             overrides={{"training.max_steps": {STEPS}, "training.num_epochs": 100000,
+                         "training.eval_interval": 20, "training.per_gpu_batch_size": {BATCH}}})
+job.dashboard()
+"""
 
 
 @pytest.fixture
@@ -48,12 +54,18 @@ def test_a_cell_shows_its_ranks_lines_and_the_stop_button_ends_the_next(
     wait_until(lambda: ranks_of(lab) == 0, 10, "the end of the ranks")
 
 
-def test_a_job_is_watched_and_stopped_from_the_page(lab, open_notebook, project):
-    page = open_notebook(JOB, "await job")
+def test_a_run_is_watched_and_stopped_by_its_button(lab, open_notebook, project):
+    page = open_notebook(LAUNCH)
     page.run_all()
-    wait_until(lambda: ranks_of(lab) >= 2, 30, "the ranks")
-    log = lab.folder / "runs" / "lab" / "logs" / "rank0.jsonl"
-    wait_until(lambda: log.exists() and "train" in log.read_text(), 30, "the first step")
-    page.command("notebook:interrupt-kernel")
-    page.wait_for("stopped by you after")
+    page.wait_for("left", 60)
+    page.wait_for("running")
+    page.picture(unlike=page.picture())
+    if SCREENSHOTS:
+        page.wait_for("step 150 of", 300)  # a curve, and not only its beginning
+        page.picture(unlike=page.picture())
+    page.screenshot("dashboard")
+    page.button("Stop").click()
+    page.wait_for("stopped by you after step")
     wait_until(lambda: ranks_of(lab) == 0, 10, "the end of the ranks")
+    assert page.button("Ended").is_disabled()
+    assert page.complaints == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import signal
 import sys
@@ -114,14 +113,6 @@ def test_a_command_that_does_not_exist_has_ended(supervised):
     _, until = supervised("", "/nowhere/python")
     ended = until("ended")
     assert ended["code"] == 127 and "/nowhere/python" in ended["printed"]
-
-
-def test_a_supervisor_that_is_killed_ends_its_command_with_a_sentence(supervised):
-    process, until = supervised(SLEEP)
-    until("output")
-    os.kill(process.supervisor, signal.SIGKILL)
-    assert until("ended")["printed"].endswith("its supervisor was killed\n")
-    assert not psutil.pid_exists(process.pid)
 
 
 @needs_horovod
