@@ -255,6 +255,7 @@ def run(
     Raises:
         ConfigError: the hosts' names cannot be right.
         DistributedError: Horovod is not installed, a host cannot be reached, or the job failed.
+        KeyboardInterrupt: the job was stopped.
     """
     check_names(config)
     if shutil.which(program("horovodrun")) is None:
@@ -267,12 +268,18 @@ def run(
     call = horovodrun_command(config, command, hostfile)
     print(shlex.join(call), flush=True)
     lines: deque[str] = deque(maxlen=400)
-    was_lost = False
+    was_lost = was_stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal was_stopped
+        was_stopped = True
+        process.terminate()
+
     with subprocess.Popen(
         call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as process:
         stops = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, lambda *_: process.terminate()) for number in stops]
+        before = [signal.signal(number, stop) for number in stops]
         try:
             for line in process.stdout or []:
                 lines.append(line)
@@ -283,6 +290,8 @@ def run(
         finally:
             for number, handler in zip(stops, before, strict=True):
                 signal.signal(number, handler)
+    if was_stopped:
+        raise KeyboardInterrupt
     if process.returncode:
         silent = silent if was_lost else silent_hosts(config)
         raise DistributedError(explain(config, lines, silent, file))

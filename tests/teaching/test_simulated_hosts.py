@@ -25,6 +25,7 @@ from horovod_lm.teaching.simulated_hosts import (
 )
 from horovod_lm.training.checkpoint import read_checkpoint
 from horovod_lm.training.metrics import read_metrics
+from horovod_lm.utils.cli import EXIT_INTERRUPTED
 from horovod_lm.utils.config import Config, load_config, save_config
 from horovod_lm.utils.errors import DistributedError
 from tests.conftest import ROOT
@@ -238,8 +239,8 @@ def test_a_stopped_job_saves_leaves_nothing_on_any_host_and_is_resumed_as_printe
             # As Slurm and Kubernetes do: to the command, not to its group.
             hosts.run(["pkill", "-TERM", "-f", "^[^ ]*python -m horovod_lm.launch.hosts"])
             said += job.communicate(timeout=TO_DETECT + TIMEOUT)[0]
-            assert ranks_left(hosts) == "" and job.returncode == 0, said
-            [resume] = re.findall("to resume: (.*)", said)
+            assert ranks_left(hosts) == "" and job.returncode == EXIT_INTERRUPTED, said
+            [resume] = re.findall("to resume.*?: (.*)", said)
             command = ["bash", "-c", f"exec {resume}"]
     assert "horovod_lm.launch.hosts --config" in resume and "resuming at step" in said
 
