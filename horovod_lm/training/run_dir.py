@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import itertools
 import json
 import os
 import platform
 import re
+import secrets
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +21,8 @@ from typing import Any
 
 import torch
 
-from horovod_lm.utils.config import Config, save_config
+from horovod_lm.training.checkpoint import find_checkpoints
+from horovod_lm.utils.config import RUN_NAME, Config, save_config
 from horovod_lm.utils.errors import ConfigError
 
 LONGEST_NAME = 200  # bytes; file systems allow 255, and an archived run has a number as well
@@ -33,6 +39,7 @@ class RunFolder:
     checkpoint_dir: Path
     log_dir: Path
     tensorboard_dir: Path
+    config: Config
 
     @classmethod
     def of(cls, config: Config, run_name: str) -> RunFolder:
@@ -47,19 +54,49 @@ class RunFolder:
                 f"the run name {run_name[:LONGEST_NAME]!r} must be the name of a folder: printable,"
                 f" without / or \\, at most {LONGEST_NAME} bytes long"
             )
-        paths = config.paths
-        folders = (paths.run_dir, paths.checkpoint_dir, paths.log_dir, paths.tensorboard_dir)
-        return cls(run_name, *(config.resolve(folder, run_name) for folder in folders))
+        run_dir, checkpoint_dir, log_dir, tensorboard_dir = _resolve_paths(config, run_name)
+        return cls(run_name, run_dir, checkpoint_dir, log_dir, tensorboard_dir, config)
 
     def archive_existing_run(self) -> Path | None:
-        """Rename the folder of an earlier run. Return its new path; None: there is no such run."""
-        if not (self.run_dir / "run.json").exists():
+        """Rename the folders of an earlier run to those of the run NAME.1, NAME.2 ...
+
+        Returns:
+            The new path of the run's folder; None: there is no such run.
+
+        Raises:
+            ConfigError: the run is being trained, a folder cannot be renamed, or the folder of
+                checkpoints is that of another run.
+        """
+        if not (self.run_dir / "run.json").exists() and not find_checkpoints(self.checkpoint_dir):
             return None
-        numbers = range(1, sys.maxsize)
-        free = (self.run_dir.with_name(f"{self.run_dir.name}.{number}") for number in numbers)
-        target = next(path for path in free if not path.exists())
-        self.run_dir.rename(target)
-        return target
+        folders = (self.run_dir, self.checkpoint_dir, self.log_dir, self.tensorboard_dir)
+        with RunLock(self):
+            for number in itertools.count(1):
+                targets = _resolve_paths(self.config, f"{self.name}.{number}")
+                if targets[0] == self.run_dir:  # `paths.run_dir` without the run's name
+                    targets[0] = self.run_dir.with_name(f"{self.run_dir.name}.{number}")
+                moves = {old: new for old, new in zip(folders, targets, strict=True) if old != new}
+                if not any(map(os.path.lexists, moves.values())):
+                    break
+            if self.checkpoint_dir not in moves and find_checkpoints(self.checkpoint_dir):
+                raise ConfigError(
+                    f"paths.checkpoint_dir {self.checkpoint_dir} has checkpoints of an earlier run:"
+                    f" put {RUN_NAME} into it, or delete them"
+                )
+            for old, new in moves.items():
+                self._rename(old, new)
+        return targets[0]
+
+    def _rename(self, old: Path, new: Path) -> None:
+        try:
+            if old.exists():  # else it was inside of another
+                new.parent.mkdir(parents=True, exist_ok=True)
+                old.rename(new)
+        except OSError as error:
+            raise ConfigError(
+                f"{old} of an earlier run cannot be renamed ({error.strerror}): choose another run"
+                " name"
+            ) from None
 
     def describe(self, config: Config, world_size: int, devices: str) -> None:
         """Create the folder and write `config.yaml` and `run.json`.
@@ -90,9 +127,72 @@ class RunFolder:
             temporary.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
             temporary.replace(path)  # atomic: earlier sessions are never lost
         except OSError as error:
+            raise _cannot_be_written(self.run_dir, error) from None
+
+
+def _resolve_paths(config: Config, run_name: str) -> list[Path]:
+    """Return the folders of a run, in the order of `RunFolder`'s fields."""
+    paths = config.paths
+    folders = (paths.run_dir, paths.checkpoint_dir, paths.log_dir, paths.tensorboard_dir)
+    return [config.resolve(folder, run_name) for folder in folders]
+
+
+class RunLock:
+    """Keeps other processes from writing a run and its checkpoints, on all hosts with this disk.
+
+    The system releases the lock when the process ends, however it ends.
+
+    Raises:
+        ConfigError: another process trains there, or a folder cannot be written.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self._files: list[int] = []
+        try:
+            # Both, because `paths` may give two runs the same checkpoints.
+            for folder in (run.run_dir, run.checkpoint_dir):
+                self._lock(folder)
+        except BaseException:
+            self.release()
+            raise
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let other processes train in the folders."""
+        while self._files:
+            os.close(self._files.pop())
+
+    def _lock(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise _cannot_be_written(folder, error) from None
+        self._files.append(file)
+        try:
+            # Not `flock`, whose locks forked processes keep.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return  # a disk without locks
+            owner = os.read(file, 500).decode(errors="replace")
             raise ConfigError(
-                f"the run's folder {self.run_dir} cannot be written: {error.strerror}"
+                f"another run trains in {folder} ({owner}): wait for its end, stop it, or choose"
+                " another run name"
             ) from None
+        owner = f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}"
+        with suppress(OSError):  # the disk is full
+            os.ftruncate(file, 0)
+            os.pwrite(file, owner.encode(), 0)
+
+
+def _cannot_be_written(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"the run's folder {folder} cannot be written: {error.strerror}")
 
 
 def read_sessions(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -104,8 +204,8 @@ def read_sessions(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def default_run_name(prefix: str = "run") -> str:
-    """Return a name for a new run: the prefix and the time to the second."""
-    return f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """Return a name for a new run: the prefix, the time, and four random digits."""
+    return f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def newest_run(config: Config) -> str | None:

@@ -16,10 +16,10 @@ import torch
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.training.evaluate import Evaluation, perplexity
 from horovod_lm.training.metrics import MetricsRecorder, StepTimer
-from horovod_lm.training.run_dir import RunFolder
+from horovod_lm.training.run_dir import RunFolder, RunLock
 from horovod_lm.utils.cli import command, program, shown
 from horovod_lm.utils.config import Config
-from horovod_lm.utils.distributed import barrier, elastic_launcher, gather_objects
+from horovod_lm.utils.distributed import elastic_launcher, gather_objects, on_rank_0
 from horovod_lm.utils.progress import ProgressLine, format_seconds
 
 
@@ -86,21 +86,34 @@ class RunLogger:
     ) -> None:
         self.config, self.run, self.world_size, self.progress = config, run, world_size, progress
         self.devices = devices
-        if rank == 0:
-            earlier = run.archive_existing_run() if resume_step is None else None
-            if earlier is not None:
-                progress.say(f"an earlier run of this name is now {shown(earlier)}")
-            run.describe(config, world_size, devices)
-        barrier()  # Horovod: no rank writes into a folder before rank 0 has renamed it
+        self._lock: RunLock | None = None  # of rank 0
         # Horovod: horovodrun's names of the hosts; gathered now, while no rank is lost.
         host = os.environ.get("HOROVOD_HOSTNAME", platform.node())
         self._hosts = gather_objects(host, name="hosts_of_ranks")
+        try:
+            # Horovod: no rank writes into a folder before rank 0 has renamed it.
+            on_rank_0(lambda: self._open_folder(is_new=resume_step is None), "open_folder")
+        except BaseException:
+            self._release()
+            raise
         self.recorder = MetricsRecorder(
             run.run_dir, run.log_dir, run.tensorboard_dir, rank, resume_step
         )
         self._started = time.perf_counter()
         self._steps = self._tokens = 0
         self._training_seconds = 0.0
+
+    def _open_folder(self, is_new: bool) -> None:
+        """Rename an earlier run's folder, and make this one's; only this process trains in it."""
+        earlier = self.run.archive_existing_run() if is_new else None
+        if earlier is not None:
+            self.progress.say(f"an earlier run of this name is now {shown(earlier)}")
+        self._lock = RunLock(self.run)
+        self.run.describe(self.config, self.world_size, self.devices)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def seconds(self) -> float:
@@ -191,12 +204,23 @@ class RunLogger:
     def interrupted(self, why: str, state: TrainState, saved: Path) -> None:
         """Report the step, the checkpoint, and the command that resumes the run."""
         self.progress.say(f"{why} after step {state.global_step}; saved {shown(saved)}")
-        call = resume_command(self.config, self.run.run_dir, self._hosts, elastic_launcher())
-        self.progress.say(f"to resume: {call}")
+        self.progress.say(self.how_to_resume())
+
+    def how_to_resume(self, checkpoint: Path | None = None) -> str:
+        """Return the line that says how to resume the run, from its newest checkpoint or another.
+
+        On several hosts, it names the one that has the checkpoints.
+        """
+        call = resume_command(
+            self.config, self.run.run_dir, self._hosts, elastic_launcher(), checkpoint
+        )
+        where = f", on {self._hosts[0]}" if len(set(self._hosts)) > 1 else ""
+        return f"to resume{where}: {call}"
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, and let other processes train in the run's folder."""
         self.recorder.close()
+        self._release()
 
     def _record(self, phase: str, state: TrainState, loss: float, **values: float) -> None:
         self.recorder.record(
@@ -212,7 +236,13 @@ class RunLogger:
         )
 
 
-def resume_command(config: Config, run_dir: Path, hosts: Sequence[str], elastic: bool) -> str:
+def resume_command(
+    config: Config,
+    run_dir: Path,
+    hosts: Sequence[str],
+    elastic: bool,
+    checkpoint: Path | None = None,
+) -> str:
     """Return the command that resumes a run with as many ranks on the same hosts.
 
     Args:
@@ -220,17 +250,21 @@ def resume_command(config: Config, run_dir: Path, hosts: Sequence[str], elastic:
         run_dir: the run's folder.
         hosts: the host of each rank, in the order of ranks.
         elastic: whether training is elastic: its call of horovodrun is known to the user only.
+        checkpoint: one of its checkpoints; None: the newest.
     """
+    options: list[str | Path] = ["--resume", checkpoint or run_dir]
+    if checkpoint and checkpoint.parent.parent != run_dir:
+        options += ["--config", run_dir / "config.yaml", "--run-name", run_dir.name]
     if elastic:
-        return f"start the same call again with --resume {shlex.quote(shown(run_dir))}"
-    resume = ("horovod_lm.train", "--resume", run_dir)
+        words = shlex.join(shown(one) if isinstance(one, Path) else one for one in options)
+        return f"start the same call again with {words}"
     horovodrun = [program("horovodrun"), "-np", str(len(hosts))]
     slots = Counter(hosts)
     if len(slots) == 1:
-        return command(*resume, under=horovodrun if len(hosts) > 1 else ())
+        return command("horovod_lm.train", *options, under=horovodrun if len(hosts) > 1 else ())
     if config.distributed.hosts:  # the configuration also has the port, key and interface
         settings = ["--config", str(run_dir / "config.yaml"), "--run", "--"]
         cluster = [program("python"), "-m", "horovod_lm.launch.hosts", *settings]
-        return command(*resume, under=cluster)
+        return command("horovod_lm.train", *options, under=cluster)
     named = ",".join(f"{name}:{count}" for name, count in slots.items())
-    return command(*resume, under=[*horovodrun, "-H", named])
+    return command("horovod_lm.train", *options, under=[*horovodrun, "-H", named])

@@ -22,7 +22,7 @@ import torch
 
 from horovod_lm.utils.cli import command
 from horovod_lm.utils.config import DistributedConfig
-from horovod_lm.utils.errors import ConfigError, DistributedError
+from horovod_lm.utils.errors import ConfigError, DistributedError, UserError
 from horovod_lm.utils.machine import available_cores
 from horovod_lm.utils.watchdog import Watchdog
 
@@ -33,8 +33,14 @@ _POLLING_SECONDS = 0.1
 _HOW_TO_INSTALL = f"run {command('horovod_lm.setup.install_horovod')}"
 _GLOO_TIMEOUT = 30  # seconds; Horovod's default
 _REMOVED = "-1"  # the rank of a process whose host has left the job
-# Set by launchers: the first by horovodrun, the others by MPI.
-_LAUNCHER_VARIABLES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+# The number of ranks as launchers tell it: horovodrun, Open MPI, other MPIs, MVAPICH, srun.
+_LAUNCHER_VARIABLES = (
+    "HOROVOD_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+)
 
 
 @cache
@@ -59,8 +65,16 @@ def is_distributed() -> bool:
 
 
 def started_by_launcher() -> bool:
-    """Return whether `horovodrun` or `mpirun` started this process."""
+    """Return whether `horovodrun`, `mpirun` or `srun` started this process as one of its ranks."""
     return any(name in os.environ for name in _LAUNCHER_VARIABLES)
+
+
+def _launched_size() -> tuple[int, str]:
+    """Return the number of ranks that the launcher started, and the variable that has it."""
+    for name in _LAUNCHER_VARIABLES:
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name]), name
+    return 1, ""
 
 
 def setup_horovod(
@@ -80,12 +94,13 @@ def setup_horovod(
         `(world_size, rank, local_rank, use_cuda)`.
 
     Raises:
-        DistributedError: Horovod is missing, and required or needed for several ranks.
+        DistributedError: Horovod is missing, and required or needed for several ranks; or it has
+            not connected the ranks that the launcher started.
     """
     settings = settings or DistributedConfig()
+    launched, variable = _launched_size()
     if _horovod() is None:
-        launched = next((os.environ[v] for v in _LAUNCHER_VARIABLES if v in os.environ), "1")
-        if require_distributed or int(launched) > 1:
+        if require_distributed or launched > 1:
             raise DistributedError(
                 f"Horovod is not installed for torch {torch.__version__}: {_HOW_TO_INSTALL}"
             )
@@ -93,6 +108,12 @@ def setup_horovod(
     elif require_distributed or started_by_launcher():
         _export_settings(settings)  # Horovod: it reads its settings when it starts
         join_world()
+    if launched > 1 and launched != get_world_size() and not elastic_launcher():
+        raise DistributedError(
+            f"this process was started as one of {launched} ({variable}), but Horovod sees"
+            f" {get_world_size()}: start it with horovodrun -np {launched}, which this build of"
+            f" Horovod needs; if it is meant to run alone, unset {variable}"
+        )
     set_threads(settings, get_local_size())
     use_cuda = device != "cpu" and torch.cuda.is_available()
     if use_cuda and not elastic_launcher():  # elastic: see `find_place_on_machine`
@@ -350,6 +371,21 @@ def broadcast_object(value: Any, name: str, root_rank: int = 0) -> Any:
         hvd.synchronize(handle)
     received = iter(tensors)
     return value if is_root else map_tensors(outline, lambda _: next(received))
+
+
+def on_rank_0(work: Callable[[], Any], name: str) -> Any:
+    """Call `work` on rank 0; return its result, or raise its `UserError`, on every rank."""
+    result = error = None
+    if is_main_process():
+        try:
+            result = work()
+        except UserError as problem:
+            error = problem
+    # Horovod: if rank 0 alone raised the error, the others would wait for its broadcast.
+    result, error = broadcast_object((result, error), name)
+    if error is not None:
+        raise error
+    return result
 
 
 def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import signal
+
 
 def last_line(printed: str) -> str:
     """Return the last line that is not empty: most commands print their error there."""
     return next((line.strip() for line in reversed(printed.splitlines()) if line.strip()), "")
+
+
+def how_it_ended(code: int) -> str:
+    """Return how a process ended, from its exit code as a shell gives it."""
+    if code <= 128 or code - 128 not in {number.value for number in signal.Signals}:
+        return f"ended with exit code {code}"
+    name = signal.Signals(code - 128).name
+    why = {
+        "SIGKILL": "by somebody, or by the system when memory ran out",
+        "SIGSEGV": "a crash in compiled code",
+        "SIGABRT": "compiled code gave up",
+    }.get(name, "")
+    return f"was killed by {name}, exit code {code}" + (f" ({why})" if why else "")
 
 
 class UserError(Exception):
@@ -26,6 +41,10 @@ class DataError(UserError, ValueError):
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint that is missing, truncated, unsafe, or of another model."""
+
+
+class DivergenceError(UserError, ArithmeticError):
+    """The loss or a gradient is not finite."""
 
 
 class DistributedError(UserError, RuntimeError):

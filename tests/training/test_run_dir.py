@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from horovod_lm.training.run_dir import RunFolder, newest_run, read_sessions
+from horovod_lm.training.run_dir import (
+    RunFolder,
+    RunLock,
+    default_run_name,
+    newest_run,
+    read_sessions,
+)
 from horovod_lm.utils.config import Config, config_from_dict, load_config
 from horovod_lm.utils.errors import ConfigError
 
@@ -92,6 +98,55 @@ def test_an_earlier_run_is_renamed_and_never_overwritten(config):
     assert folders == ["first", "first.1", "first.2"]
     texts = [(run.run_dir.with_name(name) / "mine.txt").read_text() for name in folders]
     assert texts == ["2", "0", "1"]
+
+
+def test_checkpoints_elsewhere_go_with_their_run(config, tmp_path):
+    elsewhere = {"paths.checkpoint_dir": "kept/${run_name}/x", "paths.log_dir": "logs"}
+    config = config.with_overrides(elsewhere)
+    run = described(config, "first")
+    for folder in (run.checkpoint_dir, run.log_dir):
+        folder.mkdir(parents=True)
+        (folder / "checkpoint_epoch0_step1.pt").touch()
+    assert run.archive_existing_run() == tmp_path / "runs" / "first.1"
+    archived = RunFolder.of(config, "first.1")
+    assert (archived.checkpoint_dir / "checkpoint_epoch0_step1.pt").exists()
+    assert not run.checkpoint_dir.exists() and run.log_dir.exists()  # the logs of every run
+    shared = RunFolder.of(config.with_overrides({"paths.checkpoint_dir": "logs"}), "second")
+    with pytest.raises(ConfigError, match="has checkpoints of an earlier run: put ..run_name. in"):
+        shared.archive_existing_run()
+
+
+TRAIN_FOR_A_MINUTE = """
+import sys, time
+from horovod_lm.training.run_dir import RunFolder, RunLock
+from horovod_lm.utils.config import Config
+lock = RunLock(RunFolder.of(Config().with_overrides(sys.argv[2:]), sys.argv[1]))
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_run_has_one_owner_until_its_process_ends(config):
+    run = described(config, "first")
+    folders = [f"paths.{one}={getattr(run, one)}" for one in ("run_dir", "checkpoint_dir")]
+    command = [sys.executable, "-c", TRAIN_FOR_A_MINUTE, "first", *folders]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout.readline() == "locked\n"
+    same_checkpoints = config.with_overrides({"paths.checkpoint_dir": str(run.checkpoint_dir)})
+    who = rf"another run trains in .* \(process {owner.pid} on {platform.node()} since 20"
+    for second in (run, RunFolder.of(same_checkpoints, "second")):
+        with pytest.raises(ConfigError, match=who):
+            RunLock(second)
+    with pytest.raises(ConfigError, match=who):
+        run.archive_existing_run()
+    owner.kill()
+    owner.communicate()
+    RunLock(run).release()
+    assert run.archive_existing_run()
+
+
+def test_runs_that_start_in_the_same_second_have_other_names():
+    assert len({default_run_name() for _ in range(20)}) > 1
 
 
 def test_the_newest_run_is_the_one_started_last(config):
