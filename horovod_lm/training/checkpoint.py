@@ -31,7 +31,7 @@ PLAIN = (bool, int, float, str, bytes, torch.Tensor, torch.Size, torch.dtype, to
 # What is read from a checkpoint has these types, or is None.
 TYPES: dict[str, type] = {
     "config": dict, "tokenizer": str, "optimizer": dict, "scheduler": dict, "scaler": dict,
-    "epoch": int, "step": int, "global_step": int, "samples_seen": int, "tokens": int,
+    "data": dict, "epoch": int, "step": int, "global_step": int, "samples_seen": int, "tokens": int,
     "loss": float, "first_loss": float, "best_loss": float,
 }  # fmt: skip
 _NUMBERED = re.compile(r"checkpoint_epoch(\d+)_step(\d+)\.pt")
@@ -195,6 +195,11 @@ def read_checkpoint(checkpoint_path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not _is_state(checkpoint.get("model")):
         raise CheckpointError(f"{path} is not a checkpoint of horovod_lm: it has no 'model'")
     found = checkpoint.get("format")
+    if found is None:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of horovod_lm: it has no 'format', so another program, for"
+            " example nanoGPT, or an early version wrote it"
+        )
     if not isinstance(found, int) or found != FORMAT:
         raise CheckpointError(
             f"{path} has format {str(found)[:20]}, but this version reads format {FORMAT}: load it"
@@ -286,10 +291,12 @@ def _same_types(saved: Any, own: Any) -> bool:
 def find_checkpoints(checkpoint_dir: str | Path) -> list[Path]:
     """Return a run's numbered and final checkpoints, newest first."""
     paths = [
-        path for path in Path(checkpoint_dir).glob("checkpoint_epoch*_step*.pt") if _step(path)
+        path
+        for path in Path(checkpoint_dir).glob("checkpoint_epoch*_step*.pt")
+        if checkpoint_step(path)
     ]
     final = Path(checkpoint_dir) / FINAL
-    numbered = sorted(paths, key=_step, reverse=True)
+    numbered = sorted(paths, key=checkpoint_step, reverse=True)
     if not final.is_file():
         return numbered
     # A run that was extended after its end has numbered checkpoints that are newer than the final.
@@ -305,7 +312,8 @@ def _read_newest(folder: Path) -> dict[str, Any]:
         except CheckpointError as error:
             print(f"warning: {error}; trying an earlier one", file=sys.stderr)
     raise CheckpointError(
-        f"{folder} has no checkpoint to resume from: start the run without --resume"
+        f"{folder} has no checkpoint to resume from: start the run again without --resume, or with"
+        " --resume auto --run-name NAME"
     )
 
 
@@ -320,9 +328,36 @@ def check_same_model(checkpoint: Mapping[str, Any], config: Config, name: str | 
             )
 
 
+def check_same_data(
+    checkpoint: Mapping[str, Any], tokenizer: str, data: Mapping[str, str], name: str | Path
+) -> None:
+    """Raise CheckpointError if a checkpoint was trained with another tokenizer or other tokens.
+
+    Args:
+        checkpoint: compared as far as it knows its data.
+        tokenizer: the tokenizer as JSON text.
+        data: a hash for each part of the data.
+        name: the checkpoint in the message.
+    """
+    saved = {**(checkpoint.get("data") or {}), "tokenizer": checkpoint.get("tokenizer")}
+    here = {**data, "tokenizer": tokenizer}
+    changed = [what for what, value in here.items() if saved.get(what) not in (None, value)]
+    if changed:
+        raise CheckpointError(
+            f"{name} was trained with other data than those in data.data_dir ({', '.join(changed)}"
+            " differ): restore the text or settings of its training, or start a new run"
+        )
+
+
 def checkpoint_name(epoch: int, global_step: int) -> str:
     """Return the name of a numbered checkpoint's file."""
     return f"checkpoint_epoch{epoch}_step{global_step}.pt"
+
+
+def checkpoint_step(path: Path) -> int:
+    """Return the number of optimizer steps before a numbered checkpoint, from its file's name."""
+    match = _NUMBERED.fullmatch(path.name)
+    return int(match.group(2)) if match else 0
 
 
 def remove_old_checkpoints(checkpoint_dir: str | Path, keep: int) -> None:
@@ -402,11 +437,6 @@ def _plain(value: Any) -> Any:
         f"a checkpoint cannot contain a value of the type {type(value).__name__}: convert it to a"
         " tensor, a number, a text, or a list or dict of them"
     )
-
-
-def _step(path: Path) -> int:
-    match = _NUMBERED.fullmatch(path.name)
-    return int(match.group(2)) if match else 0
 
 
 def _others(folder: Path, without: str = "") -> str:

@@ -30,7 +30,7 @@ from horovod.common.exceptions import HostsUpdatedInterrupt
 from horovod_lm.training.checkpoint import checkpoint_name, write_checkpoint
 from horovod_lm.training.run_dir import RunFolder
 from horovod_lm.training.run_logger import TrainingResult
-from horovod_lm.training.trainer import Trainer, prepare_data_once_per_host
+from horovod_lm.training.trainer import Trainer, prepare_data_once_per_host, read_on_rank_0
 from horovod_lm.utils import distributed
 from horovod_lm.utils.cli import EXIT_USER_ERROR, command
 from horovod_lm.utils.config import Config
@@ -68,10 +68,12 @@ def train_in_this_world(state: ElasticState) -> TrainingResult:
     distributed.set_threads(config.distributed, local_size)
     device = distributed.agree_on_devices(config.training.device, local_rank)
     progress = ProgressLine(enabled=rank == 0)
-    prepare_data_once_per_host(config, progress)
-    resume = state.resume_checkpoint if state.content is None else state.content
+    resume, name = state.content, None
+    if resume is None and state.resume_checkpoint is not None:
+        resume, name = read_on_rank_0(state.resume_checkpoint), state.resume_checkpoint
+    prepare_data_once_per_host(config, progress, resume)
     trainer = Trainer(
-        config, state.run_folder, rank, world_size, device, progress, state.stop, resume,
+        config, state.run_folder, rank, world_size, device, progress, state.stop, resume, name,
         state.commit,
     )  # fmt: skip
     state.begin(trainer)

@@ -8,6 +8,7 @@ Every line that exists only because training is distributed carries the tag `# H
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,14 +19,19 @@ import numpy as np
 import torch
 
 from horovod_lm.data import get_dataloaders, load_tokenizer, prepare_data
+from horovod_lm.data.prepare import read_metadata
+from horovod_lm.data.split import TRAIN, VAL
 from horovod_lm.models.loss import IGNORE_INDEX
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.training.checkpoint import (
     BEST,
     FINAL,
+    check_same_data,
     check_same_model,
     checkpoint_content,
     checkpoint_name,
+    checkpoint_step,
+    find_checkpoints,
     read_checkpoint,
     remove_old_checkpoints,
     restore,
@@ -46,7 +52,7 @@ from horovod_lm.training.run_logger import RunLogger, TrainingResult, TrainState
 from horovod_lm.utils import distributed
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.distributed import DeviceChoice
-from horovod_lm.utils.errors import CheckpointError, ConfigError, LostRankError
+from horovod_lm.utils.errors import ConfigError, DivergenceError, LostRankError
 from horovod_lm.utils.interrupts import StopRequest
 from horovod_lm.utils.progress import ProgressLine
 
@@ -79,7 +85,9 @@ def run_distributed_training(
         The results of the run, the same on every rank.
 
     Raises:
-        UserError: an error in a setting, the data or the checkpoint.
+        UserError: an error in a setting, the data or the checkpoint; another process trains this
+            run.
+        DivergenceError: the loss or a gradient is not finite.
         LostRankError: another rank was lost; rank 0, if it remains, has saved a checkpoint.
     """
     # Horovod: each rank would choose a name of its own.
@@ -87,12 +95,13 @@ def run_distributed_training(
     # Horovod: a collective call: the ranks agree on how gradients are reduced.
     device = distributed.agree_on_devices(config.training.device, local_rank)
     progress = ProgressLine(enabled=rank == 0)
-    prepare_data_once_per_host(config, progress)
+    resume = None if resume_checkpoint is None else read_on_rank_0(resume_checkpoint)
+    prepare_data_once_per_host(config, progress, resume)
     # Horovod: horovodrun is slow to kill a hung rank, and cannot on another host.
     with StopRequest() as stop, distributed.hang_watchdog():
         run = RunFolder.of(config, run_name)
         trainer = Trainer(
-            config, run, rank, world_size, device, progress, stop, resume_checkpoint
+            config, run, rank, world_size, device, progress, stop, resume, resume_checkpoint
         )  # fmt: skip
         try:
             return trainer.run()
@@ -115,8 +124,8 @@ class Trainer:
         device: this rank's device, and the path of its gradients.
         progress: prints for rank 0.
         stop: whether the user has asked to stop.
-        resume: what to resume from: a path, which only rank 0 reads, or the content of a
-            checkpoint, the same on every rank.
+        resume: the content of the checkpoint to resume from, the same on every rank.
+        name: that checkpoint's name in messages.
         commit: called every `training.commit_interval` steps in elastic training.
     """
 
@@ -129,7 +138,8 @@ class Trainer:
         device: DeviceChoice,
         progress: ProgressLine,
         stop: StopRequest,
-        resume: str | Path | Mapping[str, Any] | None = None,
+        resume: Mapping[str, Any] | None = None,
+        name: str | Path | None = None,
         commit: Callable[[], None] | None = None,
     ) -> None:
         self.config, self.training = config, config.training
@@ -138,8 +148,9 @@ class Trainer:
         self.device = device.device
         self.amp_dtype = choose_amp_dtype(config.training, self.device)
         self.last_checkpoint: Path | None = None  # written by this session
+        self._can_remove = False  # whether older checkpoints can be deleted
         self._build(device.staged)
-        self._load(resume)
+        self._load(resume, name)
         resume_step = None if resume is None else self.state.global_step
         self.logger = RunLogger(
             config, run_folder, rank, world_size, device.summary, progress, resume_step
@@ -152,13 +163,15 @@ class Trainer:
             staged: reduce gradients in CPU memory.
         """
         config = self.config
+        data_dir = config.resolve(config.data.data_dir)
+        self.data = data_hashes(data_dir)
         # Horovod: each rank reads its own part of every batch.
         self.train_loader, self.validation_loader = get_dataloaders(
             config, self.rank, self.world_size
         )
         self.sampler = self.train_loader.batch_sampler
         self.num_samples = len(self.train_loader.dataset)
-        self.tokenizer = load_tokenizer(config.resolve(config.data.data_dir) / "tokenizer.json")
+        self.tokenizer = load_tokenizer(data_dir / "tokenizer.json")
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.tokenizer.eot_id)
         self.model.to(self.device, getattr(torch, config.training.dtype))
@@ -176,17 +189,16 @@ class Trainer:
         # Horovod: a compiled backward pass delivers all gradients at its end: no overlap with it.
         self.forward = torch.compile(self.model) if config.training.compile else self.model
 
-    def _load(self, resume: str | Path | Mapping[str, Any] | None) -> None:
+    def _load(self, resume: Mapping[str, Any] | None, name: str | Path | None) -> None:
         """Restore the state to resume from, give it to every rank, and build the schedule."""
         self.state = TrainState()
         if resume is not None:
-            name = "the last commit" if isinstance(resume, Mapping) else resume
-            # Horovod: only rank 0's disk has to hold the checkpoint; the others receive it.
-            checkpoint = resume if isinstance(resume, Mapping) else read_on_rank_0(resume)
-            check_same_model(checkpoint, self.config, name)
+            name = name or "the last commit"
+            check_same_model(resume, self.config, name)
+            check_same_data(resume, self.tokenizer.to_json(), self.data, name)
             scaler = self.scaler if self.scaler.is_enabled() else None
-            restore(checkpoint, self.model, self.optimizer, scaler=scaler, name=name)
-            saved = {key: checkpoint.get(key) for key in asdict(self.state)}
+            restore(resume, self.model, self.optimizer, scaler=scaler, name=name)
+            saved = {key: resume.get(key) for key in asdict(self.state)}
             self.state = TrainState(**{key: v for key, v in saved.items() if v is not None})
             self._begin_next_epoch_if_done()
         # Horovod: parameters last, so that every rank starts from the same bits.
@@ -209,6 +221,7 @@ class Trainer:
             return self._result(Evaluation(), stopped=True)
         evaluation = self.evaluate()
         self.save(FINAL)
+        self._remove_old_checkpoints()
         return self._result(evaluation, stories=self._score_stories())
 
     def train_epoch(self) -> bool:
@@ -254,7 +267,7 @@ class Trainer:
             distributed.synchronize(self.optimizer)  # Horovod: now gradients are averages
             nats, tokens, stop_requests = distributed.finish_reduce_sum(reduction).tolist()
         with timer.part("update"):
-            learning_rate, gradient_norm = self._update()
+            learning_rate, gradient_norm = self._update(nats / tokens)
         self._advance(samples, int(tokens), nats / tokens)
         timer.stop()
         self.logger.step(
@@ -262,18 +275,50 @@ class Trainer:
         )
         return stop_requests > 0
 
-    def _update(self) -> tuple[float, float]:
-        """Unscale, clip and apply the averaged gradients. Return learning rate and norm."""
+    def _update(self, loss: float) -> tuple[float, float]:
+        """Unscale, clip and apply the averaged gradients. Return learning rate and norm.
+
+        Raises:
+            DivergenceError: on every rank, before the update, if the step's loss or gradient norm
+                is not finite.
+        """
         learning_rate = float(self.scheduler.get_last_lr()[0])
         self.scaler.unscale_(self.optimizer)
         limit = self.training.max_grad_norm or float("inf")
-        gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        gradient_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        self._check_finite("loss", loss)
+        # A scaler leaves out a step with infinite gradients, and halves its scale.
+        if not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
+            self._check_finite("gradient norm", gradient_norm)
+        self._remove_old_checkpoints()
         with distributed.already_synchronized(self.optimizer):  # Horovod: do not reduce them again
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.scheduler.step()
-        return learning_rate, float(gradient_norm)
+        return learning_rate, gradient_norm
+
+    def _check_finite(self, what: str, value: float) -> None:
+        """Raise DivergenceError if `value`, the same on every rank, is not finite."""
+        if math.isfinite(value):
+            return
+        step = self.state.global_step + (what != "validation loss")
+        good = distributed.on_rank_0(self._last_good_checkpoint, "last_good_checkpoint")
+        raise DivergenceError(
+            f"the {what} is {value} at step {step}, so training ended without saving this model:"
+            f" use a smaller training.learning_rate ({self.training.learning_rate:g}) or"
+            f" training.max_grad_norm ({self.training.max_grad_norm or 'none'}); {good}"
+        )
+
+    def _last_good_checkpoint(self) -> str:
+        """Say which checkpoint to resume from: its parameters have given a later finite loss."""
+        folder = self.run_folder.checkpoint_dir
+        numbered = [path for path in find_checkpoints(folder) if path.name != FINAL]
+        good = [path for path in numbered if checkpoint_step(path) < self.state.global_step]
+        good += [folder / BEST] * (folder / BEST).is_file()
+        if not good:
+            return "there is no good checkpoint: start the run again"
+        return f"the last good checkpoint is {good[0].name}; {self.logger.how_to_resume(good[0])}"
 
     def _seed_dropout(self, backward_pass: int) -> None:
         """Make dropout a function of seed, epoch, step and rank: a resumed run repeats it."""
@@ -343,6 +388,8 @@ class Trainer:
         sums = torch.tensor([own.nats, own.tokens, own.correct], dtype=torch.float64)
         nats, tokens, correct = distributed.reduce_sum(sums, "evaluation").tolist()
         result = Evaluation(nats, int(tokens), int(correct))
+        if tokens:
+            self._check_finite("validation loss", result.loss)
         is_best = result.loss < self.state.best_loss
         if is_best:
             self.state.best_loss = result.loss
@@ -354,9 +401,16 @@ class Trainer:
         """Write a checkpoint; only rank 0 does, because all ranks have the same state."""
         if self.rank != 0:
             return
-        folder = self.run_folder.checkpoint_dir
-        self.last_checkpoint = write_checkpoint(self.content(), folder / filename)
-        remove_old_checkpoints(folder, self.training.keep_last_checkpoints)
+        path = self.run_folder.checkpoint_dir / filename
+        self.last_checkpoint = write_checkpoint(self.content(), path)
+        self._can_remove = True
+
+    def _remove_old_checkpoints(self) -> None:
+        """Delete old checkpoints, now that the parameters in the newest gave finite numbers."""
+        if self._can_remove:
+            folder = self.run_folder.checkpoint_dir
+            remove_old_checkpoints(folder, self.training.keep_last_checkpoints)
+            self._can_remove = False
 
     def content(self) -> dict[str, Any]:
         """Return the content of a checkpoint: all that resuming and generation need."""
@@ -371,6 +425,7 @@ class Trainer:
             self.scaler,
             config=config,
             tokenizer=self.tokenizer.to_json(),
+            data=self.data,
             **asdict(self.state),
         )
 
@@ -455,8 +510,12 @@ def check_can_compile(device: torch.device) -> None:
         )
 
 
-def prepare_data_once_per_host(config: Config, progress: ProgressLine) -> None:
+def prepare_data_once_per_host(
+    config: Config, progress: ProgressLine, resume: Mapping[str, Any] | None = None
+) -> None:
     """Prepare the tokens on each host's first rank, while the host's other ranks wait.
+
+    A run that is resumed keeps the tokens that it began with, whatever became of its text.
 
     Raises:
         UserError: the data cannot be prepared, or the hosts differ in code or data.
@@ -465,8 +524,13 @@ def prepare_data_once_per_host(config: Config, progress: ProgressLine) -> None:
     def show(phase: str, done: float) -> None:
         progress.update(f"preparing the data: {phase} {done:.0%}")
 
+    def prepare() -> None:
+        known = resume and resume.get("data")
+        if not known or data_hashes(config.resolve(config.data.data_dir)) != known:
+            prepare_data(config, progress=show)
+
     # Horovod: the ranks of a host share its disk.
-    distributed.local_rank_zero_first(lambda: prepare_data(config, progress=show))
+    distributed.local_rank_zero_first(prepare)
     check_hosts_agree(config)
 
 
@@ -475,17 +539,16 @@ def count_predicted(batch: Mapping[str, torch.Tensor]) -> int:
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
+def data_hashes(data_dir: Path) -> dict[str, str]:
+    """Return a hash of the training and of the validation tokens; empty if there are none."""
+    metadata = read_metadata(data_dir) or {}
+    return {
+        name: metadata[part]["sha256"]
+        for part, name in ((TRAIN, "training tokens"), (VAL, "validation tokens"))
+        if part in metadata
+    }
+
+
 def read_on_rank_0(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint on rank 0, and return its content, or raise its error, on every rank."""
-    content = error = None
-    if distributed.is_main_process():
-        try:
-            content = read_checkpoint(path)
-        except CheckpointError as problem:
-            error = problem
-    # Horovod: if rank 0 alone raised the error, the others would wait for its broadcast.
-    content, error = distributed.broadcast_object((content, error), name="checkpoint")
-    if error is not None:
-        raise error
-    assert content is not None
-    return content
+    """Read a checkpoint on rank 0, whose disk alone has it, and return it on every rank."""
+    return distributed.on_rank_0(lambda: read_checkpoint(path), "checkpoint")

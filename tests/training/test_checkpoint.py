@@ -17,6 +17,7 @@ from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.training.checkpoint import (
     BEST,
     FINAL,
+    check_same_data,
     check_same_model,
     checkpoint_name,
     find_checkpoints,
@@ -243,7 +244,8 @@ def test_a_missing_checkpoint_names_what_is_there(tmp_path, trained):
         (lambda whole: whole | {"model": 3}, "not a checkpoint of horovod_lm"),
         (lambda whole: whole["model"], "not a checkpoint of horovod_lm"),
         (lambda whole: whole | {"format": 1}, "has format 1, but this version reads format 2"),
-        (lambda whole: {k: v for k, v in whole.items() if k != "format"}, "has format None"),
+        # As nanoGPT's ckpt.pt.
+        (lambda whole: {"model": whole["model"], "model_args": {}}, "has no 'format', so another"),
         (lambda whole: whole | {"optimizer": {"state": {}}}, "incompatible optimizer state"),
         (lambda whole: whole | {"optimizer": None}, "has no optimizer state"),
     ],
@@ -294,6 +296,16 @@ def test_resuming_with_another_shape_names_the_setting(trained, tmp_path):
     check_same_model({"config": None}, here, "x.pt")
     said = complaint(check_same_model, {"config": there.to_dict()}, here, "x.pt")
     assert "x.pt" in said and "model.d_ff=32" in said and "16" in said
+
+
+def test_other_data_are_refused_and_named():
+    saved = {"tokenizer": "{}", "data": {"training tokens": "a", "validation tokens": "b"}}
+    check_same_data(saved, "{}", saved["data"], "x.pt")
+    check_same_data({"tokenizer": None}, "{}", saved["data"], "x.pt")  # it does not know
+    grown = {**saved["data"], "training tokens": "c"}
+    said = complaint(check_same_data, saved, "{1}", grown, "x.pt")
+    assert said.startswith("x.pt was trained with other data")
+    assert "(training tokens, tokenizer differ)" in said
 
 
 def test_the_newest_ones_and_best_and_final_are_kept(tmp_path, trained):
