@@ -7,19 +7,22 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from horovod_lm.training.checkpoint import load_checkpoint, save_checkpoint
+from horovod_lm.training.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from horovod_lm.training.run_dir import RunFolder, default_run_name, newest_run
 from horovod_lm.training.run_logger import TrainingResult
 from horovod_lm.training.trainer import run_distributed_training
 from horovod_lm.utils.cli import EXIT_INTERRUPTED, add_config_arguments, command, run_cli, shown
 from horovod_lm.utils.config import Config, load_config, resolve_path
 from horovod_lm.utils.distributed import (
+    broadcast_object,
+    get_local_size,
     is_main_process,
+    set_threads,
     setup_horovod,
     shutdown,
     started_by_launcher,
 )
-from horovod_lm.utils.errors import CheckpointError
+from horovod_lm.utils.errors import CheckpointError, UserError
 from horovod_lm.utils.progress import format_seconds
 
 __all__ = ["TrainingResult", "load_checkpoint", "run_distributed_training", "save_checkpoint"]
@@ -38,10 +41,14 @@ Ctrl-C stops every rank after the current step, saves a checkpoint, and prints h
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     arguments = parse(argv)
-    config, run_name, checkpoint = what_to_train(arguments)
+    config, run_name, checkpoint = read_plan(arguments)
     world_size, rank, local_rank, _ = setup_horovod(
         arguments.elastic, config.distributed, config.training.device
     )
+    if not arguments.elastic:  # ranks that join an elastic run later would wait here
+        # Horovod: the disks of other hosts may lack the run, or have another.
+        config, run_name, checkpoint = broadcast_object((config, run_name, checkpoint), "plan")
+        set_threads(config.distributed, get_local_size())
     if arguments.elastic:
         # Horovod: imported here, because it needs an installed Horovod.
         from horovod_lm.training.elastic import run_elastic_training
@@ -71,7 +78,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         metavar="auto|PATH",
-        help="resume a run: its folder or a checkpoint; auto: the run of --run-name, or the newest",
+        help="resume a run: its folder or a checkpoint; auto: the newest run, or the run of"
+        " --run-name, which is started if it has no checkpoint",
     )
     parser.add_argument(
         "--elastic",
@@ -81,37 +89,53 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def read_plan(arguments: argparse.Namespace) -> tuple[Config, str, Path | None]:
+    """Return `what_to_train`; on ranks that cannot, what is needed until rank 0 sends its own."""
+    try:
+        return what_to_train(arguments)
+    except UserError:
+        if arguments.elastic or os.environ.get("HOROVOD_RANK", "0") == "0":
+            raise
+        return Config(), "", None
+
+
 def what_to_train(arguments: argparse.Namespace) -> tuple[Config, str, Path | None]:
     """Return the configuration, the run's name, and the checkpoint or folder to resume from.
 
-    A resumed run keeps its own configuration; `--set` changes it.
+    A resumed run keeps its own configuration; `--set` changes it. `--resume auto --run-name NAME`
+    starts the run if it has no checkpoint yet, so that a job can be repeated without a change.
 
     Raises:
-        CheckpointError: there is no such run.
+        CheckpointError: there is no such run, or the name is that of another run.
     """
-    if not arguments.resume:
-        config = load_config(arguments.config, arguments.overrides)
-        name = arguments.run_name or default_run_name(Path(arguments.config).stem)
-        return config, name, None
+    given, name = arguments.resume, arguments.run_name
     checkpoint = None
-    if arguments.resume == "auto":
+    if given == "auto":
+        # Other settings may fit only the run's own configuration.
         paths = [one for one in arguments.overrides if one.startswith("paths.")]
         config = load_config(arguments.config, paths)
-        run_name = arguments.run_name or newest_run(config)
-        if run_name is None:
+        name = name or newest_run(config)
+        if name is None:
             raise CheckpointError("there is no run to resume: start one without --resume")
-        run_dir = RunFolder.of(config, run_name).run_dir
-    else:
+        run_dir = RunFolder.of(config, name).run_dir
+    elif given:
         # Relative to the working directory or to the project: there is no configuration yet.
-        given = arguments.resume
         run_dir = Path(given).resolve() if os.path.exists(given) else resolve_path(given)
         if run_dir.is_file():
             checkpoint, run_dir = run_dir, run_dir.parent.parent
-    if not (run_dir / "config.yaml").is_file():
-        raise CheckpointError(f"{arguments.resume} is not a run: {run_dir} has no config.yaml")
-    config = load_config(run_dir / "config.yaml", arguments.overrides)
-    name = arguments.run_name or run_dir.name
-    return config, name, checkpoint or RunFolder.of(config, run_dir.name).checkpoint_dir
+    if given and (run_dir / "config.yaml").is_file():
+        config = load_config(run_dir / "config.yaml", arguments.overrides)
+        checkpoint_dir = RunFolder.of(config, run_dir.name).checkpoint_dir
+        new_name = name not in (None, run_dir.name)
+        if new_name and (RunFolder.of(config, name).run_dir / "run.json").exists():
+            raise CheckpointError(f"there is a run {name} already: choose another --run-name")
+        if given != "auto" or not arguments.run_name or find_checkpoints(checkpoint_dir):
+            return config, name or run_dir.name, checkpoint or checkpoint_dir
+    elif given and given != "auto" and not (checkpoint and name):
+        hint = "; add --config and --run-name of its run" if checkpoint else ""
+        raise CheckpointError(f"{given} is not a run: {run_dir} has no config.yaml{hint}")
+    config = load_config(arguments.config, arguments.overrides)
+    return config, name or default_run_name(Path(arguments.config).stem), checkpoint
 
 
 def summary(result: TrainingResult) -> str:

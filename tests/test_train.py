@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from horovod_lm.training.optimizer import build_optimizer
 from horovod_lm.training.trainer import build_model, check_can_compile
 from horovod_lm.utils.cli import run_cli
 from horovod_lm.utils.config import load_config
-from horovod_lm.utils.errors import ConfigError
+from horovod_lm.utils.errors import CheckpointError, ConfigError, DivergenceError
 
 RUN = ("--config", "configs/tiny.yaml", "--set", "training.max_steps=12")
 WITHOUT_HOROVOD = """
@@ -26,6 +27,10 @@ class NoHorovod:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, NoHorovod())
 """
+
+
+def flags(settings: Sequence[str]) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
 
 
 def losses(folder: Path) -> list[float]:
@@ -77,7 +82,6 @@ def test_the_users_own_text_trains_and_talks(tiny_project, train, start):
     ("arguments", "sentence"),
     [
         ("--resume runs/nowhere", "runs/nowhere is not a run"),
-        ("--resume auto --run-name nobody", "auto is not a run"),
         ("--config configs/tni.yaml", "there is no configuration file configs/tni.yaml"),
         ("--config configs/tiny.yaml --set training.lr=1", "lr is not a setting"),
         (
@@ -99,6 +103,98 @@ def test_a_users_error_is_one_sentence(tiny_project, monkeypatch, capfd, argumen
     printed = capfd.readouterr()
     assert printed.err.startswith("error: ") and sentence in printed.err
     assert printed.err.count("\n") == 1 and printed.out == ""
+
+
+TOO_FAST = ("training.optimizer=sgd", "training.learning_rate=3e3", "training.warmup_steps=0",
+            "training.max_grad_norm=null", "training.eval_interval=99",
+            "training.keep_last_checkpoints=1", "training.checkpoint_interval=1")  # fmt: skip
+
+
+@pytest.mark.horovod
+def test_training_that_diverges_ends_on_every_rank_and_keeps_a_good_checkpoint(tiny_project, start):
+    arguments = [*RUN, *flags(TOO_FAST), "--run-name", "fast"]
+    command = start(["-m", "horovod_lm.train", *arguments], ranks=2)
+    output = command.wait(60).output
+    said = (
+        r"error: the loss is (?:nan|inf) at step (\d+), so .* checkpoint is (.*); to resume: (.*)"
+    )
+    [(step, name, call)] = re.findall(said, output)
+    good = tiny_project / "runs" / "fast" / "checkpoints" / name
+    assert name == f"checkpoint_epoch0_step{int(step) - 2}.pt"  # the next one gave this loss
+    assert str(good.relative_to(tiny_project)) in call
+    assert all(tensor.isfinite().all() for tensor in read_checkpoint(good)["model"].values())
+    assert command.left_behind() == []
+
+
+def test_a_model_whose_validation_loss_is_not_finite_is_not_saved(tiny_project, monkeypatch):
+    monkeypatch.chdir(tiny_project)
+    settings = [*TOO_FAST[:-2], "training.max_steps=1", "training.learning_rate=1e30"]
+    with pytest.raises(DivergenceError, match="validation loss is nan at step 1.*no good checkpoi"):
+        main(["--config", "configs/tiny.yaml", *flags(settings), "--run-name", "faster"])
+    assert not [*tiny_project.glob("runs/faster/checkpoints/*.pt")]
+
+
+def test_a_resumed_run_keeps_its_tokens_or_says_what_changed(tiny_project, monkeypatch, capsys):
+    monkeypatch.chdir(tiny_project)
+    text = "".join(f"The {n}th goose went over the hill, and it was high.\n" for n in range(400))
+    (tiny_project / "growing.txt").write_text(text)
+    own = flags(["data.source=files", "data.path=growing.txt", "data.data_dir=growing"])
+    main([*RUN, *own, "--run-name", "growing", "--set", "training.max_steps=6"])
+    metadata = tiny_project / "growing" / "metadata.json"
+    before = metadata.read_bytes()
+    (tiny_project / "growing.txt").write_text(text + text.upper())
+    again = ["--resume", "runs/growing", "--set", "training.max_steps=8"]
+    assert main(again) == 0
+    assert metadata.read_bytes() == before
+    main([*RUN, *own, "--run-name", "another", "--set", "training.max_steps=1"])  # prepares it
+    differ = r"\(training tokens, validation tokens, tokenizer differ\)"
+    with pytest.raises(CheckpointError, match=f"with other data than .* {differ}"):
+        main(again)
+
+
+def test_resume_auto_starts_the_named_run_if_it_has_no_checkpoint(
+    tiny_project, monkeypatch, capsys
+):
+    monkeypatch.chdir(tiny_project)
+    checkpoints = tiny_project / "runs" / "again" / "checkpoints"
+    call = ["--resume", "auto", "--run-name", "again", *RUN]
+    for steps, says in ((6, ""), (8, "resuming at step 6 of 8"), (9, "is now runs/again.1")):
+        assert main([*call, "--set", f"training.max_steps={steps}"]) == 0
+        assert says in capsys.readouterr().out
+        if steps == 8:  # as if it had been killed before it saved
+            for path in checkpoints.glob("*.pt"):
+                path.unlink()
+            with pytest.raises(CheckpointError, match="no checkpoint to resume from: start the ru"):
+                main(["--resume", "runs/again"])
+    with pytest.raises(CheckpointError, match="there is a run again already"):
+        main(["--resume", "runs/again.1", "--run-name", "again"])
+    # A checkpoint that is not in a run's folder.
+    (checkpoints / "final_model.pt").rename(tiny_project / "kept.pt")
+    with pytest.raises(CheckpointError, match="kept.pt is not a run: .* add --config and --run-n"):
+        main(["--resume", "kept.pt"])
+    assert main(["--resume", "kept.pt", "--run-name", "more", *RUN]) == 0
+    assert "resuming at step 9 of 12" in capsys.readouterr().out
+
+
+WITHOUT_THE_RUN = """
+import os, sys
+from horovod_lm.train import main
+from horovod_lm.utils.cli import run_cli
+if os.environ["HOROVOD_RANK"] == "1":
+    os.makedirs("other host/configs", exist_ok=True)
+    os.chdir("other host")
+run_cli(main)
+"""
+
+
+@pytest.mark.horovod
+def test_only_rank_0_needs_the_files_of_a_run(tiny_project, train, start):
+    train(*RUN, "--run-name", "alone on rank 0", ranks=2)
+    (tiny_project / "without.py").write_text(WITHOUT_THE_RUN)
+    resume = ["without.py", "--resume", "runs/alone on rank 0", "--set", "training.max_steps=14"]
+    finished = start(resume, ranks=2).wait(60)
+    assert finished.code == 0, finished.output
+    assert "resuming at step 12 of 14" in finished.output
 
 
 @pytest.mark.horovod
@@ -176,7 +272,7 @@ def test_intervals_count_optimizer_steps(tiny_project, train):
     folder = tiny_project / "runs" / "intervals"
     assert re.findall(r"^step (\d+)/10 ", finished.output, re.MULTILINE) == ["1", "5", "10"]
     assert [row["step"] for row in read_metrics(folder, "validation")] == [4, 8, 10]
-    kept = {path.name for path in (folder / "checkpoints").iterdir()}
+    kept = {path.name for path in folder.glob("checkpoints/*.pt")}
     assert kept == {
         "best_model.pt", "final_model.pt",
         "checkpoint_epoch0_step6.pt", "checkpoint_epoch0_step9.pt",
