@@ -14,9 +14,8 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils import process
 from IPython.utils.text import LSString, SList
 
-from horovod_lm.jupyter.run_cell.job_result import how_it_ended
 from horovod_lm.utils.cli import program
-from horovod_lm.utils.errors import ConfigError, UserError
+from horovod_lm.utils.errors import ConfigError, UserError, how_it_ended
 
 LINES_SHOWN = 10
 

@@ -26,7 +26,7 @@ import psutil
 from horovod_lm.utils import cli
 from horovod_lm.utils.cli import add_config_arguments, program, run_cli
 from horovod_lm.utils.config import Config, HostConfig, load_config
-from horovod_lm.utils.errors import ConfigError, DistributedError, last_line
+from horovod_lm.utils.errors import ConfigError, DistributedError, how_it_ended, last_line
 
 DEFAULT_HOSTFILE = "runs/hostfile"
 # Variables that our own ssh takes to another host; horovodrun takes all.
@@ -369,9 +369,10 @@ def explain(
             f"{names} stopped responding, but the machine answers: find out there why the process"
             " hung, then resume with --resume"
         )
-    # ssh has exit code 255 for a command that a signal ended.
-    why = " (killed, for example when memory ran out)" if not 0 < code < 128 else ""
-    return f"rank {rank} on {host_of[rank]} failed first, with exit code {code}{why}: see above"
+    how = how_it_ended(code if code >= 0 else 128 - code)
+    if code == 255:  # as ssh ends when a signal ended its command
+        how = "was killed, for example because memory ran out"
+    return f"rank {rank} on {host_of[rank]} failed first: it {how}; see above"
 
 
 def training_command(arguments: argparse.Namespace, *options: str) -> list[str]:

@@ -16,10 +16,10 @@ from horovod_lm.jupyter.run_cell.framed_horovodrun import frame_output
 from horovod_lm.jupyter.run_cell.job_result import (
     JobResult,
     RankError,
-    how_it_ended,
     load_value,
     rank_list,
 )
+from horovod_lm.utils.errors import how_it_ended
 from tests.jupyter.conftest import needs_horovod
 
 

@@ -145,8 +145,8 @@ WATCHDOG = "[4]<stderr>:rank 4 (process 117) stood still for 7 s: it was killed,
         ([LOST.format(rank) for rank in (0, 1, 2, 3, 5)], 0, 2, "rank 4 on 10.0.0.2 stopped resp"),
         ([LOST.format(0), WATCHDOG], 4, 255, "rank 4 on 10.0.0.2 stopped responding"),
         ([LOST.format(0), "[5]<stderr>:error: no disk left"], 5, 2,
-         "rank 5 on 10.0.0.2 failed first, with exit code 2: see above"),
-        ([], 3, -9, "rank 3 on node1 failed first, with exit code -9 (killed"),
+         "rank 5 on 10.0.0.2 failed first: it ended with exit code 2; see above"),
+        ([], 3, -9, "rank 3 on node1 failed first: it was killed by SIGKILL, exit code 137"),
     ],
 )  # fmt: skip
 def test_the_rank_that_hung_or_failed_is_named_and_not_a_survivor_that_ended_first(

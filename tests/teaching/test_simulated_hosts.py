@@ -192,7 +192,7 @@ LOSSES: dict[str, tuple[Callable[[Hosts], object], str]] = {
     "link": (lambda hosts: hosts.unplug("host1"), "cannot reach host1 ("),
     "killed": (
         lambda hosts: hosts.run(["pkill", "-KILL", "-x", "python"], "host1"),
-        "rank 1 on host1 failed first, with exit code 255 (killed",
+        "rank 1 on host1 failed first: it was killed, for example because",
     ),
     "frozen": (
         lambda hosts: hosts.run(["pkill", "-STOP", "-f", TRAINING], "host1"),

@@ -20,12 +20,11 @@ from horovod_lm.jupyter.run_cell.job_result import (
     RankError,
     RanksStopped,
     StallReports,
-    how_it_ended,
     load_value,
     readable,
 )
 from horovod_lm.jupyter.run_cell.processes import SupervisedProcess
-from horovod_lm.utils.errors import DistributedError, last_line
+from horovod_lm.utils.errors import DistributedError, how_it_ended, last_line
 
 RANK_LOOP = "horovod_lm.jupyter.live.rank_loop"
 SECONDS_TO_START = 60.0

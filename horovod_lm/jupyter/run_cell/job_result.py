@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from horovod_lm.jupyter.run_cell import rank_cell
-from horovod_lm.utils.errors import DistributedError
+from horovod_lm.utils.errors import DistributedError, how_it_ended
 
 LAST_LINES = 12  # of a failed command's output, in the error
 # Horovod: it raises its exception for a lost rank also where the ranks' calls do not match.
@@ -264,16 +264,3 @@ def rank_list(numbers: list[int]) -> str:
         return f"rank {numbers[0]}"
     *first, last = map(str, numbers)
     return f"ranks {', '.join(first)} and {last}"
-
-
-def how_it_ended(code: int) -> str:
-    """Return how a process ended, from its exit code as a shell gives it."""
-    if code <= 128 or code - 128 not in {number.value for number in signal.Signals}:
-        return f"ended with exit code {code}"
-    name = signal.Signals(code - 128).name
-    why = {
-        "SIGKILL": "by somebody, or by the system when memory ran out",
-        "SIGSEGV": "a crash in compiled code",
-        "SIGABRT": "compiled code gave up",
-    }.get(name, "")
-    return f"was killed by {name}, exit code {code}" + (f" ({why})" if why else "")
