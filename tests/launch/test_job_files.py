@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,13 +21,16 @@ needs_hosts = pytest.mark.skipif(bool(WHY_NOT), reason=str(WHY_NOT))
 
 
 @pytest.fixture
-def project(tiny_project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The tiny project, its model in configs/cluster.yaml."""
-    config = load_config(tiny_project / "configs" / "tiny.yaml", ["training.max_steps=5"])
-    save_config(config, tiny_project / "configs" / "cluster.yaml")
+def project(tiny_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the tiny project without runs, its model in configs/cluster.yaml."""
+    folder = tmp_path / "a project"
+    for name in ("configs", "data"):
+        shutil.copytree(tiny_project / name, folder / name)
+    config = load_config(folder / "configs" / "tiny.yaml", ["training.max_steps=5"])
+    save_config(config, folder / "configs" / "cluster.yaml")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return tiny_project
+    return folder
 
 
 def log_in_as_clusters_do(hosts: Hosts) -> None:
@@ -69,6 +73,7 @@ def test_the_launcher_of_kubernetes_trains_on_the_hosts_of_its_file(project):
         done = hosts.run(["bash", "-c", here.replace("eth0", INTERFACE)], cwd=project, timeout=120)
     assert done.returncode == 0, done.stdout
     assert "2 ranks on the CPU, 1 thread each" in done.stdout
+    assert (project / "runs" / "horovod-lm" / "checkpoints" / "final_model.pt").is_file()
 
 
 def pods_of_kubernetes() -> list[dict]:
