@@ -48,6 +48,11 @@ def test_only_pyproject_has_versions(project):
         assert not pinned.search((ROOT / file).read_text(encoding="utf-8")), file
 
 
+def test_the_newest_entry_of_the_changelog_is_the_version_of_the_package(project):
+    headings = re.findall("^## ([0-9.]+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert headings[0] == project["project"]["version"]
+
+
 def test_help_lists_every_command_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE).group(1).split()
