@@ -140,12 +140,12 @@ class TrainingJob:
         """Its state in words."""
         if self.is_running:
             self._view.update()
-        total = self._view.total_steps
-        at = f"step {self._view.step} of {total}" if total else "it was started"
-        loss = "" if math.isnan(self._view.loss) else f", loss {self._view.loss:.4f}"
+        known = [f"step {self._view.step} of {self._view.total_steps}"]
+        known += [] if math.isnan(self._view.loss) else [f"loss {self._view.loss:.4f}"]
+        known = known if self._view.total_steps else []
         if self.is_running:
-            return f"running: {at}{loss}" if total else "starting"
-        after = f"after {at}{loss}, {format_seconds(self._process.seconds)}"
+            return f"running: {', '.join(known)}" if known else "starting"
+        after = "after " + ", ".join([*known, format_seconds(self._process.seconds)])
         if self._process.result.reason == "stopped":
             config = shown(self.run.run_dir / "config.yaml")
             call = f"launch({config!r}, {self.size}, run_name={self.run.name!r}, resume=True)"

@@ -242,7 +242,7 @@ class RunView:
 
     def _processes(self) -> dict[int, psutil.Process]:
         """Return the processes of the ranks that are alive on this host."""
-        if self.host != platform.node():
+        if self.host not in (None, platform.node()):
             return {}
         found = {rank: view.process() for rank, view in self.ranks.items()}
         return {rank: process for rank, process in found.items() if process is not None}
