@@ -194,7 +194,7 @@ class DataConfig(Section):
 class GenerationConfig(Section):
     """How the next token is sampled: top-k (Fan et al., 2018), top-p (Holtzman et al., 2020)."""
 
-    max_new_tokens: PositiveInt = 100
+    max_new_tokens: Annotated[int, Field(gt=0, le=1_000_000)] = 100
     """Maximum number of tokens after the prompt."""
     temperature: NonNegativeFloat = 0.8
     """Divides the logits; 0: greedy; 1: the model's own distribution."""
