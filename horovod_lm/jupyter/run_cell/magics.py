@@ -170,12 +170,19 @@ def _parse(magic: Any, line: str) -> argparse.Namespace:
         words = shlex.split(line)  # without quotes, which IPython's `parse_argstring` keeps
     except ValueError as error:
         raise UsageError(f"{error}: {line}") from None
-    return magic.parser.parse_args(words)
+    arguments = magic.parser.parse_args(words)
+    if arguments.out and not arguments.out.isidentifier():
+        raise ConfigError(f"--out {arguments.out!r}: it must be the name of a variable")
+    return arguments
 
 
 def _check(arguments: argparse.Namespace, cell: str | None) -> None:
     if arguments.np < 1:
         raise ConfigError(f"-np {arguments.np}: there must be at least one rank")
+    for name, least in (("stall", 0), ("threads", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} {value}: it must be at least {least}")
     if cell is None and not arguments.command:
         raise ConfigError(
             "%horovodrun needs a command, for example: %horovodrun -np 2 python train.py;"
@@ -259,8 +266,11 @@ def _check_syntax(cell: str) -> None:
     """Raise a RankError that says where a cell is not Python."""
     try:
         rank_cell.parse(cell)
-    except SyntaxError as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = getattr(error, "lineno", None)
+        reason = getattr(error, "msg", "") or str(error) or "it is nested too deeply"
         raise RankError(
-            f"the cell is not Python: {error.msg} (line {error.lineno}); nothing was started",
+            f"the cell is not Python: {reason}{f' (line {line})' if line else ''};"
+            " nothing was started",
             trace="".join(traceback.format_exception_only(error)),
         ) from None
