@@ -46,7 +46,7 @@ test: setup  ## run every test
 faults: setup  ## kill, freeze and fill disks, and write the table of tests/faults/README.md
 	@FAULTS_TABLE=tests/faults/README.md $(RUN) -m pytest -m fault
 
-fuzz: setup  ## read 15,000 damaged and foreign files, settings, prompts and cells: some minutes
+fuzz: setup  ## try 10,000 damaged or foreign files, settings, prompts and cells: 5 minutes
 	@FUZZ=1 $(RUN) -m pytest tests/fuzz
 
 doctor:  ## check this machine, and say how to fix what does not work; needs no set-up

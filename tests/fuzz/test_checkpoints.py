@@ -80,7 +80,7 @@ def read_everywhere(place: Path, content: bytes) -> None:
         assert text.startswith("a")
 
 
-@cases(25, 1200)
+@cases(25, 700)
 @given(content=damaged(saved(GOOD), [b"PK\x03\x04", b"PK\x05\x06"]))
 def test_any_bytes(place, content):
     read_everywhere(place, content)
@@ -113,7 +113,7 @@ def zip_files(draw: st.DrawFn) -> bytes:
     return file.getvalue()
 
 
-@cases(25, 1200)
+@cases(25, 700)
 @given(content=zip_files())
 def test_any_records_of_a_zip_file(place, content):
     read_everywhere(place, content)
@@ -138,7 +138,7 @@ CODE = st.sampled_from([
 ])  # fmt: skip
 
 
-@cases(25, 1200)
+@cases(25, 700)
 @given(changes=edits(GOOD, CODE), how=st.sampled_from(["zip", "legacy", *range(6)]))
 def test_code_anywhere(place, changes, how):
     content = edited(GOOD, changes)
@@ -155,7 +155,7 @@ TENSORS = st.sampled_from([
 ])  # fmt: skip
 
 
-@cases(30, 1200)
+@cases(30, 700)
 @given(changes=edits(GOOD, PLAIN | TENSORS))
 @example(changes=[(("config",), True)])
 @example(changes=[(("config", "model"), torch.zeros(257, 4))])

@@ -49,7 +49,7 @@ def nested(levels: int) -> bytes:
     return f"data: {{hub_dataset: [{', '.join(lists)}]}}".encode()
 
 
-@cases(40, 1200)
+@cases(40, 700)
 @given(content=st.sampled_from(FILES).flatmap(lambda good: damaged(good, PIECES)))
 @example(content=nested(20))
 def test_any_file(place, content):
@@ -60,7 +60,7 @@ def test_any_file(place, content):
         is_kept_by_a_file(config, place)
 
 
-@cases(40, 1200)
+@cases(40, 700)
 @given(changes=edits(Config().to_dict()))
 @example(changes=[(("model", "d_model"), 10**5000)])
 @example(changes=[(("model",), {"\n": None})])
@@ -73,7 +73,7 @@ def test_any_mapping(place, changes):
         is_kept_by_a_file(config, place)
 
 
-@cases(40, 1600)
+@cases(40, 900)
 @given(changes=st.lists(WORDS | PAIRS, max_size=3), name=WORDS | st.text("ab/\\.\0 ~", max_size=5))
 @example(changes=[], name="x" * 300)
 @example(changes=[], name="\ud800")

@@ -30,7 +30,7 @@ def as_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
-@cases(60, 1500)
+@cases(60, 800)
 @given(
     content=edits(TOKENIZER).map(lambda changes: as_json(edited(TOKENIZER, changes)))
     | damaged(as_json(TOKENIZER)),
@@ -63,7 +63,7 @@ def prepared(place):
     return config, {name: (place / "data" / name).read_bytes() for name in names}
 
 
-@cases(40, 1500)
+@cases(40, 800)
 @given(data=st.data(), name=st.sampled_from(["metadata.json", "train.bin", "val.bin", "edited"]))
 def test_any_token_file(place, prepared, data, name):
     """What can be loaded fits the model, and is prepared again otherwise."""
@@ -107,7 +107,7 @@ PIECES = [b"\0", b"\n", b",", b'"', b"\r", b"nan", b"1e999", b"\xff", b"{}", b"[
 
 
 @pytest.mark.filterwarnings("ignore:.*damaged lines")
-@cases(40, 1500)
+@cases(40, 800)
 @given(data=st.data(), name=st.sampled_from(["metrics.csv", "logs/rank0.jsonl", "run.json"]))
 def test_any_record_of_a_run(place, run_files, data, name):
     """A damaged record ends neither a dashboard nor the run that is resumed."""
