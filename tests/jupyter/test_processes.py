@@ -117,15 +117,20 @@ def test_a_command_that_does_not_exist_has_ended(supervised):
 
 @needs_horovod
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_job_whose_reader_fails_ends_with_a_sentence(nothing_left):
+def test_a_job_whose_reader_fails_ends_with_a_sentence(nothing_left, tmp_path):
+    heard: list[str] = []
+
     def fail(event: dict[str, Any]) -> None:
+        heard.append(event["event"])
         if event["event"] in ("output", "ended"):
             raise ValueError("no more")
 
     echo = ["horovodrun", "-np", "1", "sh", "-c", "echo up; sleep 100"]
-    job = JobProcess(JobSpec(1, echo), fail)
+    (tmp_path / "error.x").touch()  # no report: it cannot be read
+    job = JobProcess(JobSpec(1, echo, cell_folder=tmp_path), fail)
     error = job.wait(60).error()
     job._process.close()  # the reader's thread fails once more, and the filter is for this test
     assert str(error) == (
         "horovodrun could not run the cell: the reader of its events failed: ValueError: no more"
     )
+    assert heard[-1] == "ended"

@@ -103,13 +103,12 @@ class JobProcess:
         return self.ended.result(timeout)
 
     def _hear(self, event: dict[str, Any]) -> None:
-        try:
-            self._note(event)
-            if self._on_event is not None:
-                self._on_event(event)
-        finally:
+        with contextlib.ExitStack() as always:  # whoever waits for the end must hear of it
             if event["event"] == "ended":
-                self.ended.set_result(self.result)
+                always.callback(self.ended.set_result, self.result)
+            if self._on_event is not None:
+                always.callback(self._on_event, event)
+            self._note(event)
 
     def _note(self, event: dict[str, Any]) -> None:
         self.result.add(event)
