@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,10 @@ from horovod_lm.models.loss import IGNORE_INDEX
 from horovod_lm.utils.cli import command
 from horovod_lm.utils.config import Config, resolve_path
 from horovod_lm.utils.distributed import choose_device, get_rank, get_world_size
-from horovod_lm.utils.errors import DataError
+from horovod_lm.utils.errors import ConfigError, DataError
 
 Batch = dict[str, torch.Tensor]
+PREFETCHED_BATCHES = 2  # by each worker
 
 
 class TokenBlockDataset(Dataset[Batch]):
@@ -178,6 +180,7 @@ def get_dataloaders(
 
     Raises:
         DataError: the data are not prepared, or were prepared with other settings.
+        ConfigError: there is too little shared memory for `data.num_workers`.
     """
     rank = get_rank() if rank is None else rank  # Horovod: which shard of each step is ours
     world_size = get_world_size() if world_size is None else world_size  # Horovod: of how many
@@ -205,11 +208,13 @@ def stack_blocks(samples: Sequence[Batch], block_length: int) -> Batch:
 
 def _loader(config: Config, dataset: TokenBlockDataset, sampler: ShardedBatchSampler) -> DataLoader:
     workers = config.data.num_workers
+    _check_shared_memory(config)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=partial(stack_blocks, block_length=dataset.block_length),
         num_workers=workers,
+        prefetch_factor=PREFETCHED_BATCHES if workers else None,
         pin_memory=config.data.pin_memory and choose_device(config.training.device).type == "cuda",
         persistent_workers=workers > 0,
         # Horovod: its threads and connections do not survive a fork; a fork server has none.
@@ -218,6 +223,22 @@ def _loader(config: Config, dataset: TokenBlockDataset, sampler: ShardedBatchSam
         # run would differ.
         generator=torch.Generator().manual_seed(config.seed),
     )
+
+
+def _check_shared_memory(config: Config) -> None:
+    """Raise ConfigError where worker processes cannot pass batches on: torch would crash."""
+    workers, folder = config.data.num_workers, Path("/dev/shm")
+    if not workers or not folder.exists():
+        return
+    batch = 2 * 8 * config.training.per_gpu_batch_size * config.model.max_seq_len  # bytes
+    needed = workers * PREFETCHED_BATCHES * batch + (1 << 20)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"data.num_workers={workers} needs {needed / 1e6:.1f} MB of shared memory, but"
+            f" {folder} has {free / 1e6:.1f} MB: set data.num_workers=0, or give the container more"
+            " (docker run --shm-size=1g)"
+        )
 
 
 def _datasets(folder: Path) -> tuple[TokenBlockDataset, TokenBlockDataset, dict[str, Any]]:

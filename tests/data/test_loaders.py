@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from horovod_lm.data import get_dataloaders, load_preprocessed_data, prepare_data
 from horovod_lm.data.loaders import IGNORE_INDEX, ShardedBatchSampler, TokenBlockDataset
 from horovod_lm.utils.errors import DataError
+from tests.faults.test_damaged_files import IN_A_NAMESPACE, needs_namespaces
 
 SHAPES = {
     "num_samples": st.integers(0, 60),
@@ -224,3 +227,23 @@ def test_fault_11_every_rank_has_the_same_split(make_config):
         batches = [batch["input_ids"] for pair in loaders for batch in pair[part]]
         seen = {tuple(row) for batch in batches for row in batch.tolist()}
         assert seen == {tuple(one["input_ids"].tolist()) for one in expected}
+
+
+LOADERS = """
+import sys
+from horovod_lm.data import get_dataloaders
+from horovod_lm.utils.cli import run_cli
+from horovod_lm.utils.config import load_config
+config = load_config("configs/tiny.yaml", ["data.num_workers=2"])
+run_cli(lambda _: get_dataloaders(config, 0, 1) and 0)
+"""
+
+
+@needs_namespaces
+def test_too_little_shared_memory_for_workers_is_one_sentence(tiny_project):
+    mount = 'mount -t tmpfs -o size=4k tmpfs /dev/shm && exec "$@"'
+    command = [*IN_A_NAMESPACE, "sh", "-c", mount, "sh", sys.executable, "-c", LOADERS]
+    done = subprocess.run(command, cwd=tiny_project, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: data.num_workers=2 needs 1.1 MB of shared memory, but")
+    assert done.stderr.count("\n") == 1
