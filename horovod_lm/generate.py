@@ -96,8 +96,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts = generate_text(
         model, tokenizer, arguments.prompt or "", **config.generation.model_dump()
     )
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
     print("\n\n".join(texts))
     return 0
 

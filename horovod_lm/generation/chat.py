@@ -24,9 +24,8 @@ def chat(answer: Answer, config: Config) -> None:
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() a history and line editing
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # invalid bytes must not end the chat
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # invalid bytes must not end the chat
     print("Type the beginning of a text. :help shows the settings; exit, quit or q ends.")
     while True:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
+import io
 import os
 import shlex
 import shutil
@@ -86,6 +87,9 @@ def run_cli(
 ) -> None:
     """Run `main(argv)` and exit with its result; 2 and a message for a user's error."""
     end_at_once()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # characters that the terminal's encoding lacks
     try:
         sys.exit(main(argv) or 0)
     except UserError as error:
