@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from horovod_lm.models.transformer_lm import TransformerLM
@@ -45,13 +46,20 @@ def gpt2_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         A state dict for `TransformerLM.load_state_dict`.
 
     Raises:
-        CheckpointError: a parameter that GPT-2 does not have.
+        CheckpointError: a parameter that GPT-2 does not have, or an output that is not tied to the
+            embedding.
     """
     ours = {}
+    output, embedding = state.get("lm_head.weight"), state.get("transformer.wte.weight")
+    if output is not None and embedding is not None and not torch.equal(output, embedding):
+        raise CheckpointError(
+            "lm_head.weight differs from transformer.wte.weight; TransformerLM has one weight for"
+            " both"
+        )
     for name, tensor in state.items():
         name = name.removeprefix("transformer.")
         if name == "lm_head.weight" or name.endswith(_BUFFERS):
-            continue  # the output is tied to wte; masks are not parameters
+            continue  # the same as wte; masks are not parameters
         layer = re.match(r"h\.(\d+)\.", name)
         part = name[layer.end() :] if layer else name
         theirs = next(
@@ -80,7 +88,8 @@ def from_gpt2(gpt2: Any) -> TransformerLM:
         A model with its own copy of the weights, in evaluation mode.
 
     Raises:
-        CheckpointError: a setting of the config that `TransformerLM` does not support.
+        CheckpointError: a setting of the config that `TransformerLM` does not support, or weights
+            of another shape.
     """
     config = gpt2.config
     supported = {
@@ -105,7 +114,11 @@ def from_gpt2(gpt2: Any) -> TransformerLM:
         dropout=config.resid_pdrop,
         pad_token_id=config.eos_token_id,
     )
-    model.load_state_dict(gpt2_state_dict(gpt2.state_dict()))
+    try:
+        model.load_state_dict(gpt2_state_dict(gpt2.state_dict()))
+    except RuntimeError as error:  # for example, heads have been removed
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"this GPT-2's weights do not fit its config: {reason}") from None
     return model.eval()
 
 

@@ -112,6 +112,14 @@ def test_settings_that_compute_something_else_are_refused_by_name(name, value):
 def test_weights_that_cannot_be_loaded_are_one_sentence(tmp_path):
     with pytest.raises(CheckpointError, match="h.0.rotary is not a parameter of GPT-2"):
         gpt2_state_dict({"transformer.h.0.rotary": torch.zeros(1)})
+    untied = {"transformer.wte.weight": torch.zeros(2, 2), "lm_head.weight": torch.ones(2, 2)}
+    with pytest.raises(CheckpointError, match="lm_head.weight differs from transformer.wte"):
+        gpt2_state_dict(untied)
+    config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_head=2, n_layer=1, n_positions=8)
+    resized = transformers.GPT2LMHeadModel(config)
+    resized.transformer.wpe = torch.nn.Embedding(4, 8)
+    with pytest.raises(CheckpointError, match="weights do not fit its config: .*position_embed"):
+        from_gpt2(resized)
     with pytest.raises(CheckpointError, match="cannot be loaded.*connect to the network") as error:
         load_gpt2(str(tmp_path / "nothing"))
     assert "\n" not in str(error.value)
