@@ -129,8 +129,11 @@ def write_checkpoint(content: Mapping[str, Any], path: Path) -> Path:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a failed check of its own, after the system's error.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())
         raise CheckpointError(
-            f"the checkpoint {path} cannot be written ({error}): check the folder and the disk"
+            f"the checkpoint {path} cannot be written ({reason}): check the folder and the disk"
         ) from error
     finally:
         with suppress(OSError):  # it does not exist after a successful write

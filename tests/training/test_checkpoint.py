@@ -177,7 +177,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_old_file(tmp_path, trained):
     errors = done.stderr.splitlines()
     assert len(errors) == len(limits), done.stderr
     for error in errors:
-        assert error.startswith(f"the checkpoint {tmp_path / FINAL} cannot be written")
+        assert error.startswith(f"the checkpoint {tmp_path / FINAL} cannot be written (File too la")
     assert (tmp_path / FINAL).read_bytes() == old
     assert [path.name for path in tmp_path.iterdir()] == [FINAL]
 
