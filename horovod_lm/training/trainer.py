@@ -303,6 +303,7 @@ class Trainer:
         if math.isfinite(value):
             return
         step = self.state.global_step + (what != "validation loss")
+        # Horovod: only rank 0's disk has to hold checkpoints.
         good = distributed.on_rank_0(self._last_good_checkpoint, "last_good_checkpoint")
         raise DivergenceError(
             f"the {what} is {value} at step {step}, so training ended without saving this model:"
@@ -550,5 +551,6 @@ def data_hashes(data_dir: Path) -> dict[str, str]:
 
 
 def read_on_rank_0(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint on rank 0, whose disk alone has it, and return it on every rank."""
+    """Read a checkpoint on rank 0, and return its content, or raise its error, on every rank."""
+    # Horovod: only rank 0's disk has to hold the checkpoint; the others receive it.
     return distributed.on_rank_0(lambda: read_checkpoint(path), "checkpoint")

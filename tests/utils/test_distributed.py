@@ -111,6 +111,34 @@ run_cli(lambda _: setup_horovod(require_distributed={required}) and 0)
     )
 
 
+LAUNCHED = """
+import os, sys
+from horovod_lm.utils.distributed import setup_horovod
+from horovod_lm.utils.errors import DistributedError
+for name, value in (one.split("=") for one in sys.argv[1:]):
+    os.environ[name] = value
+    try:
+        print(*setup_horovod(require_distributed=False)[:3])
+    except DistributedError as error:
+        print(error)
+    del os.environ[name]
+"""
+
+
+def test_ranks_that_a_launcher_started_and_horovod_does_not_connect_are_refused(run_python):
+    """As `srun` and `mpirun` start them, without an MPI in Horovod."""
+    pytest.importorskip("horovod.torch")
+    names = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+    code = f"import sys\nsys.argv += {[f'{name}=2' for name in names]}\n{LAUNCHED}"
+    lines = run_python(code).stdout.splitlines()
+    for name, line in zip(names, lines, strict=True):
+        said = f"this process was started as one of 2 ({name}), but Horovod sees 1: start it with"
+        assert line.startswith(said)
+    # One process under a launcher, and a value that is not a number.
+    code = f"import sys\nsys.argv += ['PMI_SIZE=1', 'PMI_SIZE=']\n{LAUNCHED}"
+    assert run_python(code).stdout.splitlines() == ["1 0 0"] * 2
+
+
 @pytest.mark.parametrize(
     ("threads", "local_size", "omp", "cores", "wanted"),
     [
