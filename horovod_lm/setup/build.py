@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-import subprocess
 import tarfile
 import tempfile
 import zipfile
@@ -17,11 +16,11 @@ from pathlib import Path
 
 from horovod_lm.setup.cuda import build_variables
 from horovod_lm.setup.patches import HOROVOD_VERSION, SDIST_SHA256, apply_patches
-from horovod_lm.setup.steps import pip_command, run_step
+from horovod_lm.setup.steps import pip_command, run_pip, run_step
 from horovod_lm.setup.toolchain import Toolchain, find_cmake
 from horovod_lm.setup.trial import TrialError, environment_without_horovod, try_horovod
 from horovod_lm.utils.cli import command
-from horovod_lm.utils.errors import UserError, last_line
+from horovod_lm.utils.errors import UserError
 from horovod_lm.utils.machine import available_cores, container_memory
 
 BYTES_PER_COMPILER = 1.5e9  # memory of one compiler that reads torch's headers
@@ -122,15 +121,12 @@ def fetch_source(cache: Path) -> Path:
             requirement.write_text(f"horovod=={HOROVOD_VERSION} --hash=sha256:{SDIST_SHA256}\n")
             options = "--no-deps --no-binary horovod --no-build-isolation --require-hashes".split()
             options += ["--requirement", str(requirement), "--dest", folder]
-            done = subprocess.run(pip_command("download", *options), capture_output=True, text=True)
-            fetched = Path(folder) / kept.name
-            if done.returncode != 0 or not fetched.is_file():
+            if why := run_pip("download", *options):
                 raise UserError(
-                    f"pip could not download horovod {HOROVOD_VERSION} "
-                    f"({last_line(done.stderr or done.stdout)}); run this again with a network, or"
-                    f" put its source distribution at {kept}"
+                    f"pip could not download horovod {HOROVOD_VERSION} ({why}); run this again with"
+                    f" a network, or put its source distribution at {kept}"
                 )
-            fetched.rename(kept)
+            (Path(folder) / kept.name).rename(kept)
     check_source(kept)
     return kept
 

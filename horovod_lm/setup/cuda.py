@@ -15,8 +15,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from horovod_lm.setup.steps import pip_command
-from horovod_lm.utils.errors import UserError, last_line
+from horovod_lm.setup.steps import run_pip
+from horovod_lm.utils.errors import UserError
 from horovod_lm.utils.machine import driver_cuda, has_gpu_driver
 
 COMPILER_PACKAGES = "nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl".split()
@@ -60,7 +60,7 @@ def why_no_gpu(torch_cuda: str | None) -> str | None:
     if torch_cuda is None:
         return "the torch that is installed is a CPU build"
     supported = driver_cuda()
-    if supported is not None and supported[0] < _version(torch_cuda)[0]:
+    if supported is not None and supported[0] < numbers(torch_cuda)[0]:
         return (
             f"NVIDIA's driver supports CUDA {supported[0]}.{supported[1]}, and torch needs CUDA"
             f" {torch_cuda}: install a newer driver"
@@ -79,7 +79,7 @@ def find_cuda(torch_cuda: str | None) -> Cuda:
     """
     if torch_cuda is None:
         raise UserError("NCCL needs a CUDA build of torch, and the one installed is a CPU build")
-    on_pypi = _version(torch_cuda)[0] >= OLDEST_ON_PYPI
+    on_pypi = numbers(torch_cuda)[0] >= OLDEST_ON_PYPI
     found = find_toolkit(torch_cuda, same_minor=on_pypi)
     if found is None and not on_pypi:
         raise UserError(
@@ -100,8 +100,8 @@ def find_cuda(torch_cuda: str | None) -> Cuda:
             " version, or name the folder with include/nccl.h in HOROVOD_NCCL_HOME"
         )
     text = header.read_text(encoding="utf-8")
-    numbers = re.findall(r"^#define NCCL_(?:MAJOR|MINOR|PATCH) (\d+)", text, re.MULTILINE)
-    nccl, architectures = ".".join(numbers), gpu_architectures(release)
+    parts = re.findall(r"^#define NCCL_(?:MAJOR|MINOR|PATCH) (\d+)", text, re.MULTILINE)
+    nccl, architectures = ".".join(parts), gpu_architectures(release)
     return Cuda(release, nccl, architectures, toolkit, header.parents[1])
 
 
@@ -124,7 +124,7 @@ def find_toolkit(torch_cuda: str, same_minor: bool) -> tuple[Path, str] | None:
             continue
         home = Path(top[1].strip()).resolve()
         same = slice(None) if same_minor else slice(1)
-        if _version(release[1])[same] == _version(torch_cuda)[same]:
+        if numbers(release[1])[same] == numbers(torch_cuda)[same]:
             if (home / "include" / "cuda_runtime.h").is_file():
                 return home, release[1]
     return None
@@ -136,7 +136,7 @@ def gpu_architectures(release: str) -> str:
     found = set(re.findall(r"^(\d+)\.(\d+)$", _output(command), re.MULTILINE))
     if found:
         return ",".join(sorted((major + minor for major, minor in found), key=int))
-    return COMMON_ARCHITECTURES + NEWER_ARCHITECTURES * (_version(release) >= (12, 8))
+    return COMMON_ARCHITECTURES + NEWER_ARCHITECTURES * (numbers(release) >= (12, 8))
 
 
 def build_variables(cuda: Cuda, folder: Path) -> dict[str, str]:
@@ -182,11 +182,9 @@ def link_compiler(release: str, home: Path) -> Path:
     if not any(_is_compiler(place / f"cu{major}", release) for place in _nvidia()):
         print(f"installing the compiler of CUDA {release} from PyPI (about 100 MB)", flush=True)
         packages = [f"{name}=={release}.*" for name in COMPILER_PACKAGES]
-        install = pip_command("install", *packages)
-        done = subprocess.run(install, capture_output=True, text=True)
-        if done.returncode != 0:
+        if why := run_pip("install", *packages):
             raise UserError(
-                f"pip could not install the compiler of CUDA {release} ({last_line(done.stderr)}):"
+                f"pip could not install the compiler of CUDA {release} ({why}):"
                 " run this again with a network, or install NVIDIA's CUDA toolkit"
                 f" {release} and name its folder in CUDA_HOME"
             )
@@ -217,8 +215,9 @@ def _nvidia() -> list[Path]:
     return [Path(place) for place in (found and found.submodule_search_locations) or []]
 
 
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split(".")[:2])
+def numbers(version: str) -> tuple[int, ...]:
+    """Return the major and the minor number of a version."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def _output(command: list[str]) -> str:

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
+from horovod_lm.setup.cuda import numbers
 from horovod_lm.setup.install_horovod import cache_folder, user_cache
 from horovod_lm.setup.steps import call, interrupt_on_termination, lock, pip_command, run_step
 from horovod_lm.setup.toolchain import missing_for_build
@@ -394,11 +395,6 @@ def build_of_torch(environment: Environment, pin: str, options: Sequence[str]) -
     printed = subprocess.run(command, capture_output=True, text=True, errors="replace").stdout
     found = re.search(rf"(?<![\w.]){re.escape(pin)}(\+[\w.]+)?(?![\w.])", printed)
     return found.group() if found else pin
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """Return the major and the minor number of a version."""
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def answers(index: str) -> bool:

@@ -27,7 +27,6 @@ import argparse
 import importlib.metadata
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -41,10 +40,10 @@ from horovod_lm.setup.build import (
     kept_wheel,
     try_build,
 )
-from horovod_lm.setup.steps import interrupt_on_termination, lock, pip_command
+from horovod_lm.setup.steps import interrupt_on_termination, lock, run_pip
 from horovod_lm.setup.toolchain import Toolchain, inspect_toolchain
 from horovod_lm.utils.cli import command, run_cli
-from horovod_lm.utils.errors import UserError, last_line
+from horovod_lm.utils.errors import UserError
 
 
 def install_horovod(toolchain: Toolchain, force: bool = False, jobs: int | None = None) -> None:
@@ -72,11 +71,8 @@ def install_horovod(toolchain: Toolchain, force: bool = False, jobs: int | None 
             print(f"installing the wheel kept from an earlier build: {wheel}", flush=True)
         wheel = wheel or build_wheel(toolchain, cache, jobs or available_jobs())
         options = "--no-deps --no-index --force-reinstall".split()
-        install = pip_command("install", *options, str(wheel))
-        done = subprocess.run(install, capture_output=True, text=True)
-        if done.returncode != 0:
-            reason = last_line(done.stderr or done.stdout)
-            raise UserError(f"pip could not install {wheel}: {reason}")
+        if why := run_pip("install", *options, str(wheel)):
+            raise UserError(f"pip could not install {wheel}: {why}")
         try_build(toolchain)
         print(f"Horovod {installed_version()} is installed and works, {toolchain.summary}.")
 

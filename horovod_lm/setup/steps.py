@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from horovod_lm.utils.errors import last_line
 from horovod_lm.utils.progress import ProgressLine, format_seconds
 
 PERCENT = re.compile(r"^\s*\[\s*(\d{1,3})%\] (?:Building|Linking|Built)", re.MULTILINE)
@@ -28,6 +29,12 @@ TAIL_BYTES = 20_000  # of a log: where its newest percentage is
 def pip_command(*arguments: str, python: str | Path = sys.executable) -> list[str]:
     """Return the command that calls the pip of an environment."""
     return [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+
+
+def run_pip(*arguments: str) -> str:
+    """Call this environment's pip; return why it failed, or an empty text."""
+    done = subprocess.run(pip_command(*arguments), capture_output=True, text=True, errors="replace")
+    return (last_line(done.stderr or done.stdout) or "no reason") if done.returncode else ""
 
 
 def interrupt_on_termination() -> None:

@@ -62,14 +62,10 @@ class Toolchain:
     why_not: str = field(default="", compare=False)
 
     @property
-    def described(self) -> dict[str, str | None]:
-        """The fields that determine the build."""
-        return {name: value for name, value in asdict(self).items() if name not in NOT_IN_KEY}
-
-    @property
     def key(self) -> str:
         """Twelve hexadecimal digits, different for every toolchain."""
-        described = json.dumps(self.described, sort_keys=True)
+        fields = {name: value for name, value in asdict(self).items() if name not in NOT_IN_KEY}
+        described = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()[:12]
 
     @property

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -88,15 +86,3 @@ def test_workers_and_launcher_of_kubernetes_are_one_image_with_one_disk_for_chec
     claims = {volume["persistentVolumeClaim"]["claimName"] for pod in pods
               for volume in pod["volumes"] if volume["name"] == "runs"}  # fmt: skip
     assert len(images) == len(claims) == 1
-
-
-def test_scripts_are_whole():
-    subprocess.run(["bash", "-n", str(JOBS / "slurm.sbatch")], check=True)
-    compile((JOBS / "ray_job.py").read_text(), "ray_job.py", "exec")
-
-
-@pytest.mark.parametrize("file", sorted(JOBS.iterdir()), ids=lambda file: file.name)
-def test_each_file_says_what_of_it_was_run_and_every_job_trains_cluster_yaml(file):
-    text = file.read_text()
-    assert "What of it was run:" in text
-    assert "configs/cluster.yaml" in text and sys.executable not in text

@@ -148,12 +148,6 @@ def test_too_many_threads_and_one_core_are_warnings(
     assert not quota or "CPU quota: 1)" in found["cores"].message
 
 
-def test_too_little_room_is_a_warning_with_its_number():
-    finding = doctor.enough("disk", 0.5 * 2**30, 8 * 2**30, 1 * 2**30, "free space")
-    message = "0.5 GiB free of 8.0; 1 GiB are recommended"
-    assert finding == Finding("disk", WARN, message, "free space")
-
-
 def test_a_missing_compiler_is_a_warning(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

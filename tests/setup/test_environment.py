@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from horovod_lm.setup import environment
+from horovod_lm.setup.cuda import numbers
 from horovod_lm.setup.environment import (
     MARK,
     Environment,
@@ -28,7 +29,6 @@ from horovod_lm.setup.environment import (
     find_environment,
     former_folder,
     next_steps,
-    numbers,
     read_pins,
 )
 from horovod_lm.utils.errors import UserError

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from horovod_lm.setup import install_horovod
-from horovod_lm.setup.install_horovod import cache_folder, key_of, why_not_right
+from horovod_lm.setup.install_horovod import cache_folder
 from horovod_lm.utils.errors import UserError
 
 needs_horovod = pytest.mark.skipif(
@@ -37,19 +37,6 @@ def main(monkeypatch):
     """The command line in this process, whose signals stay as they are."""
     monkeypatch.setattr(install_horovod, "interrupt_on_termination", lambda: None)
     return install_horovod.main
-
-
-@pytest.mark.parametrize(
-    ("version", "key", "why"),
-    [
-        ("0.28.1+lm.0123456789ab", "0123456789ab", "for another torch"),
-        ("0.28.1", None, "not built by this project"),
-        ("0.28.1+lm.012", None, "not built by this project"),
-        (None, None, "Horovod is not installed"),
-    ],
-)
-def test_a_build_of_ours_is_known_by_its_version(version, key, why):
-    assert key_of(version) == key and why in why_not_right(version)
 
 
 def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):

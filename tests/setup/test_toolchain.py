@@ -23,18 +23,6 @@ def test_the_key_changes_with_everything_that_the_wheel_depends_on_and_nothing_e
     assert same == (field in ("cuda", "why_not"))
 
 
-def test_the_summary_says_what_is_built_in_and_why_nccl_is_not():
-    cuda = "CUDA 12.8, NCCL 2.26.2, GPU architectures 80"
-    assert replace(HERE, mpi="g++ 12", nccl=cuda).summary == f"with Gloo and MPI and {cuda}"
-    reason = "no NVIDIA driver was found"
-    assert replace(HERE, nccl=cuda, why_not=reason).summary == (
-        f"with Gloo and {cuda}; no GPU for it: {reason}"
-    )
-    assert replace(HERE, why_not=reason).summary == (
-        "with Gloo; without NCCL: no NVIDIA driver was found"
-    )
-
-
 def test_this_machine_can_be_inspected_also_without_room_for_temporary_files(monkeypatch):
     import torch
 
