@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shlex
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from horovod_lm.utils.cli import command
+from horovod_lm.utils.cli import command, program
 from horovod_lm.utils.config import DistributedConfig
 from horovod_lm.utils.errors import ConfigError, DistributedError, UserError
 from horovod_lm.utils.machine import available_cores
@@ -109,9 +110,10 @@ def setup_horovod(
         _export_settings(settings)  # Horovod: it reads its settings when it starts
         join_world()
     if launched > 1 and launched != get_world_size() and not elastic_launcher():
+        horovodrun = [program("horovodrun"), "-np", str(launched)]
         raise DistributedError(
             f"this process was started as one of {launched} ({variable}), but Horovod sees"
-            f" {get_world_size()}: start it with horovodrun -np {launched}, which this build of"
+            f" {get_world_size()}: start it with {shlex.join(horovodrun)}, which this build of"
             f" Horovod needs; if it is meant to run alone, unset {variable}"
         )
     set_threads(settings, get_local_size())
