@@ -7,13 +7,14 @@ from typing import Any
 
 
 class StopRequest:
-    """Inside `with StopRequest() as stop:`, Ctrl-C and SIGTERM set `stop.requested`.
+    """Inside `with StopRequest() as stop:`, Ctrl-C, SIGTERM and SIGHUP set `stop.requested`.
 
-    A second signal raises KeyboardInterrupt. Outside the main thread, Python does not allow signal
-    handlers, and only the caller sets `requested`.
+    SIGHUP says that the terminal was closed. A signal that is ignored at the start, as `nohup` and
+    a script's `&` do, remains ignored. A second signal raises KeyboardInterrupt. Outside the main
+    thread, Python does not allow signal handlers, and only the caller sets `requested`.
     """
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.requested = False
@@ -22,7 +23,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         try:
             for number in self._SIGNALS:
-                self._before[number] = signal.signal(number, self._request)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._request)
         except ValueError:  # not in the main thread
             self._before.clear()
         return self

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from contextlib import suppress
 from typing import TextIO
 
 _SECONDS_BETWEEN_UPDATES = 0.2
@@ -12,6 +14,9 @@ _CLEAR_LINE = "\r\x1b[K"
 
 class ProgressLine:
     """Prints a status line, updated in place on a terminal, and messages.
+
+    If the output is lost (the terminal was closed, `tee` was killed, the disk is full), it says so
+    once and prints nothing more: the work is worth more than its messages.
 
     Args:
         enabled: False prints nothing: for all ranks except rank 0.
@@ -31,16 +36,26 @@ class ProgressLine:
             return
         now = time.monotonic()
         if self._terminal and (keep or now - self._shown_at > _SECONDS_BETWEEN_UPDATES):
-            print(f"{_CLEAR_LINE}{text}", end="", file=self._stream, flush=True)
+            self._print(f"{_CLEAR_LINE}{text}", end="")
             self._shown_at, self._open = now, True
         elif not self._terminal and keep:
-            print(text, file=self._stream, flush=True)
+            self._print(text)
 
     def say(self, text: str) -> None:
         """Print a message."""
         if self._enabled:
-            print((_CLEAR_LINE if self._open else "") + text, file=self._stream, flush=True)
+            self._print((_CLEAR_LINE if self._open else "") + text)
             self._open = False
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        try:
+            print(text, end=end, file=self._stream, flush=True)
+        except OSError as error:
+            # Also for what is printed later, and for the flush at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            with suppress(OSError):
+                reason = f"the output was lost ({error.strerror})"
+                print(f"warning: {reason}: nothing more is printed", file=sys.stderr, flush=True)
 
 
 def format_seconds(seconds: float) -> str:

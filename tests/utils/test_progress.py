@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 
@@ -41,6 +42,17 @@ def test_on_a_terminal_the_line_is_updated_and_cleared_before_a_message(monkeypa
     clear = "\r\x1b[K"
     wanted = f"first\n{clear}step 1{clear}step 2{clear}step 4{clear}last\nmore\n"
     assert stream.getvalue() == wanted
+
+
+def test_lost_output_is_said_once_and_is_no_error(capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        line = ProgressLine(stream=stream)
+        for _ in range(3):
+            line.say("text")
+    wanted = "warning: the output was lost (Broken pipe): nothing more is printed\n"
+    assert capfd.readouterr().err == wanted
 
 
 @pytest.mark.parametrize(
