@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import mmap
+import os
 import shutil
+import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,9 @@ class TokenBlockDataset(Dataset[Batch]):
     except its first (an end-of-text) is predicted exactly once. The last window is padded with
     `fill_id`, and the labels of the padding are ignored.
 
+    The file is opened once: if another one takes its place, the windows stay the same, also in
+    worker processes.
+
     Args:
         path: the file.
         block_length: tokens per window, T.
@@ -40,13 +47,15 @@ class TokenBlockDataset(Dataset[Batch]):
         fill_id: pads the last window.
     """
 
+    _tokens: np.ndarray | None = None  # mapped at first use
+
     def __init__(
         self, path: str | Path, block_length: int, dtype: str = "<u2", fill_id: int = 0
     ) -> None:
         self.path, self.block_length = Path(path), block_length
         self.dtype, self.fill_id = dtype, fill_id
-        self.num_tokens = self.path.stat().st_size // np.dtype(dtype).itemsize
-        self._tokens: np.memmap | None = None
+        self._keep_open(os.open(path, os.O_RDONLY))
+        self.num_tokens = os.stat(self._file).st_size // np.dtype(dtype).itemsize
 
     def __len__(self) -> int:
         return math.ceil((self.num_tokens - 1) / (self.block_length - 1))
@@ -63,15 +72,24 @@ class TokenBlockDataset(Dataset[Batch]):
         return {"input_ids": input_ids, "labels": labels}
 
     @property
-    def tokens(self) -> np.memmap:
+    def tokens(self) -> np.ndarray:
         """All token ids, memory-mapped; each process maps the file itself."""
         if self._tokens is None:
-            self._tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
+            mapped = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
+            self._tokens = np.frombuffer(mapped, self.dtype)
         return self._tokens
 
+    def _keep_open(self, descriptor: int) -> None:
+        self._file = descriptor
+        weakref.finalize(self, os.close, descriptor)
+
     def __getstate__(self) -> dict[str, Any]:
-        # For a worker process: a pickled memmap would be a copy of the whole file.
-        return {**self.__dict__, "_tokens": None}
+        # For a worker process: the open file instead of a copy of the tokens.
+        return {**self.__dict__, "_tokens": None, "_file": DupFd(self._file)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._keep_open(state["_file"].detach())
 
 
 class ShardedBatchSampler(Sampler[list[int]]):
