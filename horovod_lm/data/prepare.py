@@ -68,7 +68,7 @@ def prepare_data(config: Config, progress: Progress | None = None) -> dict[str, 
     data_dir = config.resolve(config.data.data_dir)
     corpus = open_corpus(config)
     inputs = {"format": FORMAT, "settings": data_settings(config), "corpus": corpus.fingerprint}
-    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    digest = _sha256(json.dumps(inputs, sort_keys=True).encode())
 
     def unchanged() -> dict[str, Any] | None:
         metadata = read_metadata(data_dir)
@@ -102,7 +102,11 @@ def data_settings(config: Config) -> dict[str, Any]:
 
 
 def read_metadata(data_dir: Path) -> dict[str, Any] | None:
-    """Return the content of `metadata.json`, or None if the data are missing or incomplete."""
+    """Return the content of `metadata.json`, or None if the data are missing or incomplete.
+
+    Raises:
+        DataError: a file may not be read.
+    """
     try:
         metadata = json.loads((data_dir / METADATA).read_text(encoding="utf-8"))
         vocab_size, eot_id = (metadata["tokenizer"][key] for key in ("vocab_size", "eot_id"))
@@ -112,14 +116,20 @@ def read_metadata(data_dir: Path) -> dict[str, Any] | None:
             and 0 <= eot_id < vocab_size
             and metadata["block_length"] == metadata["settings"]["model.max_seq_len"]
             and isinstance(metadata["inputs"], str)
-            and (data_dir / TOKENIZER).is_file()
+            and metadata["tokenizer"]["sha256"] == _sha256((data_dir / TOKENIZER).read_bytes())
         )
         for part in (TRAIN, VAL):
             size = metadata[part]["tokens"] * np.dtype(metadata["dtype"]).itemsize
             complete = complete and (data_dir / f"{part}.bin").stat().st_size == size
         return metadata if complete else None
+    except PermissionError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def publish(partial: Path, data_dir: Path) -> None:
@@ -190,6 +200,7 @@ def _prepare(
         dtype = DTYPES[tokenizer.vocab_size > 1 << 16]
         parts = _encode(texts(), tokenizer, partial, dtype, total_bytes, progress)
         _check_size(config, corpus, parts)
+        tokenizer_json = tokenizer.to_json().encode()
         metadata = {
             "format": FORMAT,
             "inputs": inputs,
@@ -200,12 +211,13 @@ def _prepare(
                 "name": tokenizer.name,
                 "vocab_size": tokenizer.vocab_size,
                 "eot_id": tokenizer.eot_id,
+                "sha256": _sha256(tokenizer_json),
             },
             "dtype": dtype,
             "block_length": config.model.max_seq_len,
             **_statistics(config, parts),
         }
-        (partial / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
+        (partial / TOKENIZER).write_bytes(tokenizer_json)
         content = json.dumps(metadata, indent=2, ensure_ascii=False)
         (partial / METADATA).write_text(content + "\n", encoding="utf-8")
         publish(partial, data_dir)

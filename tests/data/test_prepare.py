@@ -121,13 +121,15 @@ def test_a_changed_text_file_prepares_again_and_a_failure_keeps_the_old_data(mak
     assert not (folder_of(config) / ".partial").exists() and text.exists()
 
 
-@pytest.mark.parametrize("damage", [*FILES, "cut"])
+@pytest.mark.parametrize("damage", [*FILES, "cut", "another tokenizer"])
 def test_incomplete_data_are_prepared_again(make_config, damage):
     config = make_config()
     prepare_data(config)
     whole = contents(config)
     if damage == "cut":
         os.truncate(folder_of(config) / "train.bin", 10)
+    elif damage == "another tokenizer":
+        (folder_of(config) / "tokenizer.json").write_text('{"name": "gpt2"}')
     else:
         (folder_of(config) / damage).unlink()
     assert read_metadata(folder_of(config)) is None
