@@ -9,8 +9,9 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
@@ -286,6 +287,27 @@ SMALL_MODEL = {
     "dropout": 0.0,
     "pad_token_id": 0,
 }
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """A folder with files that this process may not read, also if the tests run as root."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        for below in ("library", "library/secret", "nothing", "secret"):
+            (folder / below).mkdir()
+        for file in ("library/b.txt", "secret/a.txt", "hidden.txt"):
+            (folder / file).write_text("text")
+        for closed in ("library/secret", "secret", "hidden.txt"):
+            (folder / closed).chmod(0)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # nobody
+        yield folder
+        os.seteuid(user)
+        for closed in ("library/secret", "secret"):
+            (folder / closed).chmod(0o755)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`python -m horovod_lm.data`: prepare the tokens of a configuration, or show its documents."""
+"""`python -m horovod_lm.data`: prepare the tokens of a configuration."""
 
 from __future__ import annotations
 

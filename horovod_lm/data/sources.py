@@ -28,6 +28,7 @@ from horovod_lm.utils.errors import DataError
 
 EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 PIECE_BYTES = 1 << 16  # files are read in pieces: BPE training buffers 256 of them
+SAVE_OR_EXCLUDE = "save it as UTF-8, or exclude it with a glob such as 'folder/**/*.txt'"
 ARTICLE_HEADING = re.compile(r" = (?!= ).+(?<! =) = \n?")  # WikiText: ` = Title = `
 
 
@@ -128,6 +129,8 @@ def _matching_files(config: Config, pattern: str) -> list[Path]:
     if path.is_file():
         return [path]
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    if path == existing and not path.is_dir():
+        raise DataError(f"data.path {pattern} is neither a file nor a folder ({path})")
     parts = path.relative_to(existing).parts or ("**", "*")
     data_dir = config.resolve(config.data.data_dir)
     files = [file for file in _matches(existing, parts) if file.parent != data_dir]
@@ -205,14 +208,19 @@ def read_text_file(file: Path, piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
         piece_bytes: approximate size of a piece.
 
     Raises:
-        DataError: a byte is not UTF-8 (the message has the file and the byte's offset), or the
-            file cannot be read.
+        DataError: a byte is not UTF-8 (the message has the file and the byte's offset), a quarter
+            of the beginning is zero bytes, or the file cannot be read.
     """
     offset, data = 0, b""  # of the file: what precedes `data`, and what is not yet decoded
     try:
         with _as_data_error(), file.open("rb") as stream:
             while block := stream.read(piece_bytes):
                 data += block
+                if not offset and 4 * data.count(0) > len(data):
+                    raise DataError(
+                        f"{file} is not UTF-8 text: {data.count(0)} of its first {len(data)} bytes "
+                        f"are 0, as in UTF-16 or a binary file; {SAVE_OR_EXCLUDE}"
+                    )
                 if not offset and data.startswith(codecs.BOM_UTF8):
                     offset, data = len(codecs.BOM_UTF8), data.removeprefix(codecs.BOM_UTF8)
                 cut = data.rfind(b"\n") + 1 or len(data)
@@ -226,8 +234,7 @@ def read_text_file(file: Path, piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset "
-            f"{offset + error.start} ({error.reason}); "
-            "save it as UTF-8, or exclude it with a glob such as 'folder/**/*.txt'"
+            f"{offset + error.start} ({error.reason}); {SAVE_OR_EXCLUDE}"
         ) from None
 
 
@@ -250,7 +257,8 @@ def _hub(config: Config) -> Corpus:
             ) from None
 
     folder = config.resolve(name)
-    local_files = sorted(file for file in folder.rglob("*") if file.is_file())
+    folders = _folders(folder) if folder.is_dir() else ()
+    local_files = sorted(file for below in folders for file in below.iterdir() if file.is_file())
     return Corpus(
         f"the dataset {name}",
         partial(documents, "train"),
@@ -305,6 +313,11 @@ def _open_hub_dataset(config: Config) -> dict[str, Iterable[dict[str, Any]]]:
         saved = datasets.load_from_disk(str(local))
         return saved if isinstance(saved, dict) else {"train": saved}
     if local.exists():
+        if "[" in str(local):  # https://github.com/huggingface/datasets/issues/7468
+            raise DataError(
+                f"the library 'datasets' finds no files in {local}, because it takes brackets in a "
+                "path for a pattern: rename the folder, or use a copy made with save_to_disk"
+            )
         return datasets.load_dataset(str(local), subset, streaming=True)
     check_reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     return datasets.load_dataset(name, subset, streaming=True)

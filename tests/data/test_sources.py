@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,8 @@ from horovod_lm.data.sources import _join_articles, open_corpus, read_text_file
 from horovod_lm.data.synthetic.stories import generate_stories
 from horovod_lm.utils.config import config_from_dict
 from horovod_lm.utils.errors import DataError
+
+TEXT = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 
 
 def texts(config) -> list[str]:
@@ -136,6 +137,7 @@ def test_links_are_followed_and_each_folder_is_read_once(make_config, library, t
         ("nowhere/*.txt", r"data.path nowhere/\*.txt: no such file or match"),
         (["library/b.txt", "nowhere.txt"], "data.path nowhere.txt: no such file or match"),
         ("nothing", "data.path nothing: the folder has no files"),
+        ("/dev/null", "data.path /dev/null is neither a file nor a folder"),
         ("library/b.txt/x", "b.txt cannot be read: Not a directory"),
         ("x" * 300, "xxx cannot be read: File name too long"),
         ("secret", "secret cannot be read: Permission denied"),
@@ -150,30 +152,9 @@ def test_text_that_cannot_be_read_is_a_sentence(unprivileged, path, sentence):
     assert "\n" not in str(caught.value)
 
 
-@pytest.fixture
-def unprivileged():
-    """A folder with files that this process may not read, also if the tests run as root."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        for below in ("library", "library/secret", "nothing", "secret"):
-            (folder / below).mkdir()
-        for file in ("library/b.txt", "secret/a.txt", "hidden.txt"):
-            (folder / file).write_text("text")
-        for closed in ("library/secret", "secret", "hidden.txt"):
-            (folder / closed).chmod(0)
-        user = os.geteuid()
-        if user == 0:
-            os.seteuid(65534)  # nobody
-        yield folder
-        os.seteuid(user)
-        for closed in ("library/secret", "secret"):
-            (folder / closed).chmod(0o755)
-
-
 @settings(deadline=None)
 @given(
-    text=st.text(st.characters(exclude_categories=["Cs"]), max_size=200),
+    text=st.text(TEXT, max_size=200),
     piece_bytes=st.integers(1, 40),
 )
 def test_a_file_is_read_exactly_whatever_the_size_of_the_pieces(
@@ -191,11 +172,11 @@ def test_a_file_is_read_exactly_whatever_the_size_of_the_pieces(
 
 @settings(deadline=None)
 @given(
-    before=st.text(st.characters(exclude_categories=["Cs"]), max_size=60),
+    before=st.text(TEXT, max_size=60),
     bad=st.sampled_from(
         [b"\xff", b"\xc3(", b"\xe2\x82", b"\xed\xa0\x80", b"\x80", b"\xf0\x9f\xa6"]
     ),
-    after=st.text(st.characters(max_codepoint=127), max_size=20),
+    after=st.text(st.characters(min_codepoint=1, max_codepoint=127), max_size=20),
     piece_bytes=st.integers(3, 40),
 )
 def test_a_bad_byte_names_the_file_and_the_offset(
@@ -213,6 +194,16 @@ def test_a_bad_byte_names_the_file_and_the_offset(
         caught.value
     )
     assert "\n" not in str(caught.value)
+
+
+def test_a_zero_byte_is_text_but_utf_16_is_not(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_bytes(b"zero: \0, old Mac's line ends\r" * 9)
+    assert "".join(read_text_file(file)) == "zero: \0, old Mac's line ends\r" * 9
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
+        file.write_text("two bytes for each letter", encoding)
+        with pytest.raises(DataError, match=r"text.txt is not UTF-8 text: \d+ of its first \d+ by"):
+            list(read_text_file(file))
 
 
 def test_pieces_end_at_the_end_of_a_line(tmp_path):
@@ -277,6 +268,17 @@ def test_a_local_copy_of_a_dataset_is_read(make_config, tmp_path, write_dataset,
     assert open_corpus(config).fingerprint != before
     with pytest.raises(DataError, match="no field 'story': set data.hub_text_field to one of text"):
         texts(make_config(source="hub", hub_dataset="rows", hub_text_field="story"))
+
+
+def test_brackets_in_the_path_of_a_dataset_are_refused_only_where_its_library_fails(
+    make_config, tmp_path, write_dataset
+):
+    for folder, saved in (("rows", False), ("saved", True)):
+        write_dataset(folder, {"train": ["text"]}, saved)
+        (tmp_path / folder).rename(tmp_path / f"[1] {folder}")
+    with pytest.raises(DataError, match="brackets in a path .*: rename the folder"):
+        texts(make_config(source="hub", hub_dataset="[1] rows"))
+    assert texts(make_config(source="hub", hub_dataset="[1] saved")) == ["text"]
 
 
 WIKITEXT = {
