@@ -334,7 +334,7 @@ def find_project_root(start: str | Path | None = None) -> Path:
     """
     start = Path(start or Path.cwd()).resolve()
     folders = (start, *start.parents)
-    return next((folder for folder in folders if (folder / "configs").is_dir()), start)
+    return next((folder for folder in folders if os.path.isdir(folder / "configs")), start)
 
 
 def resolve_path(path: str | Path) -> Path:
@@ -539,16 +539,19 @@ def _one_line(text: object) -> str:
 
 def _absolute(path: str | Path, root: Path) -> Path:
     try:
-        return (root / Path(path).expanduser()).resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, ~nobody
+        return (root / os.path.expanduser(path)).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, a loop of links
         raise ConfigError(f"{_short(str(path))} is not a path: {_one_line(error)}") from None
 
 
 def _find_file(path: str | Path) -> Path:
     here, in_project = (_absolute(path, folder) for folder in (Path.cwd(), find_project_root()))
     for file in (here, in_project):
-        if os.path.isfile(file):
-            return file
+        try:
+            if file.is_file():
+                return file
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
     folder = here.parent if os.path.isdir(here.parent) else in_project.parent
     names = sorted(str(Path(path).parent / file.name) for file in folder.glob("*.yaml"))
     hint = f"; there are {', '.join(names)}" if names else ""
