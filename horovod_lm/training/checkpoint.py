@@ -33,6 +33,7 @@ TYPES: dict[str, type] = {
     "config": dict, "tokenizer": str, "optimizer": dict, "scheduler": dict, "scaler": dict,
     "data": dict, "epoch": int, "step": int, "global_step": int, "samples_seen": int, "tokens": int,
     "loss": float, "first_loss": float, "best_loss": float,
+    "world_changes": int, "steps_replayed": int,
 }  # fmt: skip
 _NUMBERED = re.compile(r"checkpoint_epoch(\d+)_step(\d+)\.pt")
 
@@ -209,9 +210,11 @@ def read_checkpoint(checkpoint_path: str | Path) -> dict[str, Any]:
             " with the version of horovod_lm that wrote it, or train again"
         )
     for key, kind in TYPES.items():
-        if not isinstance(checkpoint.get(key), kind | None):
+        value = checkpoint.get(key)
+        is_count = not isinstance(value, int) or 0 <= value < 2**63
+        if not isinstance(value, kind | None) or not is_count:
             raise CheckpointError(
-                f"{path} is not a checkpoint of horovod_lm: its {key!r} is not a {kind.__name__}"
+                f"{path} is not a checkpoint of horovod_lm: its {key!r} has an invalid value"
             )
     return checkpoint
 

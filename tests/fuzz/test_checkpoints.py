@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.training.checkpoint import checkpoint_content, load_checkpoint
 from horovod_lm.training.optimizer import build_optimizer, build_scheduler
 from horovod_lm.utils.config import config_from_dict
-from tests.fuzz.conftest import PLAIN, cases, damaged, edited, edits, succeeds_or_explains
+from tests.fuzz.conftest import PLAIN, cases, confined, damaged, edited, edits, succeeds_or_explains
 
 CONFIG = config_from_dict(
     {
@@ -59,6 +60,9 @@ GOOD = checkpoint_content(
 )  # fmt: skip
 
 
+COUNTS = ("epoch", "step", "global_step", "samples_seen", "tokens", "world_changes")
+
+
 def saved(content: Any, as_zip: bool = True) -> bytes:
     """Return what torch writes."""
     file = io.BytesIO()
@@ -71,8 +75,10 @@ def read_everywhere(place: Path, content: bytes) -> None:
     path = place / "fuzzed.pt"
     path.write_bytes(content)
     mine = parts()
-    if succeeds_or_explains(place, load_checkpoint, path, *mine):
+    checkpoint = succeeds_or_explains(place, load_checkpoint, path, *mine)
+    if checkpoint is not None:
         take_step(*mine)
+        assert all(0 <= (checkpoint.get(count) or 0) < 2**63 for count in COUNTS)
     loaded = succeeds_or_explains(place, load_model_for_generation, path)
     if loaded is not None:
         model, tokenizer, _ = loaded
@@ -129,6 +135,15 @@ class Call:
         return self.call
 
 
+def test_the_watch_sees_what_code_in_a_file_does(place):
+    bomb = place / "bomb.pt"
+    for call in (Call(os.system, "true"), Call(open, str(place.parent / "written"), "w")):
+        torch.save(call, bomb)
+        with pytest.raises(AssertionError, match="os.system|open"), confined(place):
+            torch.load(bomb, weights_only=False)
+    assert not (place.parent / "written").exists()
+
+
 CODE = st.sampled_from([
     Call(os.system, "true"), Call(subprocess.run, "true"), Call(eval, "open('executed', 'w')"),
     Call(exec, "open('executed', 'w')"), Call(open, "executed", "w"), Call(os.mkdir, "executed"),
@@ -160,6 +175,7 @@ TENSORS = st.sampled_from([
 @example(changes=[(("config",), True)])
 @example(changes=[(("config", "model"), torch.zeros(257, 4))])
 @example(changes=[(("format",), torch.zeros(0))])
+@example(changes=[(("samples_seen",), -5)])
 @example(changes=[(("model", "token_embedding.weight"), torch.zeros(257, 4).to_sparse())])
 @example(changes=[(("model", "token_embedding.weight"), torch.zeros(8, 4))])
 @example(changes=[(("optimizer", "state", 0, "exp_avg"), torch.tensor(0.0))])  # wrote elsewhere
