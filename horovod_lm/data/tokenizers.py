@@ -198,7 +198,9 @@ class GPT2Tokenizer(Tokenizer):
         import tiktoken
 
         try:
-            if not gpt2_is_on_disk():
+            folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+            folder = folder or os.path.join(tempfile.gettempdir(), "data-gym-cache")
+            if not Path(folder, hashlib.sha1(GPT2_MERGES.encode()).hexdigest()).exists():
                 check_reachable(GPT2_MERGES)  # tiktoken itself has no timeout
             self._encoding = tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:
@@ -213,13 +215,6 @@ class GPT2Tokenizer(Tokenizer):
 
     def _bytes_of(self, token_id: int) -> bytes:
         return self._encoding.decode_single_token_bytes(token_id)
-
-
-def gpt2_is_on_disk() -> bool:
-    """Return whether GPT-2's vocabulary is in tiktoken's cache."""
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-    folder = folder or os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    return (Path(folder) / hashlib.sha1(GPT2_MERGES.encode()).hexdigest()).exists()
 
 
 def check_reachable(url: str) -> None:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from horovod_lm.data.prepare import prepare_data
 from horovod_lm.data.sources import _join_articles, open_corpus, read_text_file
-from horovod_lm.data.synthetic.stories import generate_stories
 from horovod_lm.utils.config import config_from_dict
 from horovod_lm.utils.errors import DataError
 
@@ -24,14 +23,6 @@ TEXT = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 
 def texts(config) -> list[str]:
     return ["".join(document.pieces()) for document in open_corpus(config).documents()]
-
-
-# ---- stories ------------------------------------------------------------------------------------
-
-
-def test_stories_follow_from_the_seed(make_config):
-    assert texts(make_config(num_stories=20)) == list(generate_stories(20, seed=7))
-    assert texts(make_config(num_stories=20, seed=8)) != texts(make_config(num_stories=20))
 
 
 @pytest.mark.parametrize("source", ["stories", "python"])

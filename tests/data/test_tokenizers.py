@@ -130,10 +130,3 @@ def test_gpt2_if_its_file_is_available():
 def test_what_is_not_a_tokenizer_is_a_sentence(source, sentence):
     with pytest.raises(DataError, match=sentence):
         load_tokenizer(source)
-
-
-def test_truncated_json_is_a_sentence():
-    whole = TOKENIZERS["bpe"].to_json()
-    for size in range(1, len(whole), 997):
-        with pytest.raises(DataError):
-            load_tokenizer(whole[:size])

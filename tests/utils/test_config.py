@@ -226,13 +226,6 @@ def test_relative_paths_start_at_the_project_root_from_any_working_directory(wri
     assert load_config(path).resolve("~/x") == Path.home().resolve() / "x"
 
 
-def test_a_config_saved_in_a_run_means_the_same_folders(write):
-    config = load_config(write("seed: 1"))
-    copy = save_config(config, config.resolve(config.paths.run_dir, "first") / "config.yaml")
-    assert copy == config.project_root / "runs" / "first" / "config.yaml"
-    assert load_config(copy).project_root == config.project_root
-
-
 @pytest.mark.parametrize("run_dir", ["runs/${run_name}", "${run_name}", "a/b/${run_name}"])
 def test_without_configs_paths_start_at_the_files_folder(tmp_path, run_dir):
     own = tmp_path / "mine.yaml"
