@@ -80,12 +80,12 @@ def open_corpus(config: Config) -> Corpus:
 
 
 @contextmanager
-def _as_data_error() -> Iterator[None]:
+def _as_data_error(file: Path | None = None) -> Iterator[None]:
     """Raise DataError, which names the file, for what the system does not allow."""
     try:
         yield
     except OSError as error:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
+        raise DataError(f"{error.filename or file} cannot be read: {error.strerror}") from None
 
 
 def text_document(name: str, text: str) -> Document:
@@ -213,7 +213,7 @@ def read_text_file(file: Path, piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
     """
     offset, data = 0, b""  # of the file: what precedes `data`, and what is not yet decoded
     try:
-        with _as_data_error(), file.open("rb") as stream:
+        with _as_data_error(file), file.open("rb") as stream:
             while block := stream.read(piece_bytes):
                 data += block
                 if not offset and 4 * data.count(0) > len(data):

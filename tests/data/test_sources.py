@@ -197,6 +197,12 @@ def test_a_zero_byte_is_text_but_utf_16_is_not(tmp_path):
             list(read_text_file(file))
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that cannot be read")
+def test_a_disk_that_fails_while_a_file_is_read_names_the_file():
+    with pytest.raises(DataError, match="/proc/self/mem cannot be read: Input/output error"):
+        list(read_text_file(Path("/proc/self/mem")))
+
+
 def test_pieces_end_at_the_end_of_a_line(tmp_path):
     file = tmp_path / "lines.txt"
     file.write_text("one line after the other\n" * 100)
