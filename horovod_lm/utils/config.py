@@ -369,6 +369,8 @@ def load_config(
     except MarkedYAMLError as error:
         line = (error.problem_mark or error.context_mark).line + 1
         raise ConfigError(f"{path}, line {line}: {_one_line(error.problem)}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text: save it as UTF-8") from None
     except (YAMLError, OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {_one_line(error)}") from None
     if not isinstance(content, dict | None):

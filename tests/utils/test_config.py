@@ -361,7 +361,7 @@ BAD_FILES = [
     ("a: 1\n---\nb: 2", ["line 2: but found another document"]),
     ("seed: !!python/object/apply:os.getpid []", ["line 1: could not determine a constructor"]),
     ("seed: 2024-13-45", ["cannot be read", "month"]),
-    (b"\x80\x02\xff\x00", ["cannot be read", "utf-8"]),
+    (b"\x80\x02\xff\x00", ["is not UTF-8 text: save it as UTF-8"]),
     (b"\x00\x00", ["cannot be read"]),
     (r'paths: {run_dir: "\uD800"}', ["cannot be written"]),
     ("model: &knot {d_ff: *knot}", ["model.d_ff must be a valid integer"]),
