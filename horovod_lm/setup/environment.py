@@ -30,25 +30,21 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.request import urlopen
 
 from horovod_lm.setup.cuda import numbers
 from horovod_lm.setup.install_horovod import cache_folder, user_cache
 from horovod_lm.setup.steps import call, interrupt_on_termination, lock, pip_command, run_step
 from horovod_lm.setup.toolchain import missing_for_build
+from horovod_lm.setup.torch_build import BYTES_FOR_TORCH, choose_torch
 from horovod_lm.utils.cli import shown
 from horovod_lm.utils.errors import UserError, last_line
-from horovod_lm.utils.machine import has_gpu_driver
 from horovod_lm.utils.progress import format_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = "notebooks,test"
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 ANOTHER_FOLDER = "choose another folder: make setup VENV=..."
 
-# Measured with torch 2.13.0: bytes in the environment, and bytes that pip downloads. pip keeps a
-# whole download in its temporary folder while it installs, and a copy in its cache.
-BYTES_FOR_TORCH = {"CPU": (0.9e9, 0.2e9), "CUDA": (4.8e9, 2.7e9)}
+# In the environment, and downloaded by pip, as `BYTES_FOR_TORCH`.
 BYTES_FOR_PROJECT = (1.1e9, 0.3e9)
 BYTES_FOR_BUILD = 0.5e9  # Horovod's build folder grows to 0.2 GB
 
@@ -257,25 +253,16 @@ class Setup:
         Raises:
             UserError: there is not enough space for it, or it cannot be installed.
         """
-        default = "" if has_gpu_driver() or sys.platform != "linux" else CPU_INDEX
-        index = os.environ.get("TORCH_INDEX_URL") or default
-        options: list[str] = []
-        if index and answers(index):
-            # Only torch itself comes from there; its dependencies are installed with the project.
-            self.stamp(project="")
-            options = ["--no-deps", "--extra-index-url", index]
-        build = build_of_torch(environment, self.pins["torch"], options[1:])
-        kind = "CPU" if "+cpu" in build or sys.platform != "linux" else "CUDA"
-        if missing := self.missing_space(environment, kind):
+        build = choose_torch(environment.python, self.pins["torch"])
+        if missing := self.missing_space(environment, build.kind):
             raise UserError(" ".join(missing))
-        what = f"torch {build}, {kind} build, {BYTES_FOR_TORCH[kind][1] / 1e9:.1f} GB to download"
-        other = "for another index: make setup TORCH_INDEX_URL=..."
-        if index and not options:
-            print(f"  {index} does not answer, and pip's own index has {what}; {other}")
-        elif has_gpu_driver() and kind == "CPU":
-            print(f"  NVIDIA's driver is installed, but pip's index has only {what}; {other}")
+        if build.remark:
+            print(f"  {build.remark}")
+        if build.options:  # without dependencies: those are installed with the project
+            self.stamp(project="")
         torch = f"torch=={self.pins['torch']}"
-        self.step(what, pip_command("install", *options, torch, python=environment.python))
+        command = pip_command("install", *build.options, torch, python=environment.python)
+        self.step(str(build), command)
 
     def step(self, title: str, command: list[str]) -> None:
         """Run a command, with its output in the log.
@@ -383,27 +370,6 @@ def read_pins(pyproject: Path) -> dict[str, str]:
         "oldest_python": r'^requires-python = ">=([^"]+)"',
     }
     return {name: re.findall(pattern, text, re.MULTILINE)[0] for name, pattern in patterns.items()}
-
-
-def build_of_torch(environment: Environment, pin: str, options: Sequence[str]) -> str:
-    """Return the build of the pinned torch that pip would install, such as 2.13.0+cpu.
-
-    Without a local version after the plus it is PyPI's, which is built with CUDA on Linux. That is
-    also the answer when the index cannot be asked.
-    """
-    command = pip_command("index", "versions", "torch", *options, python=environment.python)
-    printed = subprocess.run(command, capture_output=True, text=True, errors="replace").stdout
-    found = re.search(rf"(?<![\w.]){re.escape(pin)}(\+[\w.]+)?(?![\w.])", printed)
-    return found.group() if found else pin
-
-
-def answers(index: str) -> bool:
-    """Return whether a package index that has torch answers within a few seconds."""
-    try:
-        with urlopen(f"{index.rstrip('/')}/torch/", timeout=5) as reply:
-            return bool(reply.status == 200)
-    except (OSError, ValueError):
-        return False
 
 
 def is_empty(folder: Path) -> bool:

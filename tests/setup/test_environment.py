@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from horovod_lm.setup import environment
+from horovod_lm.setup import environment, torch_build
 from horovod_lm.setup.cuda import numbers
 from horovod_lm.setup.environment import (
     MARK,
@@ -311,7 +311,7 @@ def test_the_build_of_torch_follows_the_driver(
 ):
     for build in builds:
         index(build)
-    monkeypatch.setattr(environment, "has_gpu_driver", lambda: driver)
+    monkeypatch.setattr(torch_build, "has_gpu_driver", lambda: driver)
     monkeypatch.setenv("TORCH_INDEX_URL", os.environ["PIP_INDEX_URL"] if url == "here" else url)
     setup = Setup(copied)
     with setup.hold():
