@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from horovod_lm.jupyter.run_cell.job import (
+from horovod_lm.jupyter.run_cell.horovodrun_job import (
     COMMAND_GRACE_PERIOD,
     JobProcess,
     JobSpec,

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from horovod_lm.jupyter.run_cell.job import JobProcess, JobSpec
+from horovod_lm.jupyter.run_cell.horovodrun_job import JobProcess, JobSpec
 from horovod_lm.jupyter.run_cell.processes import SupervisedProcess
 from tests.jupyter.conftest import needs_horovod
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 from IPython import get_ipython
 
-from horovod_lm.jupyter.live.live_ranks import LiveRank, Task
-from horovod_lm.jupyter.run_cell.job import require_horovod, threads_per_rank
+from horovod_lm.jupyter.live.rank_processes import LiveRank, Task
+from horovod_lm.jupyter.run_cell.horovodrun_job import require_horovod, threads_per_rank
 from horovod_lm.jupyter.run_cell.job_result import RankError, RanksStopped, rank_list
 from horovod_lm.utils.errors import ConfigError, DistributedError
 from horovod_lm.utils.machine import available_cores

@@ -8,7 +8,7 @@ from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
 from horovod.runner.gloo_run import create_slot_env_vars
 from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
-from horovod_lm.jupyter.run_cell.job import stall_settings
+from horovod_lm.jupyter.run_cell.horovodrun_job import stall_settings
 from horovod_lm.launch.elastic_hosts import LOOPBACK, loopback_interface
 
 GLOO_TIMEOUT_SECONDS = 6  # how long Gloo waits for a rank that does not answer

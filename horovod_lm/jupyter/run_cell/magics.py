@@ -36,7 +36,7 @@ from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_exp
 from IPython.core.magic_arguments import argument, magic_arguments
 
 from horovod_lm.jupyter.run_cell import rank_cell
-from horovod_lm.jupyter.run_cell.job import (
+from horovod_lm.jupyter.run_cell.horovodrun_job import (
     COMMAND_GRACE_PERIOD,
     JobProcess,
     JobSpec,
