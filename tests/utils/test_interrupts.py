@@ -74,7 +74,7 @@ def test_a_closed_terminal_stops_the_work_and_what_it_prints_is_no_error(tmp_pat
     terminal = {"stdin": there, "stdout": there, "stderr": there}
     with subprocess.Popen(["setsid", "--ctty", *command], **terminal) as process:
         os.close(there)
-        assert os.read(here, 100) == b"started\r\n"
-        os.close(here)
+        with open(here, "rb") as shown:
+            assert shown.readline() == b"started\r\n"
         assert process.wait(10) == 0
     assert (tmp_path / "result").read_text() == "saved"
