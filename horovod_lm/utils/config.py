@@ -245,7 +245,7 @@ class DistributedConfig(Section):
     """Number of fixed groups in which gradients are reduced; 0: grouped by timing."""
     threads_per_rank: PositiveInt | Literal["auto"] = "auto"
     """CPU threads of a rank; auto: the host's cores, divided evenly."""
-    stall_warning_seconds: PositiveInt = 20
+    stall_warning_seconds: PositiveInt = 10
     """Warn if a rank keeps the others waiting for this long."""
     stall_shutdown_seconds: NonNegativeInt = 60
     """End the job if a rank keeps the others waiting for this long; 0: never."""
