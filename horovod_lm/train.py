@@ -46,9 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.elastic, config.distributed, config.training.device
     )
     if not arguments.elastic:  # ranks that join an elastic run later would wait here
-        # Horovod: the disks of other hosts may lack the run, or have another.
-        config, run_name, checkpoint = broadcast_object((config, run_name, checkpoint), "plan")
-        set_threads(config.distributed, get_local_size())
+        # Horovod: the disks of other hosts may lack the run, have another, or lack the YAML file.
+        plan = broadcast_object((config, run_name, checkpoint), "plan")
+        if arguments.resume or not run_name:
+            config, run_name, checkpoint = plan
+            set_threads(config.distributed, get_local_size())
     if arguments.elastic:
         # Horovod: imported here, because it needs an installed Horovod.
         from horovod_lm.training.elastic import run_elastic_training

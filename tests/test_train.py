@@ -188,8 +188,9 @@ run_cli(main)
 
 
 @pytest.mark.horovod
-def test_only_rank_0_needs_the_files_of_a_run(tiny_project, train, start):
-    train(*RUN, "--run-name", "alone on rank 0", ranks=2)
+def test_only_rank_0_needs_the_files_of_a_run(tiny_project, monkeypatch, start):
+    monkeypatch.chdir(tiny_project)
+    main([*RUN, "--run-name", "alone on rank 0"])
     (tiny_project / "without.py").write_text(WITHOUT_THE_RUN)
     resume = ["without.py", "--resume", "runs/alone on rank 0", "--set", "training.max_steps=14"]
     finished = start(resume, ranks=2).wait(60)
