@@ -74,7 +74,6 @@ torch.nn.init.constant_(model.weight, 5.0 + rank)
 model.register_buffer("elsewhere", torch.full((1, 2), 5.0 + rank).as_subclass(Elsewhere))
 d.broadcast_parameters(model)
 seen["parameters"] = [*model.weight.tolist(), *model.elsewhere.tolist()]
-d.barrier()
 
 
 def work() -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
 import socket
 import sys
 import threading
@@ -29,7 +28,7 @@ from horovod.common.exceptions import HostsUpdatedInterrupt
 
 from horovod_lm.training.checkpoint import checkpoint_name, write_checkpoint
 from horovod_lm.training.run_dir import RunFolder
-from horovod_lm.training.run_logger import TrainingResult
+from horovod_lm.training.run_logger import TrainingResult, resume_command
 from horovod_lm.training.trainer import Trainer, prepare_data_once_per_host, read_on_rank_0
 from horovod_lm.utils import distributed
 from horovod_lm.utils.cli import EXIT_USER_ERROR, command
@@ -188,8 +187,8 @@ class ElasticState(State):
             try:
                 path = write_checkpoint(self.content, self.run_folder.checkpoint_dir / name)
                 saved = f"saved {path}"
-                run_dir = shlex.quote(str(self.run_folder.run_dir))
-                resume = f"; to resume: start the same call again with --resume {run_dir}"
+                call = resume_command(self.config, self.run_folder.run_dir, (), elastic=True)
+                resume = f"; to resume: {call}"
             except CheckpointError as error:  # in a thread: the process must end all the same
                 saved = str(error)
         print(

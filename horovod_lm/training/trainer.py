@@ -241,7 +241,7 @@ class Trainer:
         """Take one optimizer step on all ranks. Return whether a rank was asked to stop."""
         on_gpu = self.device.type == "cuda"
         timer = StepTimer(partial(torch.cuda.synchronize, self.device) if on_gpu else None)
-        samples = min(self._global_batch(), self._samples_left())
+        samples = min(self.sampler.samples_per_step, self._samples_left())
         # Over all backward passes and ranks: loss in nats, predicted tokens, stop requests.
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for backward_pass in range(self.training.gradient_accumulation_steps):
@@ -328,19 +328,14 @@ class Trainer:
 
     # ---- the position in the data ---------------------------------------------------------------
 
-    def _global_batch(self) -> int:
-        """Return the number of blocks in an optimizer step, over all backward passes and ranks."""
-        training = self.training
-        return training.per_gpu_batch_size * training.gradient_accumulation_steps * self.world_size
-
     def _samples_left(self) -> int:
         return self.num_samples - self.state.samples_seen
 
     def _count_total_steps(self) -> int:
         """Return the last step of the run, counted from its start, at this world size."""
-        left_in_epoch = -(-self._samples_left() // self._global_batch())
+        left_in_epoch = -(-self._samples_left() // self.sampler.samples_per_step)
         epochs_after = self.training.num_epochs - self.state.epoch - 1
-        left = left_in_epoch + epochs_after * -(-self.num_samples // self._global_batch())
+        left = left_in_epoch + epochs_after * -(-self.num_samples // self.sampler.samples_per_step)
         total = self.state.global_step + max(0, left)
         return min(total, self.training.max_steps or total)
 

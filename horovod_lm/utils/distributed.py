@@ -418,12 +418,6 @@ def broadcast_parameters(model: torch.nn.Module, root_rank: int = 0) -> None:
         tensor.copy_(copies[name])
 
 
-def barrier() -> None:
-    """Return when every rank has called it."""
-    if is_distributed():
-        _horovod().barrier()
-
-
 def local_rank_zero_first(work: Callable[[], Any]) -> None:
     """Run `work` on the first rank of each host, in a thread; the host's other ranks wait.
 
