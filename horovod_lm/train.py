@@ -111,6 +111,8 @@ def what_to_train(arguments: argparse.Namespace) -> tuple[Config, str, Path | No
         CheckpointError: there is no such run, or the name is that of another run.
     """
     given, name = arguments.resume, arguments.run_name
+    if not given:
+        return _new_run(arguments)
     checkpoint = None
     if given == "auto":
         # Other settings may fit only the run's own configuration.
@@ -120,24 +122,31 @@ def what_to_train(arguments: argparse.Namespace) -> tuple[Config, str, Path | No
         if name is None:
             raise CheckpointError("there is no run to resume: start one without --resume")
         run_dir = RunFolder.of(config, name).run_dir
-    elif given:
+    else:
         # Relative to the working directory or to the project: there is no configuration yet.
         run_dir = Path(given).resolve() if os.path.exists(given) else resolve_path(given)
         if run_dir.is_file():
             checkpoint, run_dir = run_dir, run_dir.parent.parent
-    if given and (run_dir / "config.yaml").is_file():
-        config = load_config(run_dir / "config.yaml", arguments.overrides)
-        checkpoint_dir = RunFolder.of(config, run_dir.name).checkpoint_dir
-        new_name = name not in (None, run_dir.name)
-        if new_name and (RunFolder.of(config, name).run_dir / "run.json").exists():
-            raise CheckpointError(f"there is a run {name} already: choose another --run-name")
-        if given != "auto" or not arguments.run_name or find_checkpoints(checkpoint_dir):
-            return config, name or run_dir.name, checkpoint or checkpoint_dir
-    elif given and given != "auto" and not (checkpoint and name):
+    if not (run_dir / "config.yaml").is_file():
+        if arguments.run_name and (given == "auto" or checkpoint):
+            return _new_run(arguments, checkpoint)
         hint = "; add --config and --run-name of its run" if checkpoint else ""
         raise CheckpointError(f"{given} is not a run: {run_dir} has no config.yaml{hint}")
+    config = load_config(run_dir / "config.yaml", arguments.overrides)
+    checkpoint_dir = RunFolder.of(config, run_dir.name).checkpoint_dir
+    if given == "auto" and arguments.run_name and not find_checkpoints(checkpoint_dir):
+        return _new_run(arguments)
+    name = name or run_dir.name
+    if name != run_dir.name and (RunFolder.of(config, name).run_dir / "run.json").exists():
+        raise CheckpointError(f"there is a run {name} already: choose another --run-name")
+    return config, name, checkpoint or checkpoint_dir
+
+
+def _new_run(
+    arguments: argparse.Namespace, checkpoint: Path | None = None
+) -> tuple[Config, str, Path | None]:
     config = load_config(arguments.config, arguments.overrides)
-    return config, name or default_run_name(Path(arguments.config).stem), checkpoint
+    return config, arguments.run_name or default_run_name(Path(arguments.config).stem), checkpoint
 
 
 def summary(result: TrainingResult) -> str:

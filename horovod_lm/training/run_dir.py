@@ -138,9 +138,10 @@ def _resolve_paths(config: Config, run_name: str) -> list[Path]:
 
 
 class RunLock:
-    """Keeps other processes from writing a run and its checkpoints, on all hosts with this disk.
+    """Keeps other processes from writing a run and its checkpoints.
 
-    The system releases the lock when the process ends, however it ends.
+    Other hosts see the lock if their shared disk supports POSIX locks; a disk without locks is not
+    locked. The system releases the lock when the process ends, however it ends.
 
     Raises:
         ConfigError: another process trains there, or a folder cannot be written.

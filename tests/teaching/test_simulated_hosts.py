@@ -237,7 +237,7 @@ def test_a_stopped_job_saves_leaves_nothing_on_any_host_and_is_resumed_as_printe
             job = hosts.popen(command, cwd=tiny_project, **PIPE)
             said = until(words, job)
             # As Slurm and Kubernetes do: to the command, not to its group.
-            hosts.run(["pkill", "-TERM", "-f", "^[^ ]*python -m horovod_lm.launch.hosts"])
+            hosts.run(["pkill", "-TERM", "-f", "^[^=]*python -m horovod_lm.launch.hosts"])
             said += job.communicate(timeout=TO_DETECT + TIMEOUT)[0]
             assert ranks_left(hosts) == "" and job.returncode == EXIT_INTERRUPTED, said
             [resume] = re.findall("to resume.*?: (.*)", said)
