@@ -87,6 +87,7 @@ def run_cli(
 ) -> None:
     """Run `main(argv)` and exit with its result; 2 and a message for a user's error."""
     end_at_once()
+    atexit.register(_flush_output)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # characters that the terminal's encoding lacks
@@ -106,5 +107,14 @@ def run_cli(
         print("stopped.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
-        sys.stderr.close()  # a reader such as `head` has ended
         sys.exit(0)
+
+
+def _flush_output() -> None:
+    """Flush standard output; a reader that has ended, such as `head`, is no error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        pass  # a full disk: Python itself reports it when it exits

@@ -15,8 +15,9 @@ _CLEAR_LINE = "\r\x1b[K"
 class ProgressLine:
     """Prints a status line, updated in place on a terminal, and messages.
 
-    If the output is lost (the terminal was closed, `tee` was killed, the disk is full), it says so
-    once and prints nothing more: the work is worth more than its messages.
+    If the output is lost (the terminal was closed, the disk is full), it says so once and prints
+    nothing more: the work is worth more than its messages. A reader that has ended, such as `head`,
+    is not worth a warning.
 
     Args:
         enabled: False prints nothing: for all ranks except rank 0.
@@ -53,6 +54,8 @@ class ProgressLine:
         except OSError as error:
             # Also for what is printed later, and for the flush at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if isinstance(error, BrokenPipeError):
+                return
             with suppress(OSError):
                 reason = f"the output was lost ({error.strerror})"
                 print(f"warning: {reason}: nothing more is printed", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -18,9 +19,12 @@ def run(make_config, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
 
-    def run(*arguments: str) -> subprocess.CompletedProcess:
+    def run(*arguments: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "horovod_lm.data", "--config", str(file), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=elsewhere, timeout=120)
+        return subprocess.run(
+            command, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=elsewhere, timeout=120,
+            env={**os.environ, "PYTHONUNBUFFERED": ""},
+        )  # fmt: skip
 
     return run
 
@@ -37,7 +41,17 @@ def test_it_prepares_once_and_prints_a_summary(run, tmp_path):
         assert part in summary
     assert "entropy     41.20 nats per story" in summary
     assert str(tmp_path / "prepared") in summary
+
+
+def test_a_closed_pipe_is_no_error(run, tmp_path):
+    """As with `python -m horovod_lm.data … | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for _ in range(2):  # it prints first while it prepares, then at its end
+        done = run(stdout=writer)
+        assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "prepared" / "metadata.json").is_file()
+    os.close(writer)
 
 
 def test_a_user_error_is_one_sentence_and_exit_code_2(run):
