@@ -8,21 +8,30 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import torch
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from horovod_lm.generation.chat import chat
-from horovod_lm.generation.load import load_model_for_generation
-from horovod_lm.generation.text import generate_text, stream_text
-from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.cli import run_cli
 from horovod_lm.utils.config import Config, GenerationConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from horovod_lm.data.tokenizers import Tokenizer
+    from horovod_lm.generation.load import load_model_for_generation
+    from horovod_lm.generation.text import generate_text, stream_text
+    from horovod_lm.models.transformer_lm import TransformerLM
 
 __all__ = ["generate_text", "interactive_generation", "load_model_for_generation", "stream_text"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a function, and torch with it, on first use: `--help` needs neither."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "load" if name == "load_model_for_generation" else "text"
+    return getattr(import_module(f"horovod_lm.generation.{module}"), name)
 
 
 def interactive_generation(
@@ -42,18 +51,14 @@ def interactive_generation(
         config: its `generation` section gives the initial settings.
         device: as for `generate_text`.
     """
-    if _in_notebook():
+    from horovod_lm.generation.text import stream_text
+
+    ipython = sys.modules.get("IPython")  # a Jupyter kernel has imported it
+    if ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None:
         from horovod_lm.jupyter.widgets.playground import show_playground
 
         return show_playground(model, tokenizer, config, device)
     chat(lambda prompt, how: stream_text(model, tokenizer, prompt, how, device), config)
-
-
-def _in_notebook() -> bool:
-    """Return whether a Jupyter kernel runs this: a terminal's IPython has no kernel."""
-    ipython = sys.modules.get("IPython")  # a kernel has imported it
-    shell = ipython.get_ipython() if ipython is not None else None
-    return getattr(shell, "kernel", None) is not None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,8 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", metavar="FILE", help="use this configuration instead of the checkpoint's")
     add("--prompt", metavar="TEXT", help="the beginning of the text; may be empty")
     for name, field in GenerationConfig.model_fields.items():
-        is_float = isinstance(field.default, float)
-        kind, letter = (float, "X") if is_float else (int, "N")
+        kind, letter = (float, "X") if isinstance(field.default, float) else (int, "N")
         option = "--" + name.replace("_", "-")
         add(option, type=kind, metavar=letter, help=field.description)
     add("--interactive", action="store_true", help="chat: one prompt after another")
@@ -84,7 +88,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     arguments = build_parser().parse_args(argv)
-    settings = {name: vars(arguments)[name] for name in GenerationConfig.model_fields}
+    # Imported here, because torch takes a second, which --help need not wait for.
+    from horovod_lm.generation.load import load_model_for_generation
+    from horovod_lm.generation.text import generate_text
+
+    settings = {name: getattr(arguments, name) for name in GenerationConfig.model_fields}
     given = {name: value for name, value in settings.items() if value is not None}
     model, tokenizer, config = load_model_for_generation(
         arguments.checkpoint, arguments.config, arguments.device
