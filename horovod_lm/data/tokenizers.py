@@ -55,10 +55,7 @@ class Tokenizer(ABC):
         return b"".join(self.token_bytes(int(one)) for one in ids).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes of one token, which may be a part of a character.
-
-        End-of-text gives `<|endoftext|>`, an invalid id U+FFFD.
-        """
+        """Return the bytes of one token: `<|endoftext|>` for end-of-text, U+FFFD if invalid."""
         if token_id == self.eot_id:
             return END_OF_TEXT.encode()
         return self._bytes_of(token_id) if 0 <= token_id < self.vocab_size else UNKNOWN.encode()
@@ -108,10 +105,8 @@ class BPETokenizer(Tokenizer):
         return bytes(byte_of[letter] for letter in self._tokenizer.id_to_token(token_id))
 
     def to_json(self) -> str:
-        return json.dumps(
-            {"name": self.name, "tokenizer": json.loads(self._tokenizer.to_str())},
-            ensure_ascii=False,
-        )
+        content = {"name": self.name, "tokenizer": json.loads(self._tokenizer.to_str())}
+        return json.dumps(content, ensure_ascii=False)
 
 
 @cache
@@ -144,25 +139,24 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
             f"a byte-level BPE needs at least {NUM_BYTES + 1} tokens (all bytes and end-of-text), "
             f"but model.vocab_size is {vocab_size}"
         )
-    tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         min_frequency=2,
         show_progress=False,
     )
+    tokenizer = _byte_level(models.BPE())
     tokenizer.train_from_iterator(texts, trainer)
     return BPETokenizer(tokenizer)
 
 
 def _byte_level(model: Any) -> Any:
     """Return a tokenizer of the library that adds nothing to the text and removes nothing."""
-    from tokenizers import Tokenizer as LibraryTokenizer
-    from tokenizers import decoders, pre_tokenizers
+    import tokenizers
 
-    tokenizer = LibraryTokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
     return tokenizer
 
 
@@ -253,7 +247,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     text = str(source)
     if not text.lstrip().startswith("{"):
         try:
-            text = Path(source).read_text(encoding="utf-8")
+            text = Path(source).read_text(encoding="utf-8-sig")  # Windows adds a byte-order mark
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise DataError(f"the tokenizer {source} cannot be read: {reason}") from None

@@ -68,12 +68,10 @@ def test_end_of_text_and_invalid_ids_can_be_decoded(tokenizer):
 
 def test_json_restores_the_same_tokenizer_without_any_file(tokenizer, tmp_path):
     text = "Once upon a time, naïve 🦉"
-    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    for source in (
-        tokenizer.to_json(),
-        tmp_path / "tokenizer.json",
-        str(tmp_path / "tokenizer.json"),
-    ):
+    plain, windows = tmp_path / "tokenizer.json", tmp_path / "windows.json"
+    plain.write_text(tokenizer.to_json(), encoding="utf-8")
+    windows.write_text(tokenizer.to_json(), encoding="utf-8-sig")  # with a byte-order mark
+    for source in (tokenizer.to_json(), plain, str(plain), windows):
         restored = load_tokenizer(source)
         assert (restored.name, restored.vocab_size, restored.eot_id) == (
             tokenizer.name, tokenizer.vocab_size, tokenizer.eot_id,
