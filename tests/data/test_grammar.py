@@ -7,7 +7,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from horovod_lm.data.synthetic.grammar import Alternative, Grammar
@@ -32,19 +32,6 @@ SMALL = Grammar(
         "end": [Alternative("So {hero.she} thanked {friend}.", 4), "{hero} laughed."],
     }
 )
-
-
-def brute_force_entropy(grammar: Grammar) -> float:
-    return -math.fsum(p * math.log(p) for _, p in grammar.texts())
-
-
-def test_entropy_count_and_probabilities_equal_brute_force():
-    texts = dict(SMALL.texts())
-    assert math.fsum(texts.values()) == pytest.approx(1.0, abs=1e-12)
-    assert SMALL.entropy() == pytest.approx(brute_force_entropy(SMALL), abs=1e-12)
-    assert SMALL.count() == len(texts) == len(list(SMALL.texts()))
-    for text, probability in texts.items():
-        assert SMALL.log_probability(text) == pytest.approx(math.log(probability), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -76,12 +63,9 @@ def test_samples_have_the_grammars_probabilities():
 def grammars(draw: st.DrawFn) -> Grammar:
     """Random unambiguous grammars: every alternative starts with a letter of its own."""
     weights = st.integers(1, 9)
+    echoes = st.sampled_from(["{verb}", "fixed", "{verb}{verb}"])
     noun = [
-        Alternative(
-            letter,
-            draw(weights),
-            {"echo": draw(st.sampled_from(["{verb}", "fixed", "{verb}{verb}"]))},
-        )
+        Alternative(letter, draw(weights), {"echo": draw(echoes)})
         for letter in "abcd"[: draw(st.integers(1, 4))]
     ]
     verb = [
@@ -101,13 +85,15 @@ def grammars(draw: st.DrawFn) -> Grammar:
 
 @settings(deadline=None, max_examples=30)
 @given(grammars())
-def test_entropy_count_and_parse_equal_brute_force_on_random_grammars(grammar):
-    texts = list(grammar.texts())
-    assert len(dict(texts)) == len(texts) == grammar.count()
-    assert math.fsum(p for _, p in texts) == pytest.approx(1.0)
-    assert grammar.entropy() == pytest.approx(brute_force_entropy(grammar), abs=1e-9)
-    text, probability = max(texts, key=lambda item: item[1])
-    assert grammar.log_probability(text) == pytest.approx(math.log(probability))
+@example(SMALL)
+def test_entropy_count_and_probabilities_equal_brute_force(grammar):
+    texts = dict(grammar.texts())
+    assert grammar.count() == len(texts) == len(list(grammar.texts()))
+    assert math.fsum(texts.values()) == pytest.approx(1.0, abs=1e-12)
+    brute_force = -math.fsum(p * math.log(p) for p in texts.values())
+    assert grammar.entropy() == pytest.approx(brute_force, abs=1e-9)
+    for text, probability in [*texts.items()][:30]:
+        assert grammar.log_probability(text) == pytest.approx(math.log(probability), abs=1e-12)
 
 
 def test_an_ambiguous_grammar_is_detected():
@@ -119,7 +105,6 @@ def test_an_ambiguous_grammar_is_detected():
 @pytest.mark.parametrize(
     ("rules", "sentence"),
     [
-        ({"story": ["{a}"], "a": ["{story}"]}, "the rules have a cycle"),
         ({"story": ["{hero=nobody}"]}, "no symbol 'nobody'"),
         ({"story": []}, "needs alternatives"),
         ({"story": [Alternative("x", 0)]}, "weights above 0"),

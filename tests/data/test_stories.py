@@ -10,10 +10,7 @@ from collections import Counter
 
 import pytest
 
-from horovod_lm.data.synthetic.grammar import Draw, Recall
 from horovod_lm.data.synthetic.stories import (
-    BOYS,
-    GIRLS,
     RULES,
     generate_stories,
     generate_story,
@@ -23,64 +20,38 @@ from horovod_lm.data.synthetic.stories import (
     story_log_probability,
 )
 
-STORIES = list(generate_stories(4000, seed=0))
+STORIES = list(generate_stories(2000, seed=0))
 
 
-def test_there_are_more_than_a_trillion_stories():
+def test_count_and_entropy_are_those_of_independent_draws():
     sizes = {symbol: len(alternatives) for symbol, alternatives in RULES.items()}
     habits = {size for symbol, size in sizes.items() if symbol.endswith("_habit")}
     assert habits == {4}  # every friend has as many habits, so the count is one product
     drawn = [symbol for symbol in sizes if symbol != "story" and not symbol.endswith("_habit")]
-    assert story_count() == 4 * math.prod(sizes[symbol] for symbol in drawn)
-    assert story_count() > 10**12
-
-
-def test_entropy_is_the_sum_of_the_draws_entropies():
+    assert story_count() == 4 * math.prod(sizes[symbol] for symbol in drawn) > 10**12
     uniform = math.log(story_count() / 3)  # all but the opening
     opening = -sum(p * math.log(p) for p in (0.6, 0.2, 0.2))
     assert story_entropy() == pytest.approx(uniform + opening, abs=1e-9)
 
 
-def test_stories_score_the_entropy_on_average():
+def test_every_story_is_parsed_and_scores_the_entropy_on_average():
     scores = [-story_log_probability(story) for story in STORIES]
     error = statistics.stdev(scores) / math.sqrt(len(scores))
     assert statistics.mean(scores) == pytest.approx(story_entropy(), abs=4 * error)
     assert error < 0.02  # nats, so that the line above says something
+    for changed in (STORIES[0] + " ", STORIES[0][:-1]):
+        assert story_log_probability(changed) == -math.inf
 
 
 def test_no_text_of_a_symbol_begins_another_so_that_every_story_parses_in_one_way():
     """Read from the left, each draw is then told by the text: the grammar is unambiguous."""
-    grammar = story_grammar()
-    for symbol, alternatives in grammar.rules.items():
-        if symbol == "story":
-            assert len(alternatives) == 1
-            continue
+    rules = dict(story_grammar().rules)
+    assert len(rules.pop("story")) == 1
+    for symbol, alternatives in rules.items():
         texts = [one.text.replace("{toy}", "TOY") for one in alternatives]
         assert not any("{" in text for text in texts)
         for one, other in itertools.permutations(texts, 2):
             assert not other.startswith(one), (symbol, one, other)
-
-
-def test_every_story_is_parsed_and_a_changed_one_is_not():
-    for story in STORIES[:500]:
-        assert -100 < story_log_probability(story) < 0
-        assert story_log_probability(story + " ") == story_log_probability(story[:-1]) == -math.inf
-
-
-def test_the_ties_of_the_first_sentence_come_back_in_the_last():
-    first = re.compile(
-        r"^(?:Once upon a time|One fine day|Long ago), "
-        r"(\w+) \w+ (her|his) \w+ (\w+) (\w+) the (\w+)\."
-    )
-    last = re.compile(
-        r"So (\w+) \w+ and \w+ with (her|his) dear (\w+) (\w+) the same (\w+) until [^.]*\.$"
-    )
-    for story in STORIES:
-        ties = first.search(story).groups()
-        assert last.search(story).groups() == ties
-        assert ties[1] == ("her" if ties[0] in GIRLS else "his")
-        assert f"Soon {'she' if ties[0] in GIRLS else 'he'} met" in story
-    assert not set(GIRLS) & set(BOYS)
 
 
 @pytest.mark.parametrize(
@@ -95,32 +66,19 @@ def test_another_word_where_one_is_repeated_makes_a_story_impossible(pattern):
         assert (changed == story) == (story_log_probability(changed) > -math.inf)
 
 
-def test_the_stories_have_at_least_two_hundred_words_and_no_rare_ones():
-    words = Counter(word for story in STORIES for word in re.findall(r"[A-Za-z]+", story))
-    assert len(words) >= 200
-    assert min(words.values()) > len(STORIES) / 100
-
-
-def test_stories_are_english_sentences_of_a_fitting_length():
+def test_stories_are_english_sentences_of_a_fitting_length_without_rare_words():
     for story in STORIES[:1000]:
         assert 45 <= len(story.split()) <= 75
         assert not re.search(r"\ba [aeiou]|\ban (?!honest)[^aeiou]", story), story
         assert "  " not in story and "{" not in story and story == story.strip()
         for sentence in re.split(r'(?<=[.?])"? ', story):
             assert sentence.lstrip('"')[0].isupper() or sentence.split()[0] in RULES["asked"], story
+    words = Counter(word for story in STORIES for word in re.findall(r"[A-Za-z]+", story))
+    assert len(words) >= 200
+    assert min(words.values()) > len(STORIES) / 100
 
 
 def test_a_story_is_a_function_of_seed_and_index():
     assert generate_story(3, 14) == generate_story(3, 14)
     assert len({generate_story(seed, index) for seed in range(10) for index in range(100)}) == 1000
     assert list(generate_stories(5, seed=9)) == [generate_story(9, index) for index in range(5)]
-
-
-def test_every_rule_is_used():
-    grammar = story_grammar()
-    alternatives = [one for rules in grammar.rules.values() for one in rules]
-    texts = [text for one in alternatives for text in (one.text, *one.features.values())]
-    parts = [part for text in texts for part in grammar._parts[text]]
-    assert {part.symbol for part in parts if isinstance(part, Draw)} | {"story"} == set(RULES)
-    recalled = {part.feature for part in parts if isinstance(part, Recall)}
-    assert {name for one in alternatives for name in one.features} | {"text"} == recalled

@@ -15,7 +15,6 @@ The entropy is the minimum of the mean loss over all models of these texts.
 from __future__ import annotations
 
 import bisect
-import graphlib
 import itertools
 import math
 import random
@@ -95,7 +94,6 @@ class Grammar:
         every = itertools.chain.from_iterable(self.rules.values())
         texts = {text for one in every for text in (one.text, *one.features.values())}
         self._parts = {text: self._split(text) for text in ("", *texts)}
-        self._check_no_cycle()
 
     def sample(self, generator: random.Random) -> str:
         """Generate a random text."""
@@ -119,19 +117,7 @@ class Grammar:
 
     def texts(self) -> Iterator[tuple[str, float]]:
         """Yield every text with its probability. Only for small grammars."""
-
-        def write(parts: Parts, memory: Memory) -> Iterator[tuple[str, float]]:
-            if not parts:
-                yield "", 1.0
-            elif isinstance(parts[0], str):
-                for text, probability in write(parts[1:], memory):
-                    yield parts[0] + text, probability
-            else:
-                for first, after, then in self._expansions(parts, memory):
-                    for text, probability in write(after, then):
-                        yield text, first * probability
-
-        return write((Draw(self.start),), {})
+        return self._derivations((Draw(self.start),), {}, None)
 
     def log_probability(self, text: str) -> float:
         """Return the log-probability of `text` in nats; -inf if the grammar cannot generate it.
@@ -139,23 +125,28 @@ class Grammar:
         Raises:
             ValueError: `text` has two derivations: the grammar is ambiguous.
         """
-
-        def parse(parts: Parts, memory: Memory, position: int) -> Iterator[float]:
-            if not parts:
-                if position == len(text):
-                    yield 0.0
-            elif isinstance(parts[0], str):
-                if text.startswith(parts[0], position):
-                    yield from parse(parts[1:], memory, position + len(parts[0]))
-            else:
-                for first, after, then in self._expansions(parts, memory):
-                    for rest in parse(after, then, position):
-                        yield math.log(first) + rest
-
-        found = list(itertools.islice(parse((Draw(self.start),), {}, 0), 2))
+        derivations = self._derivations((Draw(self.start),), {}, text)
+        found = [math.log(probability) for _, probability in itertools.islice(derivations, 2)]
         if len(found) > 1:
             raise ValueError(f"the grammar is ambiguous: this text has two derivations: {text!r}")
         return found[0] if found else -math.inf
+
+    def _derivations(
+        self, parts: Parts, memory: Memory, wanted: str | None
+    ) -> Iterator[tuple[str, float]]:
+        """Yield the texts of `parts` with their probabilities: all, or only the one `wanted`."""
+        if not parts:
+            if not wanted:
+                yield "", 1.0
+        elif isinstance(literal := parts[0], str):
+            if wanted is None or wanted.startswith(literal):
+                rest = None if wanted is None else wanted[len(literal) :]
+                for text, probability in self._derivations(parts[1:], memory, rest):
+                    yield literal + text, probability
+        else:
+            for first, after, then in self._expansions(parts, memory):
+                for text, probability in self._derivations(after, then, wanted):
+                    yield text, first * probability
 
     def count(self) -> int:
         """Return the number of different texts, exactly."""
@@ -219,17 +210,6 @@ class Grammar:
                 parts.append(Recall(symbol, feature or "text"))
             position = match.end()
         return (*parts, *([text[position:]] if position < len(text) else []))
-
-    def _check_no_cycle(self) -> None:
-        leads_to: dict[str, set[str]] = {}
-        for symbol, alternatives in self.rules.items():
-            texts = [text for one in alternatives for text in (one.text, *one.features.values())]
-            slots = itertools.chain.from_iterable(self._parts[text] for text in texts)
-            leads_to[symbol] = {slot.symbol for slot in slots if isinstance(slot, Draw)}
-        try:
-            graphlib.TopologicalSorter(leads_to).prepare()
-        except graphlib.CycleError as error:
-            raise ValueError(f"the rules have a cycle: {' -> '.join(error.args[1])}") from None
 
 
 def _only_draws(alternative: Alternative) -> Alternative:

@@ -62,11 +62,11 @@ RULES: dict[str, Sequence[str | Alternative]] = {
         *(Alternative(name, features=GIRL) for name in GIRLS),
         *(Alternative(name, features=BOY) for name in BOYS),
     ],
-    "lost": ["lost", "dropped", "forgot", "left"],
-    "colour": [
-        *("red", "blue", "green", "yellow", "pink", "purple", "silver", "golden"),
-        *("tiny", "big", "old", "new", "shiny", "pretty", "lovely", "striped"),
-    ],
+    "lost": "lost dropped forgot left".split(),
+    "colour": (
+        "red blue green yellow pink purple silver golden "
+        "tiny big old new shiny pretty lovely striped"
+    ).split(),
     "toys": TOYS,
     "places": [
         Alternative(
@@ -79,16 +79,15 @@ RULES: dict[str, Sequence[str | Alternative]] = {
         *("Have you seen my {toy}?", "Where is my {toy}?"),
         *("Who took my {toy}?", "Can you find my {toy}?"),
     ],
-    "asked": ["asked", "cried", "whispered", "called"],
-    "quiet": [
-        *("quiet", "empty", "dark", "foggy", "windy", "rainy", "snowy", "cloudy"),
-        *("cold", "warm", "sunny", "misty", "muddy", "calm"),
-    ],
-    "daytime": ["day", "morning", "afternoon", "evening", "night", "week"],
-    "kind": [
-        *("a wise", "a shy", "a funny", "a sleepy", "a brave", "a gentle"),
-        *("a clever", "a hungry", "a busy", "a polite", "an honest", "an elegant"),
-    ],
+    "asked": "asked cried whispered called".split(),
+    "quiet": (
+        "quiet empty dark foggy windy rainy snowy cloudy cold warm sunny misty muddy calm"
+    ).split(),
+    "daytime": "day morning afternoon evening night week".split(),
+    "kind": (
+        "a wise, a shy, a funny, a sleepy, a brave, a gentle, "
+        "a clever, a hungry, a busy, a polite, an honest, an elegant"
+    ).split(", "),
     "animal": [
         Alternative(animal, features={"habit": habit})
         for habit, animals in FRIENDS.items()
@@ -106,25 +105,19 @@ RULES: dict[str, Sequence[str | Alternative]] = {
     "farm_habit": [
         *("eating an apple", "chewing a carrot", "rolling in the mud", "chasing butterflies"),
     ],
-    "low": [
-        *("bench", "bush", "log", "table", "cart", "ladder"),
-        *("blanket", "roof", "carpet", "cupboard", "wheel", "pillow"),
-    ],
-    "high": [
-        *("wall", "fence", "tree", "rock", "gate", "shed"),
-        *("haystack", "well", "curtain", "chimney", "barrel", "statue"),
-    ],
-    "found": ["found", "saw", "spotted", "noticed"],
-    "landmark": [
-        *("a stone", "a snail", "a flower", "a ditch", "a puppy", "a mushroom"),
-        *("a scarecrow", "a pumpkin", "an egg", "an oak", "an onion", "an anthill"),
-    ],
-    "smiled": ["smiled", "laughed", "cheered", "clapped", "giggled", "jumped"],
-    "played": ["played", "danced", "sang", "skipped", "walked", "stayed"],
-    "late": [
-        *("the moon rose", "the stars came out", "the sun set", "it was dark"),
-        *("supper was ready", "the bells rang", "bedtime", "midnight"),
-    ],
+    "low": "bench bush log table cart ladder blanket roof carpet cupboard wheel pillow".split(),
+    "high": "wall fence tree rock gate shed haystack well curtain chimney barrel statue".split(),
+    "found": "found saw spotted noticed".split(),
+    "landmark": (
+        "a stone, a snail, a flower, a ditch, a puppy, a mushroom, "
+        "a scarecrow, a pumpkin, an egg, an oak, an onion, an anthill"
+    ).split(", "),
+    "smiled": "smiled laughed cheered clapped giggled jumped".split(),
+    "played": "played danced sang skipped walked stayed".split(),
+    "late": (
+        "the moon rose, the stars came out, the sun set, it was dark, "
+        "supper was ready, the bells rang, bedtime, midnight"
+    ).split(", "),
 }
 
 
