@@ -117,11 +117,8 @@ class KVCache:
     """The keys and values of every layer for the positions processed so far.
 
     With a causal mask, keys and values do not change when tokens are appended, so each new token
-    costs one position's work instead of the whole sequence's.
-
-    Args:
-        n_layers: layers of the model.
-        capacity: the maximum number of positions.
+    costs one position's work instead of the whole sequence's. `capacity` is the maximum number of
+    positions.
     """
 
     def __init__(self, n_layers: int, capacity: int) -> None:
@@ -130,7 +127,7 @@ class KVCache:
     @property
     def length(self) -> int:
         """Number of cached positions, padding included."""
-        return self.layers[0].length if self.layers else 0
+        return self.layers[0].length
 
     def clear(self) -> None:
         """Remove all positions and keep the buffers."""

@@ -12,9 +12,9 @@ from torch import Tensor
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.errors import CheckpointError
 
-_OUR_NAMES = {
-    "wte.weight": "token_embedding.weight",
-    "wpe.weight": "position_embedding.weight",
+_OUR_NAMES = {  # of modules
+    "wte": "token_embedding",
+    "wpe": "position_embedding",
     "ln_f": "final_norm",
     "ln_1": "attention_norm",
     "attn.c_attn": "attention.qkv_proj",
@@ -37,13 +37,9 @@ _BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, saved by older v
 
 
 def gpt2_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert GPT-2's state dict to ours: other names, some matrices transposed.
+    """Convert the state dict of `transformers`' GPT2LMHeadModel or GPT2Model to TransformerLM's.
 
-    Args:
-        state: the state dict of `transformers`' GPT2LMHeadModel or GPT2Model.
-
-    Returns:
-        A state dict for `TransformerLM.load_state_dict`.
+    Names differ, and some matrices are transposed.
 
     Raises:
         CheckpointError: a parameter that GPT-2 does not have, or an output that is not tied to the
@@ -60,44 +56,31 @@ def gpt2_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = name.removeprefix("transformer.")
         if name == "lm_head.weight" or name.endswith(_BUFFERS):
             continue  # the same as wte; masks are not parameters
-        layer = re.match(r"h\.(\d+)\.", name)
-        part = name[layer.end() :] if layer else name
-        theirs = next(
-            (key for key in _OUR_NAMES if part == key or part.startswith(key + ".")), None
-        )
-        if theirs is None:
+        match = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(weight|bias)", name)
+        if match is None or match[2] not in _OUR_NAMES:
             raise CheckpointError(
                 f"{name} is not a parameter of GPT-2: use a GPT-2 model's weights"
             )
-        prefix = f"blocks.{layer[1]}." if layer else ""
+        layer, module, kind = match.groups()
+        prefix = f"blocks.{layer}." if layer else ""
         # GPT-2's Conv1D stores (inputs, outputs); nn.Linear stores (outputs, inputs).
-        is_projection = ".c_" in part and tensor.ndim == 2
-        ours[prefix + _OUR_NAMES[theirs] + part[len(theirs) :]] = (
-            tensor.t() if is_projection else tensor
-        )
+        is_projection = ".c_" in module and tensor.ndim == 2
+        ours[f"{prefix}{_OUR_NAMES[module]}.{kind}"] = tensor.t() if is_projection else tensor
     return ours
 
 
 def from_gpt2(gpt2: Any) -> TransformerLM:
     """Build a `TransformerLM` that computes what a `transformers` GPT2LMHeadModel computes.
 
-    Args:
-        gpt2: the model; its config gives the sizes.
-
-    Returns:
-        A model with its own copy of the weights, in evaluation mode.
+    The model has its own copy of the weights and is in evaluation mode.
 
     Raises:
         CheckpointError: a setting of the config that `TransformerLM` does not support, or weights
             of another shape.
     """
     config = gpt2.config
-    supported = {
-        **_SUPPORTED,
-        "embd_pdrop": (config.resid_pdrop,),  # TransformerLM has one dropout probability
-        "attn_pdrop": (config.resid_pdrop,),
-    }
-    for name, values in supported.items():
+    one_dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop"), (config.resid_pdrop,))
+    for name, values in {**_SUPPORTED, **one_dropout}.items():
         value = getattr(config, name, values[0])
         if value not in values:
             raise CheckpointError(

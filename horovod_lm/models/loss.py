@@ -164,14 +164,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 "the first backward() freed the gradients of the chunked loss; "
                 "for a second one, compute the loss with return_logits=True"
             )
-        hidden_gradient, weight_gradient = ctx.gradients
-        ctx.gradients = None  # scaled in place: a copy would have the embedding's size
-        return (
-            hidden_gradient.mul_(total_gradient),
-            weight_gradient.mul_(total_gradient),
-            None,
-            None,
-        )
+        # Scaled in place: a copy would have the embedding's size.
+        hidden_gradient, weight_gradient = (each.mul_(total_gradient) for each in ctx.gradients)
+        ctx.gradients = None
+        return hidden_gradient, weight_gradient, None, None
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

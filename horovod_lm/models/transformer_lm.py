@@ -197,9 +197,7 @@ class TransformerLM(nn.Module):
     def attention_weights(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the attention weights of every layer and head, without dropout.
 
-        Args:
-            input_ids: (B, T) token ids.
-            attention_mask: as for `forward`.
+        Arguments as for `forward`.
 
         Returns:
             (n_layers, B, H, T, T): row t holds the weights of position t over positions 0 to t.
@@ -253,19 +251,15 @@ class TransformerLM(nn.Module):
             DataError: an invalid prompt.
         """
         # Imported here, because `models` is below `generation`.
-        from horovod_lm.generation.sampling import (
-            generate_tokens,
-            generation_config,
-            make_generator,
-        )
+        import horovod_lm.generation.sampling as sampling
 
-        steps = generate_tokens(
+        steps = sampling.generate_tokens(
             self,
             input_ids,
-            generation_config(max_new_tokens, temperature, top_k, top_p),
+            sampling.generation_config(max_new_tokens, temperature, top_k, top_p),
             eos_token_id,
             attention_mask,
-            generator=generator or make_generator(seed, input_ids.device),
+            generator=generator or sampling.make_generator(seed, input_ids.device),
             use_cache=use_cache,
         )
         new_tokens = [tokens[:, None] for tokens in steps]  # each (B,) -> (B, 1)
@@ -304,8 +298,7 @@ class TransformerLM(nn.Module):
     ) -> None:
         """Raise DataError for shapes, types or token ids that do not fit; see `forward`.
 
-        Token ids are checked on the CPU only: reading the result from a GPU would wait for its
-        work.
+        Token ids are checked on the CPU only: reading the result from a GPU would wait for it.
         """
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise DataError(
@@ -322,16 +315,13 @@ class TransformerLM(nn.Module):
                     f"{name} has shape {tuple(tensor.shape)}, expected {(n_sequences, columns)}"
                 )
         for name, ids in (("input_ids", input_ids), ("labels", labels)):
-            if ids is None or ids.device.type != "cpu" or not ids.numel():
+            if ids is None or ids.device.type != "cpu":
                 continue
-            lowest, highest = ids.aminmax()
-            if 0 <= lowest and highest < self.vocab_size:
-                continue
-            outside = ids[(ids < 0) | (ids >= self.vocab_size)]
+            outside = (ids < 0) | (ids >= self.vocab_size)
             if name == "labels":
-                outside = outside[outside != IGNORE_INDEX]
-            if outside.numel():
+                outside &= ids != IGNORE_INDEX
+            if outside.any():
                 raise DataError(
-                    f"{name} contains token {outside[0].item()}, outside this model's vocabulary "
+                    f"{name} contains token {ids[outside][0]}, outside this model's vocabulary "
                     f"(0 to {self.vocab_size - 1}): was the text encoded with another tokenizer?"
                 )
