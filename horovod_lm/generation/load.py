@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from horovod_lm.data.tokenizers import Tokenizer, load_tokenizer
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.training.checkpoint import BEST, FINAL, find_checkpoints, read_checkpoint, restore
 from horovod_lm.utils.config import Config, config_from_dict, load_config
 from horovod_lm.utils.distributed import choose_device
 from horovod_lm.utils.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from horovod_lm.data.tokenizers import Tokenizer
 
 
 def load_model_for_generation(
@@ -113,8 +111,6 @@ def _sizes(state: dict[str, torch.Tensor], path: Path) -> dict[str, int]:
 
 def _tokenizer_for(checkpoint: dict[str, Any], path: Path, config: Config) -> Tokenizer:
     """Restore the tokenizer in the checkpoint, or else the one in the data folder."""
-    from horovod_lm.data.tokenizers import load_tokenizer
-
     if checkpoint.get("tokenizer"):
         return load_tokenizer(checkpoint["tokenizer"])
     beside_data = config.resolve(config.data.data_dir) / "tokenizer.json"

@@ -53,8 +53,6 @@ def filtered_probabilities(logits: Tensor, settings: GenerationConfig) -> Tensor
 
 def sample(logits: Tensor, settings: GenerationConfig, generator: torch.Generator) -> Tensor:
     """Sample one token per row from `filtered_probabilities`: (B, V) logits -> (B,) token ids."""
-    if settings.temperature < GREEDY_BELOW:
-        return logits.argmax(dim=-1)
     weights, token_ids = _filter(logits, settings)
     # The exponential trick: of independent exponential times with rates p_i, the smallest belongs
     # to i with probability p_i / sum(p), so the probabilities need no renormalization.
@@ -64,17 +62,10 @@ def sample(logits: Tensor, settings: GenerationConfig, generator: torch.Generato
 
 
 def _filter(logits: Tensor, settings: GenerationConfig) -> tuple[Tensor, Tensor]:
-    """Apply temperature, top-k and top-p with at most one sort.
+    """Apply temperature, top-k and top-p to logits (..., V) with at most one sort.
 
-    In descending order the tokens that top-k and top-p keep are the first ones. The token that
-    reaches `top_p` is kept, so at least one token is.
-
-    Args:
-        logits: (..., V).
-        settings: temperature, `top_k` and `top_p`.
-
-    Returns:
-        Unnormalized probabilities (..., k), 0 where top-p removed a token, and token ids (..., k).
+    Returns unnormalized probabilities (..., k), 0 where top-p removed a token, and token ids
+    (..., k). The token that reaches `top_p` is kept, so at least one token is.
     """
     logits, vocab_size = logits.float(), logits.shape[-1]
     if settings.temperature < GREEDY_BELOW:
@@ -118,8 +109,8 @@ def generate_tokens(
 
     A prompt longer than the model's context is truncated on the left, with a warning. A row that
     fills the context continues from its newer half: position embeddings are absolute, so the kept
-    tokens must be processed again at their new positions, and keeping half makes that rare. Rows
-    are independent: the text of a row does not depend on its padding.
+    tokens are processed again at their new positions, and keeping half makes that rare. A row's
+    text does not depend on its padding.
 
     Args:
         model: the model; dropout is off during generation.
@@ -180,7 +171,7 @@ class _Context:
         self.starts = [max(start, self.end - model.max_seq_len) for start in starts]
         if self.starts != starts:
             warnings.warn(
-                f"the prompt has {self.end - min(starts, default=0)} tokens, more than the model's "
+                f"the prompt has {self.end - min(starts)} tokens, more than the model's "
                 f"context of {model.max_seq_len}: only its end is used",
                 stacklevel=4,
             )
@@ -193,7 +184,9 @@ class _Context:
         """Process the new tokens and return the logits of the next one: (B, V)."""
         first = min(self.starts, default=0)
         if self.cache is None or self.unread == 0:
-            self._update_padding(first)
+            starts = self.ids.new_tensor(self.starts)[:, None]  # (B, 1)
+            columns = torch.arange(first, first + self.model.max_seq_len, device=starts.device)
+            self.is_token = columns >= starts if max(self.starts, default=0) > first else None
             if self.cache is not None:
                 self.cache.clear()
             self.unread = self.end - first
@@ -209,19 +202,9 @@ class _Context:
         self.unread = 1
         longest = self.model.max_seq_len
         if self.end - min(self.starts, default=0) > longest:
-            newer_half = self.end - max(1, longest // 2)
-            self.starts = [
-                newer_half if self.end - start > longest else start for start in self.starts
-            ]
+            half = self.end - max(1, longest // 2)
+            self.starts = [half if self.end - start > longest else start for start in self.starts]
             self.unread = 0
-
-    def _update_padding(self, first: int) -> None:
-        if max(self.starts, default=0) == first:
-            self.is_token = None
-            return
-        columns = torch.arange(first, first + self.model.max_seq_len, device=self.ids.device)
-        starts = torch.tensor(self.starts, device=self.ids.device)[:, None]  # (B, 1)
-        self.is_token = columns >= starts  # (B, max_seq_len)
 
 
 def _prompt_starts(

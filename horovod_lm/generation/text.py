@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING
 
 import torch
 
-from horovod_lm.data.tokenizers import check_text
+from horovod_lm.data.tokenizers import UNKNOWN, Tokenizer, check_text
 from horovod_lm.generation.sampling import generate_tokens, generation_config, make_generator
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.config import GenerationConfig
 from horovod_lm.utils.distributed import choose_device
-
-if TYPE_CHECKING:
-    from horovod_lm.data.tokenizers import Tokenizer
-
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an incomplete UTF-8 sequence decodes to
 
 
 def generate_text(
@@ -92,7 +86,7 @@ def decode_stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
             break
         pending.append(token)
         text = tokenizer.decode(pending)
-        complete = text.removesuffix(REPLACEMENT)
+        complete = text.removesuffix(UNKNOWN)
         if len(complete) > n_shown:
             yield complete[n_shown:]
             n_shown = len(complete)
@@ -110,13 +104,10 @@ def continue_prompt(
     device: torch.device | str | None = None,
     on_logits: Callable[[torch.Tensor], None] | None = None,
 ) -> Generator[torch.Tensor, None, None]:
-    """Start generating continuations of a prompt; the arguments are those of `generate_text`.
+    """Start generating continuations of a prompt; arguments as for `generate_text`.
 
-    Args:
-        on_logits: called with the logits (num_samples, V) that each step samples from.
-
-    Returns:
-        An iterator over each step's (num_samples,) token ids, end-of-text included.
+    `on_logits` is called with the logits (num_samples, V) that each step samples from. Returns an
+    iterator over each step's (num_samples,) token ids, end-of-text included.
     """
     if device is not None:
         model.to(choose_device(device))
