@@ -59,7 +59,7 @@ def works_again(cluster: HorovodCluster, keep: list[int]) -> None:
 
 
 def process_ids(cluster: HorovodCluster) -> list[int]:
-    return [rank.process.pid for rank in cluster._ranks]
+    return [rank.process.pid for rank in cluster._ranks.values()]
 
 
 @pytest.mark.parametrize("others", ["hvd.barrier()", "time.sleep(1); hvd.barrier()", "pass"])

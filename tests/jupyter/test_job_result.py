@@ -23,11 +23,11 @@ from horovod_lm.utils.errors import how_it_ended
 from tests.jupyter.conftest import needs_horovod
 
 
-def result_of(*events: dict, size: int = 2, code: int = 1, reason: str = "") -> JobResult:
+def result_of(*events: dict, size: int = 2, code: int = 1) -> JobResult:
     result = JobResult(size)
-    for event in (*events, {"event": "ended", "code": code, "reason": reason, "text": ""}):
+    for event in (*events, {"event": "ended", "code": code, "stopped": False, "text": ""}):
         if "name" in event:
-            result.errors[event["rank"]] = event
+            result.take(event["rank"], {"error": event})
         else:
             result.add(event)
     return result
@@ -60,7 +60,7 @@ def test_ranks_that_fail_alike_are_named_together():
 
 
 def test_a_rank_that_was_ended_while_it_left_early_is_not_taken_for_a_killed_one():
-    said = result_of(error(0, LOST), ended(1, 143), ended(0, 143), reason="failed").error()
+    said = result_of(error(0, LOST), ended(1, 143), ended(0, 143)).error()
     assert str(said).endswith("because rank 1 had already come to the end")
 
 

@@ -14,21 +14,24 @@ no other waits for it; `cluster.restart_ranks()` starts Horovod again and keeps 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import cloudpickle
 from IPython import get_ipython
 
-from horovod_lm.jupyter.live.rank_processes import LiveRank, Task
-from horovod_lm.jupyter.run_cell.horovodrun_job import require_horovod, threads_per_rank
+from horovod_lm.jupyter.live.rank_processes import LiveRank, perform, show
+from horovod_lm.jupyter.run_cell.horovodrun_job import (
+    require_horovod,
+    stall_settings,
+    threads_per_rank,
+)
 from horovod_lm.jupyter.run_cell.job_result import RankError, RanksStopped, rank_list
+from horovod_lm.launch.elastic_hosts import LOOPBACK, loopback_interface
 from horovod_lm.utils.errors import ConfigError, DistributedError
-from horovod_lm.utils.machine import available_cores
 
-if TYPE_CHECKING:
-    from horovod_lm.jupyter.live.rendezvous import Rendezvous
-
+GLOO_TIMEOUT_SECONDS = 6  # how long Gloo waits for a rank that does not answer
 RESTART = "cluster.restart_ranks() starts the ranks again"
 NOT_RUNNING = "the cluster is not running: cluster.start() starts it"
 
@@ -55,7 +58,7 @@ class HorovodCluster:
         if n < 1:
             raise ConfigError(f"HorovodCluster(n={n}): there must be at least one rank")
         self.n, self.threads, self.stall, self.process_sets = n, threads, stall, process_sets
-        self._ranks: list[LiveRank] = []  # empty: not running
+        self._ranks: dict[int, LiveRank] = {}  # by rank; empty: not running
         self._rendezvous: Rendezvous | None = None
         self._broken = ""
 
@@ -75,8 +78,7 @@ class HorovodCluster:
         if HorovodCluster.current is not None:
             HorovodCluster.current.stop()
         try:
-            self._ranks = [self._new_rank(number) for number in range(self.n)]
-            self._start_horovod(new=self._ranks)
+            self._start_ranks()
         except BaseException:
             self.stop()
             raise
@@ -88,11 +90,11 @@ class HorovodCluster:
 
     def stop(self) -> None:
         """End the ranks. May be called twice."""
-        for rank in self._ranks:
+        for rank in self._ranks.values():
             rank.process.stop()
-        for rank in self._ranks:
+        for rank in self._ranks.values():
             rank.close()
-        self._ranks = []
+        self._ranks = {}
         if self._rendezvous is not None:
             self._rendezvous.close()
             self._rendezvous = None
@@ -118,30 +120,26 @@ class HorovodCluster:
         """
         if not self._ranks:
             raise DistributedError(NOT_RUNNING)
-        new = [self._new_rank(rank.number) for rank in self._ranks if rank.has_ended]
-        for rank in new:
-            self._ranks[rank.number].close()
-            self._ranks[rank.number] = rank
-        self._start_horovod(new, env)
+        self._start_ranks(env)
 
-    def _new_rank(self, number: int) -> LiveRank:
-        return LiveRank(number, self.threads or max(1, available_cores() // self.n))
-
-    def _start_horovod(self, new: Sequence[LiveRank], env: Mapping[str, str] | None = None) -> None:
-        from horovod_lm.jupyter.live.rendezvous import Rendezvous  # needs Horovod
-
-        for rank in new:
-            rank.wait_until_ready()
+    def _start_ranks(self, env: Mapping[str, str] | None = None) -> None:
+        """Start the processes that do not run, and Horovod on every rank."""
+        threads = threads_per_rank(self.n, self.threads)
+        new = [n for n in range(self.n) if n not in self._ranks or self._ranks[n].has_ended]
+        for number in new:
+            if number in self._ranks:
+                self._ranks[number].close()
+            self._ranks[number] = LiveRank(number, threads)
+        for number in new:
+            self._ranks[number].wait_until_ready()
         if self._rendezvous is not None:
             self._rendezvous.close()
         self._rendezvous = Rendezvous(self.n, self.stall)
-        threads = threads_per_rank(self.n, self.threads)
         groups = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"} if self.process_sets else {}
         arguments = [
-            ({**(env or {}), **settings, **groups}, threads)
-            for settings in self._rendezvous.settings
+            ({**(env or {}), **own, **groups}, threads) for own in self._rendezvous.settings
         ]
-        error = Task(self._ranks, "start", arguments).wait()
+        error = perform(list(self._ranks.values()), "start", arguments).error()
         self._broken = "" if error is None else str(error)
         if error is not None:
             raise DistributedError(f"the ranks did not start: {error}; {RESTART}")
@@ -182,16 +180,53 @@ class HorovodCluster:
             raise DistributedError(NOT_RUNNING)
         if self._broken:
             raise DistributedError(f"the ranks have ended ({self._broken}); {RESTART}")
-        task = Task(self._ranks, operation, [arguments] * self.n)
-        error = task.wait()
-        task.show()
-        if error is not None:
+        result = perform(list(self._ranks.values()), operation, [arguments] * self.n)
+        show(result)
+        if error := result.error():
             self._broken = str(error)
             text = f"{error}; {RESTART}"
             if isinstance(error, RanksStopped):
                 raise RanksStopped(text)
             raise RankError(text, error.rank, error.code, error.trace)
-        return task.values()
+        return result.load_values()
+
+
+class Rendezvous:
+    """The server through which ranks on this host find each other; each start needs a new one.
+
+    Args:
+        size: the number of ranks.
+        stall: seconds after which ranks that wait for one another are freed; 0: never.
+
+    Attributes:
+        settings: each rank's environment variables, by rank.
+    """
+
+    def __init__(self, size: int, stall: int) -> None:
+        from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+        from horovod.runner.gloo_run import create_slot_env_vars
+        from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
+
+        slots = get_host_assignments(parse_hosts(f"localhost:{size}"), size)
+        # Not Horovod's RendezvousServer, which listens on every interface: whoever can connect can
+        # join.
+        self._server = RendezvousHTTPServer((LOOPBACK, 0), RendezvousHandler, 0)
+        self._server.init(slots)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        common = {
+            "HOROVOD_GLOO_RENDEZVOUS_ADDR": LOOPBACK,
+            "HOROVOD_GLOO_RENDEZVOUS_PORT": str(self._server.server_address[1]),
+            "HOROVOD_GLOO_IFACE": loopback_interface(),
+            "HOROVOD_CONTROLLER": "gloo",
+            "HOROVOD_CPU_OPERATIONS": "gloo",
+            **stall_settings(stall, GLOO_TIMEOUT_SECONDS, longest_period=2),
+        }
+        self.settings = [{**common, **create_slot_env_vars(slot)} for slot in slots]
+
+    def close(self) -> None:
+        """Stop listening, and release the port."""
+        self._server.shutdown()
+        self._server.server_close()
 
 
 def _update(values: dict[str, Any]) -> None:

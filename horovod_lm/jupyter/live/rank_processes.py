@@ -15,14 +15,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import Any
 
-from horovod_lm.jupyter.run_cell.job_result import (
-    JobResult,
-    RankError,
-    RanksStopped,
-    StallReports,
-    load_value,
-    readable,
-)
+from horovod_lm.jupyter.run_cell.job_result import JobResult, StallReports, readable
 from horovod_lm.jupyter.run_cell.processes import SupervisedProcess
 from horovod_lm.utils.errors import DistributedError, how_it_ended, last_line
 
@@ -125,88 +118,66 @@ class LiveRank:
             self.ended_at = time.monotonic()
 
 
-class Task:
-    """One request to all live ranks. If any rank has ended before, none is asked.
+def perform(
+    ranks: Sequence[LiveRank], operation: str, arguments: Sequence[tuple[Any, ...]]
+) -> JobResult:
+    """Make one request to all live ranks, and wait until no rank is busy.
+
+    If any rank has ended before, none is asked. When the notebook is interrupted, so is every rank.
 
     Args:
         ranks: all live ranks.
         operation: a key of `rank_loop.OPERATIONS`.
         arguments: the operation's arguments for each rank.
+
+    Returns:
+        What became of it; its `code` is 0 if every rank has answered without an error.
     """
+    result, kill_at = JobResult(len(ranks)), math.inf
+    asked = [] if any(rank.has_ended for rank in ranks) else ranks
+    end_of_output = f"{secrets.token_hex(16)}\n"
+    for rank, own in zip(asked, arguments, strict=False):
+        rank.send(operation, own, end_of_output)
 
-    def __init__(
-        self, ranks: Sequence[LiveRank], operation: str, arguments: Sequence[tuple[Any, ...]]
-    ) -> None:
-        self._ranks = ranks
-        self._result = JobResult(len(ranks))
-        self._answers: dict[int, dict[str, Any]] = {}
-        self._printed: dict[int, list[str]] = {}
-        self._end_of_output = f"{secrets.token_hex(16)}\n"
-        self._asked = [] if any(rank.has_ended for rank in ranks) else ranks
-        for rank, own in zip(self._asked, arguments, strict=False):
-            rank.send(operation, own, self._end_of_output)
+    def pending() -> list[LiveRank]:
+        answered = result.values.keys() | result.errors.keys()
+        return [rank for rank in asked if rank.number not in answered and not rank.has_ended]
 
-    def wait(self) -> RankError | RanksStopped | None:
-        """Wait until no rank is busy; return what went wrong, or None.
+    def has_failed() -> bool:
+        return bool(result.errors) or result.was_stopped or any(rank.has_ended for rank in ranks)
 
-        When the notebook is interrupted, so is every rank.
-        """
-        kill_at = math.inf
-        while pending := self._pending():
-            try:
-                ready = wait([rank.connection for rank in pending], POLL_INTERVAL)
-                for rank in pending:
-                    if rank.connection in ready and (answer := rank.receive()) is not None:
-                        self._take(rank, answer)
-                if self._has_failed():
-                    kill_at = min(kill_at, time.monotonic() + SECONDS_TO_BE_FREED)
-                if time.monotonic() >= kill_at:
-                    for rank in self._pending():
-                        rank.process.signal(signal.SIGKILL)
-            except KeyboardInterrupt:
-                self._result.reason = "stopped"
-                for rank in self._ranks:
-                    rank.process.signal(signal.SIGINT)
-        for rank in self._asked:
-            text = rank.output(self._end_of_output)
-            # Not `splitlines`, which splits at more than newlines.
-            self._printed[rank.number] = list(io.StringIO(text))
-        return self._error() if self._has_failed() else None
+    while busy := pending():
+        try:
+            ready = wait([rank.connection for rank in busy], POLL_INTERVAL)
+            for rank in busy:
+                if rank.connection in ready and (answer := rank.receive()) is not None:
+                    result.take(rank.number, answer)
+            if has_failed():
+                kill_at = min(kill_at, time.monotonic() + SECONDS_TO_BE_FREED)
+            if time.monotonic() >= kill_at:
+                for rank in pending():
+                    rank.process.signal(signal.SIGKILL)
+        except KeyboardInterrupt:
+            result.was_stopped = True
+            for rank in ranks:
+                rank.process.signal(signal.SIGINT)
+    result.code = int(has_failed())
+    for rank in sorted(ranks, key=lambda rank: rank.ended_at):
+        for event in rank.events:
+            result.add(event)
+        # Not `splitlines`, which splits at more than newlines.
+        for line in io.StringIO(rank.output(end_of_output)) if rank in asked else ():
+            result.add({"event": "output", "rank": rank.number, "text": line})
+    return result
 
-    def values(self) -> list[Any]:
-        """Return each rank's value, in the order of ranks. Raises RankError as `load_value`."""
-        return [load_value(rank, one["value"]) for rank, one in sorted(self._answers.items())]
 
-    def show(self) -> None:
-        """Print what the ranks have printed, rank by rank."""
-        for rank in sorted(self._printed.keys() & self._answers.keys()):
-            reports = StallReports()
-            for line in self._printed[rank]:
-                text = readable(line.rstrip("\n"))
-                # A stall that ends the ranks is in the error; one that has passed does not matter.
-                if text and not reports.includes(text):
-                    print(f"[{rank}] {text}")
-        sys.stdout.flush()
-
-    def _pending(self) -> list[LiveRank]:
-        return [
-            rank for rank in self._asked if rank.number not in self._answers and not rank.has_ended
-        ]
-
-    def _has_failed(self) -> bool:
-        ended = any(rank.has_ended for rank in self._ranks)
-        return ended or bool(self._result.errors or self._result.reason)
-
-    def _take(self, rank: LiveRank, answer: dict[str, Any]) -> None:
-        self._answers[rank.number] = answer
-        if "error" in answer:
-            self._result.errors[rank.number] = answer["error"]
-
-    def _error(self) -> RankError | RanksStopped | None:
-        self._result.code = 1
-        for rank in sorted(self._ranks, key=lambda rank: rank.ended_at):
-            for event in rank.events:
-                self._result.add(event)
-            for line in self._printed.get(rank.number, ()):
-                self._result.add({"event": "output", "rank": rank.number, "text": line})
-        return self._result.error()
+def show(result: JobResult) -> None:
+    """Print what the ranks that have answered have printed, rank by rank."""
+    for rank in sorted(result.values.keys() | result.errors.keys()):
+        reports = StallReports()
+        for line in result.printed[rank]:
+            text = readable(line.rstrip("\n"))
+            # A stall that ends the ranks is in the error; one that has passed does not matter.
+            if text and not reports.includes(text):
+                print(f"[{rank}] {text}")
+    sys.stdout.flush()

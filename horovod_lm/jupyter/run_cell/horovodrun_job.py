@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from horovod_lm.jupyter.run_cell import rank_cell
-from horovod_lm.jupyter.run_cell.framed_horovodrun import SECONDS_TO_AGREE
 from horovod_lm.jupyter.run_cell.job_result import JobResult
 from horovod_lm.jupyter.run_cell.processes import SupervisedProcess
 from horovod_lm.utils.cli import command as shell_command
-from horovod_lm.utils.errors import DistributedError
+from horovod_lm.utils.errors import ConfigError, DistributedError
 from horovod_lm.utils.machine import available_cores
 
 HOROVODRUN = "horovod_lm.jupyter.run_cell.framed_horovodrun"
 CELL_GRACE_PERIOD = 2.0  # seconds that ranks have to end after SIGTERM
 COMMAND_GRACE_PERIOD = 8.0  # the same for a command, which may save a checkpoint
+MOST_RANKS_PER_CORE = 32
 
 
 @dataclass
@@ -79,14 +79,10 @@ class JobProcess:
         self.seconds = 0.0
         self._started = time.monotonic()
         self._logs: dict[int, TextIO] = {}
-        env = dict(spec.env)
-        if spec.cell_folder is not None:
-            env[rank_cell.VARIABLE] = str(spec.cell_folder)
-        at = next(i for i, word in enumerate(spec.call) if Path(word).name == "horovodrun")
-        call = [*spec.call[:at], sys.executable, "-m", HOROVODRUN, *spec.call[at + 1 :]]
+        cell = {rank_cell.VARIABLE: str(spec.cell_folder)} if spec.cell_folder else {}
         self._process = SupervisedProcess(
-            call, self._hear, env, cwd=spec.cwd, grace_period=spec.grace_period,
-            ranks=1 if spec.elastic else spec.size, elastic=spec.elastic,
+            [sys.executable, "-m", HOROVODRUN, *spec.call[1:]], self._hear, {**spec.env, **cell},
+            cwd=spec.cwd, grace_period=spec.grace_period, ranks=0 if spec.elastic else spec.size,
         )  # fmt: skip
 
     def terminate(self) -> None:
@@ -114,12 +110,10 @@ class JobProcess:
         self.result.add(event)
         if event["event"] == "output" and event["rank"] is not None:
             self._log(event["rank"], event["text"])
-        elif event["event"] == "rank_ended" and not self._spec.elastic:
-            self._process.stop("failed", after=SECONDS_TO_AGREE)
         elif event["event"] == "ended":
             self.seconds = time.monotonic() - self._started
-            if self._spec.cell_folder is not None:
-                self.result.read_reports(self._spec.cell_folder)
+            for rank, report in rank_cell.read_reports(self._spec.cell_folder).items():
+                self.result.take(rank, report)
             for log in self._logs.values():
                 with contextlib.suppress(OSError):  # a full disk
                     log.close()
@@ -168,8 +162,14 @@ def threads_per_rank(ranks: int, threads: int | None) -> int:
     Args:
         ranks: how many of them are on this host.
         threads: what the user asks for; None: an equal share of the cores, at least 1.
+
+    Raises:
+        ConfigError: the ranks are too many for this host.
     """
     cores = available_cores()
+    if ranks > MOST_RANKS_PER_CORE * cores:
+        most = MOST_RANKS_PER_CORE * cores
+        raise ConfigError(f"{ranks} ranks are too many: with {cores} cores, start at most {most}")
     share = threads or max(1, cores // ranks)
     if ranks * share > cores:
         print(

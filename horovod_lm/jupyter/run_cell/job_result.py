@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import signal
 from collections import defaultdict
 from dataclasses import dataclass, field
-from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 from horovod_lm.jupyter.run_cell import rank_cell
@@ -66,8 +63,8 @@ def readable(line: str) -> str:
 class StallReports:
     """Recognises the reports of Horovod's stall check in the output of one rank.
 
-    A report has a line "One or more tensors ...", a line "Missing ranks:", and a line for each
-    missing rank. Elsewhere, lines like the latter two are the program's own.
+    A report is a line "One or more tensors ...", a line "Missing ranks:", and a line for each
+    missing rank. Elsewhere, lines like the last two are the program's own.
     """
 
     def __init__(self) -> None:
@@ -91,9 +88,10 @@ class JobResult:
         elastic: whether the job continues when ranks fail; then only its end counts.
         processes: process ids of the ranks on this host, by rank.
         printed: each rank's output, by rank.
+        values: the pickled last values, by rank.
         errors: what `rank_cell.describe` returned, by rank.
         code: the exit code of horovodrun; None while it runs.
-        reason: why the ranks were ended: "", "stopped" or "failed".
+        was_stopped: whether the user has ended the ranks.
     """
 
     size: int
@@ -101,11 +99,13 @@ class JobResult:
     elastic: bool = False
     processes: dict[int, int] = field(default_factory=dict)
     printed: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
+    values: dict[int, bytes] = field(default_factory=dict)
     errors: dict[int, dict[str, Any]] = field(default_factory=dict)
     code: int | None = None
-    reason: str = ""
+    was_stopped: bool = False
     _launcher_output: str = ""
     _codes: dict[int, int] = field(default_factory=dict)
+    _own_codes: dict[int, int] = field(default_factory=dict)
     _frozen: dict[int, float] = field(default_factory=dict)
     _missing: dict[int, str] = field(default_factory=dict)
     _reports: dict[int, StallReports] = field(default_factory=lambda: defaultdict(StallReports))
@@ -127,22 +127,24 @@ class JobResult:
         elif kind == "frozen":
             self._frozen[rank] = event["seconds"]
         elif kind == "ended":
-            self.code, self.reason = event["code"], event["reason"]
+            self.code, self.was_stopped = event["code"], event["stopped"]
             self._launcher_output += event["text"]
 
-    def read_reports(self, folder: Path) -> None:
-        """Read what the ranks of a cell have written to its folder."""
-        for rank, report in rank_cell.read_reports(folder, "error").items():
-            self.errors[rank] = json.loads(report)
-        exits = rank_cell.read_reports(folder, "exit").items()
-        own_codes = {rank: int(code) for rank, code in exits if int(code)}
-        self._codes = {**own_codes, **self._codes, **own_codes}
+    def take(self, rank: int, report: dict[str, Any]) -> None:
+        """Record what a rank has sent: a "value", an "error" or its own "exit" code."""
+        if "value" in report:
+            self.values[rank] = report["value"]
+        elif "error" in report:
+            self.errors[rank] = report["error"]
+        elif report["exit"]:
+            self._own_codes[rank] = report["exit"]
 
     def error(self) -> RankError | RanksStopped | None:
         """Return the error that the job ended with, or None if it succeeded."""
-        if self.reason == "stopped":
+        if self.was_stopped:
             return RanksStopped(f"stopped by you: every rank of {self.what} was ended")
-        if self.code == 0 and (self.elastic or not (self.errors or self._codes)):
+        failed = self.errors or self._codes or self._own_codes
+        if self.code == 0 and (self.elastic or not failed):
             return None
         return (
             self._own_error()
@@ -151,6 +153,17 @@ class JobResult:
             or self._ended_first()
             or self._without_a_cause()
         )
+
+    def load_values(self) -> list[Any]:
+        """Return each rank's last value, in the order of ranks; None where there is none.
+
+        Raises:
+            RankError: the notebook cannot make an object of it.
+        """
+        return [
+            load_value(rank, self.values[rank]) if rank in self.values else None
+            for rank in range(self.size)
+        ]
 
     def text(self, rank: int) -> str:
         """Return what a rank has printed so far."""
@@ -167,8 +180,8 @@ class JobResult:
         if not own:
             return None
         rank, error = min(own.items())
-        identity = itemgetter("name", "text", "line")
-        same = [other for other, one in sorted(own.items()) if identity(one) == identity(error)]
+        keys = ("name", "text", "line")
+        same = [n for n, one in sorted(own.items()) if all(one[key] == error[key] for key in keys)]
         where = f" (line {error['line']} of the cell)" if error["line"] else ""
         text = f"{error['name']}: {error['text']}" if error["text"] else error["name"]
         name = "every rank" if len(same) == self.size > 1 else rank_list(same)
@@ -201,8 +214,10 @@ class JobResult:
         return RankError(text, rank)
 
     def _ended_first(self) -> RankError | None:
-        # The others are ended by SIGTERM, so the first one that ended is the cause.
-        codes = {rank: code for rank, code in self._codes.items() if rank not in self.errors}
+        # The others are ended by SIGTERM, so the first one that ended is the cause; before it come
+        # those that chose their exit code, because another rank may have been faster.
+        codes = {**self._own_codes, **self._codes, **self._own_codes}
+        codes = {rank: code for rank, code in codes.items() if rank not in self.errors}
         if self.errors:  # not a rank that was ended while it was exiting
             codes = {rank: code for rank, code in codes.items() if code != 128 + signal.SIGTERM}
         if not codes:

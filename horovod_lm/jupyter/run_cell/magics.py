@@ -47,7 +47,6 @@ from horovod_lm.jupyter.run_cell.job_result import (
     JobResult,
     RankError,
     StallReports,
-    load_value,
     readable,
 )
 from horovod_lm.utils.errors import ConfigError, DistributedError
@@ -104,13 +103,12 @@ class HorovodMagics(Magics):
                 rank_cell.write_cell(folder, cell, pushed, bool(arguments.out))
                 spec = _spec(arguments, [sys.executable, "-m", rank_cell.__name__])
                 spec.cell_folder = folder
-                error = _run(spec).error()
-                values = rank_cell.read_reports(folder, "value")
+                result = _run(spec)
         except OSError as failure:  # for example a full disk
             raise DistributedError(f"the cell cannot be given to the ranks: {failure}") from None
-        if error is not None:
+        if error := result.error():
             raise error from None
-        return [load_value(n, values[n]) if n in values else None for n in range(spec.size)]
+        return result.load_values()
 
     def _run_command(self, arguments: argparse.Namespace) -> None:
         command = list(arguments.command)
@@ -119,10 +117,9 @@ class HorovodMagics(Magics):
         spec = _spec(arguments, command)
         spec.what = " ".join(command[1:3]) if command[0] == sys.executable else command[0]
         spec.grace_period = COMMAND_GRACE_PERIOD
-        error = _run(spec).error()
-        if isinstance(error, RankError):
-            error.trace = ""  # the last lines of its output were shown already
-        if error is not None:
+        if error := _run(spec).error():
+            if isinstance(error, RankError):
+                error.trace = ""  # the last lines of its output were shown already
             raise error from None
 
     def _pickle_variables(self, names: str) -> bytes:
@@ -226,8 +223,7 @@ def _run(spec: JobSpec) -> JobResult:
     finally:
         result = job.stop()  # nothing is left to stop, unless an error has ended the loop
         shown.finish()
-    if interrupted:
-        result.reason = "stopped"
+    result.was_stopped = interrupted
     return result
 
 

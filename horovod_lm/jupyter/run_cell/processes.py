@@ -1,15 +1,13 @@
 """Commands that end with this process, however it ends: the one keeper of a kernel's processes.
 
 Cells, jobs and live ranks are all started here. Each command has a `supervisor`, which ends it; a
-thread of this process reads what it prints and watches its ranks, and reports events:
+thread of this process reads what it prints, and reports events:
 
-    {"event": "started", "pid": 7}
     {"event": "output", "rank": null, "text": "..."}      text as it was read, not line by line
-    {"event": "rank_started", "rank": 0, "pid": 9}
-    {"event": "frozen", "rank": 1, "seconds": 3}          stopped by SIGSTOP, and killed
-    {"event": "ended", "code": 1, "reason": "", "text": ""}
+    {"event": "ended", "code": 1, "stopped": false, "text": ""}
                                                           the last one: no process is left
-    and what the command writes to the descriptor that HOROVOD_LM_EVENTS names, a line for each
+    and those of the supervisor, and what the command writes, a line for each, to the descriptor
+    that HOROVOD_LM_EVENTS names
 """
 
 from __future__ import annotations
@@ -18,16 +16,16 @@ import atexit
 import codecs
 import contextlib
 import json
-import math
 import os
 import re
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import threading
-import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,14 +33,9 @@ from typing import Any
 import psutil
 
 from horovod_lm.jupyter.run_cell.framed_horovodrun import EVENTS_VARIABLE
-from horovod_lm.jupyter.run_cell.supervisor import (
-    POLL_INTERVAL,
-    SECONDS_TO_VANISH,
-    find_ranks,
-)
+from horovod_lm.jupyter.run_cell.supervisor import POLL_INTERVAL, SECONDS_TO_VANISH
 
 SUPERVISOR = "horovod_lm.jupyter.run_cell.supervisor"
-SECONDS_FROZEN = 3.0  # a rank stopped by SIGSTOP is killed when it is not continued by then
 # Variables for the kernel alone, and those that would make ranks of what a rank has started.
 _NOT_INHERITED = re.compile(
     r"^(HOROVOD_(RANK|SIZE|LOCAL_.*|CROSS_.*|HOSTNAME|GLOO_RENDEZVOUS.*)|MPLBACKEND|JPY_.*|PYDEVD_.*)$"
@@ -59,54 +52,43 @@ class SupervisedProcess:
         env: environment variables on top of this process's.
         cwd: its working directory; None: this process's.
         grace_period: seconds between SIGTERM and SIGKILL when it is stopped.
-        ranks: how many Horovod ranks it runs on this host; they are watched, and stopped first.
-        elastic: whether ranks come and go; `ranks` is then the smallest number of them.
+        ranks: how many Horovod ranks it runs on this host, which are watched and stopped first; 0:
+            they come and go.
         pass_fds: descriptors that the command inherits.
 
     Attributes:
         pid: the command's process id; None until it has started.
-        supervisor: its supervisor's process id.
     """
 
     def __init__(
         self, command: Sequence[str], on_event: Callable[[dict[str, Any]], None],
         env: Mapping[str, str] | None = None, *, cwd: str | None = None, grace_period: float = 2.0,
-        ranks: int = 1, elastic: bool = False, pass_fds: Sequence[int] = (),
+        ranks: int = 1, pass_fds: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self.pid: int | None = None
-        self._on_event = on_event
-        self._ranks_expected, self._elastic = ranks, elastic
-        self._ranks: dict[int, psutil.Process] = {}
-        self._frozen_since: dict[int, float] = {}
-        self._reason, self._stop_at = "", math.inf
+        self._on_event, self._was_stopped = on_event, False
         (self._output, output_end), (self._events, events_end) = os.pipe(), os.pipe()
-        lifeline_end, lifeline = os.pipe()
-        self._lifeline = os.fdopen(lifeline, "wb")
-        self._supervisor = subprocess.Popen(
-            [
-                sys.executable, "-m", SUPERVISOR, str(lifeline_end), str(events_end),
-                str(ranks), str(grace_period), *command,
-            ],
-            env={**_inherited(), **(env or {}), EVENTS_VARIABLE: str(events_end)}, cwd=cwd,
-            stdin=subprocess.DEVNULL, stdout=output_end, stderr=output_end,
-            pass_fds=[lifeline_end, events_end, *pass_fds], start_new_session=True,
-        )  # fmt: skip
-        for end in (output_end, events_end, lifeline_end):
-            os.close(end)
-        self.supervisor = self._supervisor.pid
+        self._lifeline, lifeline_end = socket.socketpair()
+        with lifeline_end:
+            self._supervisor = subprocess.Popen(
+                [
+                    sys.executable, "-m", SUPERVISOR, str(lifeline_end.fileno()), str(ranks),
+                    str(grace_period), *command,
+                ],
+                env={**_inherited(), **(env or {}), EVENTS_VARIABLE: str(events_end)}, cwd=cwd,
+                stdin=subprocess.DEVNULL, stdout=output_end, stderr=output_end,
+                pass_fds=[lifeline_end.fileno(), events_end, *pass_fds], start_new_session=True,
+            )  # fmt: skip
+        os.close(output_end)
+        os.close(events_end)
         self._thread = threading.Thread(target=self._read, daemon=True, name="processes")
         self._thread.start()
         _ALL.add(self)
 
-    def stop(self, reason: str = "stopped", after: float = 0.0) -> None:
-        """Stop the command, `after` seconds from now; return at once.
-
-        The first reason counts; a later stop can only come sooner.
-        """
-        self._reason = self._reason or reason
-        self._stop_at = min(self._stop_at, time.monotonic() + after)
-        if not after:
-            self._lifeline.close()
+    def stop(self) -> None:
+        """Stop the command; return at once."""
+        self._was_stopped = True
+        self._release()
 
     def signal(self, number: int) -> None:
         """Send a signal to the command's own process."""
@@ -119,88 +101,54 @@ class SupervisedProcess:
         self.stop()
         self._thread.join()
 
+    def _release(self) -> None:
+        """Make the supervisor stop the command."""
+        with contextlib.suppress(OSError):  # it has ended
+            self._lifeline.shutdown(socket.SHUT_WR)
+
     def _read(self) -> None:
         message = ""
         try:
             self._follow()
         except Exception as error:
             message = f"the reader of its events failed: {type(error).__name__}: {error}\n"
-            self.stop("failed")
+            self._release()
         code = self._supervisor.wait()
         if code < 0:
-            kill_process_tree(self.pid)
-            code, self._reason = 128 + signal.SIGKILL, self._reason or "failed"
+            code = 128 + signal.SIGKILL
             message = message or "its supervisor was killed\n"
         self._lifeline.close()
         os.close(self._output)
         os.close(self._events)
-        self._emit("ended", code=code, reason=self._reason, text=message)
-
-    def _emit(self, event: str, **values: Any) -> None:
-        self._on_event({"event": event, **values})
-
-    # ---- reading and watching -------------------------------------------------------------------
+        stopped = self._was_stopped and not message
+        self._on_event({"event": "ended", "code": code, "stopped": stopped, "text": message})
 
     def _follow(self) -> None:
-        """Report what the command prints and what its ranks do, until its supervisor has ended."""
-        decoder, rest, next_poll = codecs.getincrementaldecoder("utf-8")("replace"), b"", 0.0
+        """Report what the command prints and the events, until its supervisor has ended."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        cut: dict[int, bytes] = defaultdict(bytes)  # lines cut short by the writer's death stay
         with selectors.DefaultSelector() as selector:
-            selector.register(self._output, selectors.EVENT_READ)
-            selector.register(self._events, selectors.EVENT_READ)
+            for source in (self._output, self._events, self._lifeline.fileno()):
+                selector.register(source, selectors.EVENT_READ)
             while selector.get_map():
                 ready = selector.select(POLL_INTERVAL)
                 for key, _ in ready:
                     chunk = os.read(key.fd, 65536)
                     if not chunk:
                         selector.unregister(key.fd)
-                    if key.fd == self._events:
-                        # A line cut short by the command's death stays in `rest`.
-                        *lines, rest = (rest + chunk).split(b"\n")
-                        for event in map(json.loads, lines):
-                            self.pid = event["pid"] if event["event"] == "started" else self.pid
-                            self._on_event(event)
-                    elif text := decoder.decode(chunk, final=not chunk):
-                        self._emit("output", rank=None, text=text)
+                    if key.fd == self._output:
+                        if text := decoder.decode(chunk, final=not chunk):
+                            self._on_event({"event": "output", "rank": None, "text": text})
+                        continue
+                    *lines, cut[key.fd] = (cut[key.fd] + chunk).split(b"\n")
+                    for event in map(json.loads, lines):
+                        self.pid = event["pid"] if event["event"] == "started" else self.pid
+                        self._on_event(event)
+                    if key.fd == self._lifeline.fileno() and not chunk:
+                        if self._supervisor.wait() < 0:
+                            kill_process_tree(self.pid)
                 if not ready and self._supervisor.poll() is not None:
                     return  # an unkillable process holds the pipes
-                if time.monotonic() >= next_poll:
-                    self._poll()
-                    next_poll = time.monotonic() + POLL_INTERVAL
-
-    def _poll(self) -> None:
-        now = time.monotonic()
-        if now >= self._stop_at:
-            self._lifeline.close()
-        if (self._supervisor.poll() or 0) < 0:
-            kill_process_tree(self.pid)
-        alive = [one for one in self._ranks.values() if one.is_running()]
-        if self._elastic or len(alive) < self._ranks_expected:
-            self._find_ranks()
-        for rank, process in self._ranks.items():
-            self._kill_if_frozen(rank, process, now)
-
-    def _find_ranks(self) -> None:
-        try:
-            found = find_ranks(psutil.Process(self.supervisor))
-        except psutil.NoSuchProcess:
-            return
-        for rank, process in found.items():
-            known = self._ranks.get(rank)
-            # In an elastic job a new process may take a dead one's place.
-            if known is None or not known.is_running():
-                self._ranks[rank] = process
-                self._emit("rank_started", rank=rank, pid=process.pid)
-
-    def _kill_if_frozen(self, rank: int, process: psutil.Process, now: float) -> None:
-        """Kill a rank that has been stopped for too long: the others would wait for it."""
-        try:
-            if process.status() != psutil.STATUS_STOPPED:
-                self._frozen_since.pop(process.pid, None)
-            elif now - self._frozen_since.setdefault(process.pid, now) >= SECONDS_FROZEN:
-                self._emit("frozen", rank=rank, seconds=SECONDS_FROZEN)
-                process.kill()
-        except psutil.NoSuchProcess:
-            pass
 
 
 def _inherited() -> dict[str, str]:

@@ -1,14 +1,14 @@
 """What each rank of a `%%horovodrun` cell runs: the cell's body, its last value, its error.
 
-The notebook writes the cell to a folder that HOROVOD_LM_CELL names, and a rank writes its value or
-its error to a file there. Neither goes through the rank's output, which is the cell's alone.
+The notebook writes the cell to a folder that HOROVOD_LM_CELL names, and each rank writes a report
+there, so that its output is the cell's alone: `{"value": bytes}`, pickled; `{"error": {...}}`, as
+`describe` returns it; or the exit code that the cell chose, `{"exit": 3}`.
 """
 
 from __future__ import annotations
 
 import ast
 import builtins
-import json
 import linecache
 import os
 import pickle
@@ -36,6 +36,12 @@ def write_cell(folder: Path, source: str, pushed: bytes, wanted: bool) -> None:
     """
     paths = [path for path in sys.path if path]
     (folder / "cell.pickle").write_bytes(pickle.dumps((source, pushed, wanted, paths)))
+
+
+def read_reports(folder: Path | None) -> dict[int, dict[str, Any]]:
+    """Return the report of each rank that has written one to a cell's folder, by rank."""
+    paths = folder.glob("report.*") if folder else ()
+    return {int(path.suffix[1:]): pickle.loads(path.read_bytes()) for path in paths}
 
 
 def parse(source: str) -> tuple[types.CodeType, types.CodeType | None]:
@@ -74,18 +80,6 @@ def execute(source: str, namespace: dict[str, Any], magic: str, wanted: bool) ->
     return None
 
 
-def run(folder: Path) -> None:
-    """Run a cell in a new `__main__`, and print its last value or write it to a file."""
-    source, pushed, wanted, paths = pickle.loads((folder / "cell.pickle").read_bytes())
-    sys.path += [path for path in paths if path not in sys.path]
-    sys.argv = [CELL]
-    namespace = new_main_module()
-    namespace.update(pickle.loads(pushed))
-    value = execute(source, namespace, "%%horovodrun", wanted)
-    if wanted:
-        _write(folder, "value", pickled_value(value))
-
-
 def new_main_module() -> dict[str, Any]:
     """Replace `__main__` by an empty module; return its variables."""
     sys.modules["__main__"] = module = types.ModuleType("__main__", "The cells of one rank.")
@@ -98,18 +92,18 @@ def describe(error: BaseException) -> dict[str, Any]:
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename != CELL:
         trace = trace.tb_next
-    frames = traceback.extract_tb(trace)
-    shown = traceback.TracebackException(type(error), error, trace)
-    at = [frame.lineno for frame in frames if frame.filename == CELL]
+    at = [frame.lineno for frame in traceback.extract_tb(trace) if frame.filename == CELL]
+    line = at[-1] if at else getattr(error, "lineno", None)
     try:
         text = str(error)
     except Exception:
         text = "<exception str() failed>"  # as in a traceback
+    shown = traceback.TracebackException(type(error), error, trace).format()
     return {
-        "name": type(error).__name__,
+        "name": _displayable(f"{type(error).__name__}"),
         "text": _displayable(text),
-        "line": at[-1] if at else getattr(error, "lineno", None),
-        "traceback": [_displayable(line) for line in shown.format()],
+        "line": line if type(line) is int else None,
+        "traceback": [_displayable(line) for line in shown],
     }
 
 
@@ -135,30 +129,24 @@ def pickled_value(value: Any) -> bytes:
         ) from None
 
 
-def read_reports(folder: Path, kind: str) -> dict[int, bytes]:
-    """Return what ranks have written, by rank.
+def run(folder: Path) -> None:
+    """Run a cell in a new `__main__`, and print its last value or report it."""
+    source, pushed, wanted, paths = pickle.loads((folder / "cell.pickle").read_bytes())
+    sys.path += [path for path in paths if path not in sys.path]
+    sys.argv = [CELL]
+    namespace = new_main_module()
+    namespace.update(pickle.loads(pushed))
+    value = execute(source, namespace, "%%horovodrun", wanted)
+    if wanted:
+        _write_report(folder, {"value": pickled_value(value)})
 
-    Args:
-        folder: the cell's.
-        kind: "value" (pickled), "error" (JSON) or "exit" (a number).
-    """
-    found = {int(path.suffix[1:]): path.read_bytes() for path in folder.glob(f"{kind}.*")}
-    return dict(sorted(found.items()))
 
-
-def _write(folder: Path, kind: str, content: bytes) -> None:
+def _write_report(folder: Path, report: dict[str, Any]) -> None:
     """Write a report, whole or not at all: a rank may be killed at any time."""
     rank = os.environ["HOROVOD_RANK"]
-    temporary = folder / f"unfinished-{kind}.{rank}"
-    temporary.write_bytes(content)
-    temporary.rename(folder / f"{kind}.{rank}")
-
-
-def _exit_code(end: SystemExit) -> int:
-    if end.code is None or isinstance(end.code, int):
-        return end.code or 0
-    print(end.code)
-    return 1
+    temporary = folder / f"unfinished.{rank}"
+    temporary.write_bytes(pickle.dumps(report))
+    temporary.rename(folder / f"report.{rank}")
 
 
 def main() -> int:
@@ -169,12 +157,15 @@ def main() -> int:
     try:
         run(folder)
     except SystemExit as end:
-        code = _exit_code(end)
-        _write(folder, "exit", str(code).encode())  # other ranks may fail before this one has ended
+        code = end.code or 0
+        if not isinstance(code, int):
+            print(code)
+            code = 1
+        _write_report(folder, {"exit": code})  # other ranks may fail before this one has ended
         return code
     except BaseException as error:
         try:
-            _write(folder, "error", json.dumps(describe(error)).encode())
+            _write_report(folder, {"error": describe(error)})
         except OSError:  # a full disk
             traceback.print_exception(error)
         sys.stdout.flush()
