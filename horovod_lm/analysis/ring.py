@@ -97,14 +97,6 @@ def ring_allreduce(data: Sequence[Tensor]) -> list[RingState]:
     return states
 
 
-def star_numbers_sent(length: int, workers: int) -> int:
-    """Return the elements sent by the root of a star, which gathers all data and sends the sum.
-
-    The root also receives as many; in the ring each worker sends 2(N-1)/N of the length.
-    """
-    return (workers - 1) * length
-
-
 def _next(state: RingState) -> RingState:
     """Let every worker send one chunk to the next worker, simultaneously."""
     workers, done = state.workers, state.step

@@ -43,13 +43,6 @@ class Network:
     latency: float
     bandwidth: float
 
-    def __post_init__(self) -> None:
-        if self.latency < 0 or self.bandwidth <= 0:
-            raise ValueError(
-                "latency must be at least 0 and bandwidth above 0, got "
-                f"{self.latency} s and {self.bandwidth} bytes/s"
-            )
-
     def allreduce_seconds(self, size: float, workers: int) -> float:
         """Return the seconds of a ring allreduce of `size` bytes per worker."""
         if workers <= 1:

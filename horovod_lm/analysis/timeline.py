@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def read_timeline(path: str | Path) -> list[Span]:
     names: dict[int, str] = {}
     open_phases: dict[int, list[tuple[str, float]]] = defaultdict(list)
     spans = []
-    for event in _events(_text(Path(path))):
+    for event in _events(Path(path)):
         # Horovod: each tensor is a process of the trace, and its phases nest like calls.
         tensor, kind = event.get("pid", -1), event.get("ph")
         if kind == "M" and event["name"] == "process_name":
@@ -71,7 +72,7 @@ def read_timeline(path: str | Path) -> list[Span]:
             phase, start = open_phases[tensor].pop()
             times = start * MICROSECOND, event["ts"] * MICROSECOND
             spans.append(Span(names.get(tensor, ""), phase, *times))
-    return _ordered(spans)
+    return sorted(spans, key=_outer_first)
 
 
 def reduction(spans: Iterable[Span], number: int) -> list[Span]:
@@ -87,7 +88,7 @@ def reduction(spans: Iterable[Span], number: int) -> list[Span]:
         # From the end of the previous reduction, because the negotiation precedes the reduction.
         ends = sorted(span.end for span in of_tensor if span.phase == REDUCTION)
         chosen += [span for span in of_tensor if bisect_left(ends, span.end) == number < len(ends)]
-    return _ordered(chosen)
+    return sorted(chosen, key=_outer_first)
 
 
 def busy_seconds(spans: Iterable[Span]) -> float:
@@ -99,12 +100,12 @@ def busy_seconds(spans: Iterable[Span]) -> float:
     return busy
 
 
-def _ordered(spans: list[Span]) -> list[Span]:
-    """Sort by start; of two spans with the same start, the outer one first."""
-    return sorted(spans, key=lambda span: (span.start, -span.end))
+def _outer_first(span: Span) -> tuple[float, float]:
+    return span.start, -span.end
 
 
-def _text(path: Path) -> str:
+def _events(path: Path) -> list[dict[str, Any]]:
+    """Return the events of a file; of a truncated one, those before the last complete `},`."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -114,17 +115,7 @@ def _text(path: Path) -> str:
         ) from None
     if not text.lstrip().startswith("["):
         raise DataError(f"{path} is not a Horovod timeline: it starts with {text[:20]!r}, not [")
-    return text
-
-
-def _events(text: str) -> Iterator[dict[str, Any]]:
-    """Yield the events up to the end or to the first incomplete one."""
-    decoder, place = json.JSONDecoder(), text.index("[") + 1
-    while True:
-        while place < len(text) and text[place] in ", \n\r\t":
-            place += 1
-        try:
-            event, place = decoder.raw_decode(text, place)
-        except json.JSONDecodeError:  # the closing bracket, or the truncation
-            return
-        yield event
+    for complete in (text, text[: text.rfind("},") + 1] + "]", "[]"):
+        with suppress(json.JSONDecodeError):
+            return json.loads(complete)
+    return []

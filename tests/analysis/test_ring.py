@@ -12,7 +12,6 @@ from horovod_lm.analysis.ring import (
     REDUCE_SCATTER,
     START,
     ring_allreduce,
-    star_numbers_sent,
 )
 from horovod_lm.analysis.scaling import Network
 
@@ -89,10 +88,6 @@ def test_the_traffic_is_that_of_the_cost_model_and_of_the_formula(workers):
         assert sum(sent) / workers == pytest.approx(2 * (workers - 1) / workers * length)
         seconds = one_second_per_number.allreduce_seconds(length, workers)
         assert sum(sent) / workers == pytest.approx(seconds)
-
-
-def test_the_root_of_a_star_sends_the_data_once_per_other_worker():
-    assert [star_numbers_sent(100, workers) for workers in (1, 2, 8)] == [0, 100, 700]
 
 
 @pytest.mark.parametrize(

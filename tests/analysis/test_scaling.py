@@ -154,9 +154,7 @@ def test_gradients_hide_only_behind_the_last_of_several_passes():
     assert step(four, network, 2).exposed > step(once, network, 2).exposed == 0
 
 
-def test_invalid_values_are_refused():
-    with pytest.raises(ValueError, match="bandwidth above 0"):
-        Network(0, 0)
+def test_an_overlap_in_percent_is_refused():
     with pytest.raises(ValueError, match="between 0 and 1"):
         Job(1, 1, overlap=2)
 
