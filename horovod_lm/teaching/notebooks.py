@@ -40,6 +40,7 @@ GRACE_PERIOD = 5  # seconds between SIGTERM and SIGKILL
 _FAILURES = (CellExecutionError, CellTimeoutError, DeadKernelError, asyncio.CancelledError)
 MAY_RAISE = "raises-exception"  # the tag of a cell that shows an error on purpose
 TOC_START, TOC_STOP = "<!-- toc -->", "<!-- tocstop -->"
+_CONTENTS = re.compile(f"{TOC_START}.*?{TOC_STOP}", re.DOTALL)
 _FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^(#{1,6}) +(.+?)\s*$", re.MULTILINE)
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -200,12 +201,10 @@ def table_of_contents(notebook: NotebookNode) -> str:
 
 def renew_table_of_contents(notebook: NotebookNode) -> None:
     """Write the table of contents between its two marks, in the cells that have them."""
+    contents = f"{TOC_START}\n{table_of_contents(notebook)}\n{TOC_STOP}"
     for cell in notebook.cells:
-        if cell.cell_type == "markdown" and TOC_START in cell.source and TOC_STOP in cell.source:
-            before, rest = cell.source.split(TOC_START, 1)
-            after = rest.split(TOC_STOP, 1)[1]
-            contents = table_of_contents(notebook)
-            cell.source = f"{before}{TOC_START}\n{contents}\n{TOC_STOP}{after}"
+        if cell.cell_type == "markdown":
+            cell.source = _CONTENTS.sub(lambda _: contents, cell.source)
 
 
 class _Run(NotebookClient):

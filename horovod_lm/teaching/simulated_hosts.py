@@ -30,7 +30,6 @@ from horovod_lm.launch.hosts import horovodrun_command, write_hostfile
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.errors import DistributedError, last_line
 
-FOLDER = "horovod-hosts-"
 NETWORK = "198.18.0"  # reserved for measuring networks (RFC 2544), so it hides no real one
 INTERFACE, SWITCH = "hv0", "switch"
 SSH_PORT = 2222
@@ -38,15 +37,8 @@ LONGEST_QUEUE = "500ms"  # the switch drops packets that would wait longer
 BURST_SECONDS = 0.01  # a burst may pass unshaped; the kernel's timer needs at least one tick
 # Debian installs administrators' programs in folders that are not on every user's PATH.
 ADMIN_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
-PACKAGES = {
-    "unshare": "util-linux",
-    "nsenter": "util-linux",
-    "ip": "iproute2",
-    "tc": "iproute2",
-    "ssh": "openssh-client",
-    "ssh-keygen": "openssh-client",
-    "sshd": "openssh-server",
-}
+TOOLS = ("unshare", "nsenter", "ip", "tc", "ssh", "ssh-keygen", "sshd")
+PACKAGES = "util-linux iproute2 openssh-client openssh-server"
 UNSHARE = ("unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child")
 
 # The first process of the switch.
@@ -104,10 +96,9 @@ def why_not_here() -> str | None:
     """Return in one sentence what is missing for simulated hosts on this machine, or None."""
     if platform.system() != "Linux":
         return "simulated hosts are made of Linux namespaces: this is not Linux"
-    missing = [tool for tool in PACKAGES if shutil.which(tool, path=ADMIN_PATH) is None]
+    missing = [tool for tool in TOOLS if shutil.which(tool, path=ADMIN_PATH) is None]
     if missing:
-        packages = " ".join(sorted({PACKAGES[tool] for tool in missing}))
-        return f"simulated hosts need {', '.join(missing)}: apt-get install {packages}"
+        return f"simulated hosts need {', '.join(missing)}: apt-get install {PACKAGES}"
     if os.geteuid() != 0:
         return "simulated hosts need root, which alone may create network namespaces"
     add_bridge = ["ip", "link", "add", "trial", "type", "bridge"]
@@ -156,8 +147,7 @@ class Hosts:
         self.names = [f"host{number}" for number in range(count)]
         self.addresses = {name: f"{NETWORK}.{n + 1}" for n, name in enumerate(self.names)}
         self.slots = [slots] * count if isinstance(slots, int) else list(slots)
-        _remove_folders_of_killed_owners()
-        self.folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-"))
+        self.folder = Path(tempfile.mkdtemp(prefix=f"horovod-hosts-{os.getpid()}-"))
         self._all: dict[str, _Namespaces] = {}
         try:
             self._write_settings(wrong_names or {})
@@ -419,11 +409,3 @@ def _run(command: Sequence[str], check: bool = True) -> subprocess.CompletedProc
     if check and done.returncode:
         raise DistributedError(f"{' '.join(command)} failed: {last_line(done.stderr)}")
     return done
-
-
-def _remove_folders_of_killed_owners() -> None:
-    """Delete keys whose owner was killed; its hosts ended with it."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
-        owner = folder.name.removeprefix(FOLDER).partition("-")[0]
-        if owner.isdigit() and not Path("/proc", owner).exists():
-            shutil.rmtree(folder, ignore_errors=True)
