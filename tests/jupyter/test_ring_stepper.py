@@ -33,7 +33,7 @@ def test_the_picture_names_every_sum_and_message_and_keeps_within_its_frame(work
         moving = sorted(text for text in shown if text.startswith("chunk "))
         assert moving == sorted(f"chunk {message.chunk}" for message in state.messages)
         _, _, width, height = map(float, root.get("viewBox").split())
-        cells = list(root.iter(f"{SVG}rect"))
+        cells = root.findall(f"{SVG}rect[@rx]")
         assert len(cells) == workers**2 and root.get("role") == "img"
         for cell in cells:
             x, y = float(cell.get("x")), float(cell.get("y"))

@@ -20,7 +20,7 @@ from horovod_lm.jupyter.plots import Plot, plot_metrics
 from horovod_lm.jupyter.widgets.dashboard_view import RunView
 from horovod_lm.jupyter.widgets.widget_parts import (
     BaseWidget,
-    ViewTracker,
+    has_event_loop,
     html_table,
     row,
     with_picture,
@@ -36,7 +36,7 @@ LAST_LINES = 12  # of a failed rank's traceback
 
 
 class Dashboard(BaseWidget):
-    """The state of a run, updated while it runs and a page shows it.
+    """The state of a run, updated until it ends; without an event loop, as it is now.
 
     Args:
         run: a `TrainingJob`, or the folder of a run.
@@ -62,12 +62,12 @@ class Dashboard(BaseWidget):
         self.picture = widgets.Image(format="png", layout={"max_width": "100%", "display": "none"})
         tooltip = "end every rank after its step, and save"
         self.stop = self.button("Stop", "stop", tooltip, self._stop)
-        self._tracker = ViewTracker(
-            on_opened=self.guarded(self._start_polling), on_closed=self.cancel_task
-        )
         top = row(self.bar, self.stop)
-        self.children = [top, self.headline, self.picture, self.ranks, self.message, self._tracker]
-        self._start_polling()
+        self.children = [top, self.headline, self.picture, self.ranks, self.message]
+        live = self.is_live
+        self.update()
+        if live and has_event_loop():
+            self.start_task(self._poll)
 
     @property
     def is_live(self) -> bool:
@@ -117,17 +117,10 @@ class Dashboard(BaseWidget):
         bundle = super()._repr_mimebundle_(**kwargs)
         return with_picture(bundle, self.plot()) if self.view.rows else bundle
 
-    def _start_polling(self) -> None:
-        if not self.is_busy:
-            self.update()
-            if self.is_live:
-                self.start_task(self._poll)
-
     async def _poll(self) -> None:
         live = True
         while live:
             await asyncio.sleep(POLL_INTERVAL)
-            self._tracker.ping()
             with self.errors_shown():
                 live = self.is_live  # before the update: the last one must see the end
                 self.update()

@@ -31,7 +31,6 @@ from horovod_lm.generation.sampling import filtered_probabilities
 from horovod_lm.generation.text import continue_prompt
 from horovod_lm.jupyter.widgets.widget_parts import (
     BaseWidget,
-    ViewTracker,
     frontend,
     labelled,
     row,
@@ -307,7 +306,7 @@ def _bar(probability: float, largest: float) -> str:
 
 
 class TokenView(anywidget.AnyWidget):
-    """The tokens of a continuation; a click or a key sends [sample, index]."""
+    """The tokens of a continuation; it sends [sample, index] of a click, "opened" and "closed"."""
 
     _esm = frontend("tokens.js")
     _css = frontend("tokens.css")
@@ -363,15 +362,15 @@ class Playground(BaseWidget):
         self.stop_button = self.button("Stop", "stop", "end the text here", self.cancel_task)
         self.stop_button.disabled = True
         self.view = TokenView()
-        self.view.on_msg(self.guarded(lambda _, place, buffers: self.select(*place)))
-        self._tracker = ViewTracker(on_closed=self.cancel_task)
+        self.view.on_msg(self.guarded(lambda _, message, buffers: self._receive(message)))
+        self._open_views = 0
         self.detail = widgets.HTML(HINT)
         self.children = [
             self.prompt,
             row(self.temperature, self.top_k, self.top_p),
             row(self.tokens, self.samples, self.seed, self.new_seed),
             row(self.generate, self.stop_button),
-            self.message, self.view, self.detail, self._tracker,
+            self.message, self.view, self.detail,
         ]  # fmt: skip
 
     def start(self) -> None:
@@ -413,6 +412,15 @@ class Playground(BaseWidget):
             seed=seed,
         )  # fmt: skip
 
+    def _receive(self, message: str | list[int]) -> None:
+        """Select a token, or stop when the last view has closed, and with it the Stop button."""
+        if isinstance(message, list):
+            self.select(*message)
+        else:
+            self._open_views += {"opened": 1, "closed": -1}[message]
+            if not self._open_views:
+                self.cancel_task()
+
     async def _write(self, prompt: str, settings: GenerationConfig) -> None:
         """Generate a text, and return to the event loop after every few tokens."""
         continuation, notes, due = None, [], 0.0
@@ -432,7 +440,6 @@ class Playground(BaseWidget):
                     started = time.perf_counter()
                     if started > due:
                         self.view.show(continuation, is_new)
-                        self._tracker.ping()
                         took = time.perf_counter() - started
                         due = started + max(UPDATE_INTERVAL, UPDATE_SHARE * took)
                     await asyncio.sleep(0)

@@ -20,7 +20,6 @@ from horovod_lm.analysis.ring import (
     START,
     RingState,
     ring_allreduce,
-    star_numbers_sent,
 )
 from horovod_lm.jupyter.plots import name_of_sum, plot_ring_steps
 from horovod_lm.jupyter.widgets.widget_parts import BaseWidget, labelled, row, with_picture
@@ -128,7 +127,7 @@ class RingStepper(BaseWidget):
 def describe_traffic(state: RingState, numbers: int) -> str:
     """Compare what each worker of `numbers` float32 values has sent so far with a star."""
     data, sent = numbers * BYTES_PER_NUMBER, max(state.numbers_sent) * BYTES_PER_NUMBER
-    star = star_numbers_sent(numbers, state.workers) * BYTES_PER_NUMBER
+    star = (state.workers - 1) * data  # its root sends the sum to each other worker
     return (
         f"sent so far by each worker: {sent:,} bytes, {sent / data:.2f} times its {data:,};"
         f" a single worker that gathers and broadcasts sends {star:,}"
@@ -150,23 +149,35 @@ def ring_svg(state: RingState) -> str:
         ' font-size="12" font-family="var(--jp-ui-font-family, sans-serif)" fill="currentColor">'
         f"<title>{title}</title>"
     ]
-    chunks = {message.sender: message.chunk for message in state.messages}
+    opacity = 1 if state.messages else 0.3
+    parts.append(
+        f'<ellipse cx="{CENTRE_X}" cy="{CENTRE_Y}" rx="{RADIUS_X}" ry="{RADIUS_Y}" fill="none"'
+        f' stroke="currentColor" stroke-width="1.6" stroke-opacity="{opacity}"/>'
+    )
+    parts += [_arrowhead(_angle(worker + 0.5, n), opacity) for worker in range(n)]
     arrived = {(message.receiver, message.chunk) for message in state.messages}
     height = min(MAX_CELL_HEIGHT, MAX_STACK_HEIGHT / n)  # of a cell
-    parts += [_arrow(worker, n, n * height, chunks.get(worker)) for worker in range(n)]
     for worker in range(n):
         x, y = _on_ring(_angle(worker, n))
         top = y - n * height / 2
+        # The ring ends at the cells and at the worker's name.
+        parts.append(
+            f'<rect x="{x - CELL_WIDTH / 2 - 8:.1f}" y="{top - 26:.1f}" width="{CELL_WIDTH + 16}"'
+            f' height="{n * height + 36:.1f}" fill="var(--jp-layout-color0, white)"/>'
+        )
         parts.append(_text(x, top - 7, f"worker {worker}", ' font-weight="bold"'))
         for chunk, name in enumerate(names[worker]):
             share = len(state.holds[worker][chunk]) / n
             parts += _cell(
                 x, top + chunk * height, height, chunk, name, share, (worker, chunk) in arrived
             )
+    for message in state.messages:
+        x, y = _on_ring(_angle(message.sender + 0.5, n), 0.79)
+        parts.append(_text(x, y + 4, f"chunk {message.chunk}"))
     return "".join([*parts, "</svg>"])
 
 
-def _angle(worker: int, workers: int) -> float:
+def _angle(worker: float, workers: int) -> float:
     """Return a worker's place on the ring, clockwise from the right, in radians.
 
     Worker 0 is at the top left, and no worker is where the ring is narrowest.
@@ -195,31 +206,13 @@ def _cell(
     ]
 
 
-def _arrow(worker: int, workers: int, stack_height: float, chunk: int | None) -> str:
-    """Draw the arc to the next worker, in full colour if a chunk has just travelled along it."""
-    start, end = _angle(worker, workers), _angle(worker + 1, workers)
-
-    def is_free(angle: float) -> bool:
-        """Whether a place of the arc is outside of both workers' cells and names."""
-        (x, y), stacks = _on_ring(angle), (_on_ring(start), _on_ring(end))
-        return all(
-            abs(x - centre_x) >= CELL_WIDTH / 2 + 8
-            or not -stack_height / 2 - 26 < y - centre_y < stack_height / 2 + 10
-            for centre_x, centre_y in stacks
-        )
-
-    free = [one for i in range(201) if is_free(one := start + (end - start) * i / 200)]
-    (x, y), (tip_x, tip_y) = _on_ring(free[0]), _on_ring(free[-1])
-    near_x, near_y = _on_ring(free[-8])
-    direction = math.degrees(math.atan2(tip_y - near_y, tip_x - near_x))
-    opacity = 0.3 if chunk is None else 1
-    label_x, label_y = _on_ring((free[0] + free[-1]) / 2, 0.84)
+def _arrowhead(angle: float, opacity: float) -> str:
+    """Draw an arrowhead at a place of the ring, clockwise."""
+    x, y = _on_ring(angle)
+    direction = math.degrees(math.atan2(RADIUS_Y * math.cos(angle), -RADIUS_X * math.sin(angle)))
     return (
-        f'<path d="M {x:.1f} {y:.1f} A {RADIUS_X} {RADIUS_Y} 0 0 1 {tip_x:.1f} {tip_y:.1f}"'
-        f' fill="none" stroke="currentColor" stroke-width="1.6" stroke-opacity="{opacity}"/>'
-        f'<path d="M 2 0 L -9 -5 L -9 5 Z" fill-opacity="{opacity}"'
-        f' transform="translate({tip_x:.1f} {tip_y:.1f}) rotate({direction:.1f})"/>'
-        + ("" if chunk is None else _text(label_x, label_y + 4, f"chunk {chunk}"))
+        f'<path d="M 6 0 L -5 -5 L -5 5 Z" fill-opacity="{opacity}"'
+        f' transform="translate({x:.1f} {y:.1f}) rotate({direction:.1f})"/>'
     )
 
 

@@ -186,12 +186,7 @@ class ScalingLab(BaseWidget):
         """Write at once; draw after the last change, because a figure takes far longer."""
         self.update()
         self.cancel_task()
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:  # a plain script without an event loop
-            self.draw()
-        else:
-            self.start_task(self._draw_soon)
+        self.start_task(self._draw_soon)
 
     async def _draw_soon(self) -> None:
         await asyncio.sleep(DRAWING_DELAY)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import html
-import time
 import unicodedata
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,15 +16,12 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-import anywidget
 import ipywidgets as widgets
-import traitlets
 
 if TYPE_CHECKING:
     from horovod_lm.data.tokenizers import Tokenizer
     from horovod_lm.jupyter.plots import Plot
 
-PING_INTERVAL, PING_TIMEOUT = 5.0, 20.0  # seconds
 SYMBOLS = {"\n": "↵\n", "\t": "⇥\t", "\x7f": "␡"}
 CONTROL_PICTURES = 0x2400  # Unicode's symbols of the 32 control characters of ASCII
 # Controls, marks of format and direction, surrogates, unassigned characters, and separators.
@@ -97,55 +93,13 @@ def _visible_character(character: str) -> str:
     return character
 
 
-class ViewTracker(anywidget.AnyWidget):
-    """An invisible widget that tracks whether any page shows it, and the widget that holds it.
-
-    A page reports when a view opens and closes. A closed browser tab reports nothing: background
-    work calls `ping` now and then, and pages that do not answer count as closed.
-
-    Args:
-        on_closed: called when the last view has closed.
-        on_opened: called when the first view opens.
-    """
-
-    _esm = frontend("view_tracker.js")
-    pings = traitlets.Int(0, help="number of pings; pages answer each").tag(sync=True)
-
-    def __init__(
-        self, on_closed: Callable[[], None], on_opened: Callable[[], None] = lambda: None
-    ) -> None:
-        super().__init__()
-        self._on_opened, self._on_closed = on_opened, on_closed
-        self._views, self._pinged_at = 0, 0.0
-        self._unanswered_since: float | None = None
-        self.on_msg(self._receive)
-
-    def ping(self) -> None:
-        """Ping the pages, at most every `PING_INTERVAL`; to be called often."""
-        now = time.monotonic()
-        if not self._views or now - self._pinged_at < PING_INTERVAL:
-            return
-        if self._unanswered_since is None:
-            self._unanswered_since = now
-        if now - self._unanswered_since > PING_TIMEOUT:
-            self._set_views(0)
-            return
-        self._pinged_at = now
-        self.pings += 1
-
-    def _receive(self, _: Any, kind: str, buffers: Any) -> None:
-        self._unanswered_since = None
-        if kind == "opened" or (kind == "pong" and not self._views):  # after a lost connection
-            self._set_views(self._views + 1)
-        elif kind == "closed":
-            self._set_views(max(0, self._views - 1))
-
-    def _set_views(self, views: int) -> None:
-        before, self._views = self._views, views
-        if not before and views:
-            self._on_opened()
-        elif before and not views:
-            self._on_closed()
+def has_event_loop() -> bool:
+    """Whether an event loop runs in this thread, as it does in Jupyter's kernel."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 class BaseWidget(widgets.VBox):
@@ -204,13 +158,22 @@ class BaseWidget(widgets.VBox):
         *arguments: Any,
         at_end: Callable[[], None] = lambda: None,
     ) -> None:
-        """Start the task in the kernel's event loop; `at_end` is called however it ends."""
+        """Start the task in the kernel's event loop; `at_end` is called however it ends.
+
+        Without a running event loop, as in plain IPython, return when the task has ended.
+        """
 
         async def task() -> None:
             with self.errors_shown():
                 await work(*arguments)
 
-        self._task = asyncio.ensure_future(task())
+        if not has_event_loop():
+            try:
+                asyncio.run(task())
+            finally:
+                at_end()
+            return
+        self._task = asyncio.create_task(task())
         # A callback: a task that is cancelled before its first step never runs.
         self._task.add_done_callback(lambda _: at_end())
 

@@ -92,7 +92,9 @@ function render({ model, el }) {
   for (const [name, act] of Object.entries(listeners)) model.on(`change:${name}`, act);
   draw();
   drawPlain();
+  model.send("opened");
   return () => {
+    model.send("closed");
     for (const [name, act] of Object.entries(listeners)) model.off(`change:${name}`, act);
   };
 }
