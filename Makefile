@@ -15,13 +15,13 @@ BOOTSTRAP = $(if $(shell command -v "$(PYTHON)"),"$(PYTHON)" horovod_lm/setup/bo
 SETUP = $(BOOTSTRAP) --venv "$(VENV)" --horovod-options="$(HOROVOD_OPTIONS)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup example lab notebooks test faults fuzz doctor machines gpu clean
+.PHONY: help setup example lab notebooks test faults fuzz bench doctor machines gpu clean
 
 help:  ## list the commands
 	@echo "make COMMAND, one of:"
 	@sed -n 's/^\([a-z]*\):.*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 	@echo "Options: VENV=PATH (an environment, for example \$$VIRTUAL_ENV or \$$CONDA_PREFIX; default .venv),"
-	@echo "JOBS=2 (tests at a time), PYTHON=python3.12, TORCH_INDEX_URL=URL (an index with torch), HOROVOD_OPTIONS=--mpi"
+	@echo "JOBS=2 (tests at a time), PYTHON=python3.12, TORCH_INDEX_URL=URL (an index with torch), HOROVOD_OPTIONS=--no-nccl"
 
 setup:  ## make the environment: torch, this package, Horovod built for it
 	@$(SETUP) $(if $(filter setup,$(MAKECMDGOALS)),--next)
@@ -48,6 +48,9 @@ faults: setup  ## kill, freeze and fill disks, and write the table of tests/faul
 
 fuzz: setup  ## try 10,000 damaged or foreign files, settings, prompts and cells: 5 minutes
 	@FUZZ=1 $(RUN) -m pytest tests/fuzz
+
+bench: setup  ## compare speed with the peers on this machine: QUICK=1 (5 minutes), NANOGPT=PATH of its model.py
+	@$(RUN) tests/benchmarks/bench.py $(if $(QUICK),--quick) $(if $(NANOGPT),--nanogpt "$(NANOGPT)")
 
 doctor:  ## check this machine, and say how to fix what does not work; needs no set-up
 	@$(if $(shell "$(VENV)/bin/python" -c "" >/dev/null 2>&1 && echo runs),\

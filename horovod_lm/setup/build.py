@@ -1,7 +1,6 @@
 """Build a Horovod wheel: fetch the source, patch it, compile it, try it, keep it.
 
-The percentage is shown during compilation; the output goes to a log. A failed build shows the
-compiler's own error and, where it is known, the fix.
+The output goes to a log. A failed build shows the compiler's own error and the fix, if known.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from horovod_lm.setup.patches import HOROVOD_VERSION, SDIST_SHA256, apply_patche
 from horovod_lm.setup.steps import pip_command, run_pip, run_step
 from horovod_lm.setup.toolchain import Toolchain, find_cmake
 from horovod_lm.setup.trial import TrialError, environment_without_horovod, try_horovod
-from horovod_lm.utils.cli import command
 from horovod_lm.utils.errors import UserError
 from horovod_lm.utils.machine import available_cores, container_memory
 
@@ -28,34 +26,27 @@ ERROR = re.compile(
     r"\berror\s*:|CMake Error|\bfatal\s*:|undefined reference|cannot find -l|Error: "
     r"|No space left on device|[Cc]annot allocate memory|Killed"
 )
-NOISE = re.compile(r"subprocess-exited|metadata-generation-failed|ERROR: Failed|CalledProcessError")
-SOURCE_LINE = re.compile(r"\s*\d* +\| ")  # GCC's copy of the source, with a caret below
-BLOCKS_SHOWN, LINES_OF_A_BLOCK = 3, 8
+NOISE = re.compile(r"ERROR: Failed|CalledProcessError|^\s*\[\s*\d+%\]|^\s*$")
+LINES_SHOWN = 15
 
 # (a pattern of the log, what to do about it); the first that is found is shown.
 FIXES = (
     (
-        r"No space left on device",
+        "No space left on device",
         "free some disk space, or put the cache elsewhere: HOROVOD_LM_CACHE=/a/larger/disk",
     ),
     (
-        r"Killed signal|internal compiler error|[Cc]annot allocate memory|out of memory",
+        "Killed signal|internal compiler error|[Cc]annot allocate memory|out of memory",
         "the compiler ran out of memory: run again with --jobs 1",
     ),
-    (r"Could NOT find NCCL", "NCCL's library was not found: set HOROVOD_NCCL_HOME, or --no-nccl"),
-    (r"Could NOT find MPI", "MPI does not compile: install libopenmpi-dev, or leave out --mpi"),
     (
-        r"Unsupported gpu architecture|unsupported GNU version",
+        "Unsupported gpu architecture|unsupported GNU version",
         "this CUDA does not support this GPU or this compiler: install another CUDA build of torch,"
         " name another compiler in CXX, or build without NCCL: --no-nccl",
     ),
     (
-        r"You need C\+\+\d+|unrecognized command.line option .-std=",
+        r"You need C\+\+\d+",
         "the C++ compiler is too old for this torch: install a newer one and name it in CXX",
-    ),
-    (
-        r"CMake \d\S* or higher is required",
-        "CMake is too old: " + command("pip", "install", "-U", "cmake"),
     ),
     ("", "no fix is known for this error; another compiler, named in CXX, may not have it"),
 )
@@ -87,26 +78,6 @@ def build_wheel(toolchain: Toolchain, cache: Path, jobs: int) -> Path:
     return place / wheel.name
 
 
-def build_into(toolchain: Toolchain, target: Path, source: Path, jobs: int) -> None:
-    """Build Horovod and unpack it into a folder for PYTHONPATH; install nothing.
-
-    Args:
-        toolchain: what to build.
-        target: a new or empty folder, or one with an earlier build, which is replaced.
-        source: Horovod's source distribution.
-        jobs: the number of compilers at a time.
-
-    Raises:
-        UserError: wrong source, a failed compilation, or a result that does not work.
-    """
-    check_source(source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="building-", dir=target.parent) as folder:
-        compile_wheel(toolchain, source, Path(folder), target.parent, jobs)
-        shutil.rmtree(target, ignore_errors=True)
-        (Path(folder) / "unpacked").rename(target)
-
-
 def fetch_source(cache: Path) -> Path:
     """Return the source distribution, from the cache or pip's index, after checking its hash.
 
@@ -127,29 +98,17 @@ def fetch_source(cache: Path) -> Path:
                     f" a network, or put its source distribution at {kept}"
                 )
             (Path(folder) / kept.name).rename(kept)
-    check_source(kept)
+    found = hashlib.sha256(kept.read_bytes()).hexdigest()
+    if found != SDIST_SHA256:
+        raise UserError(
+            f"{kept} is not horovod {HOROVOD_VERSION} as it was released (its SHA-256 is {found},"
+            f" not {SDIST_SHA256}); nothing was built; remove the file and run this again"
+        )
     return kept
 
 
-def check_source(sdist: Path) -> None:
-    """Check that a source distribution is the released file.
-
-    Raises:
-        UserError: it is another file.
-    """
-    found = hashlib.sha256(sdist.read_bytes()).hexdigest()
-    if found != SDIST_SHA256:
-        raise UserError(
-            f"{sdist} is not horovod {HOROVOD_VERSION} as it was released (its SHA-256 is {found},"
-            f" not {SDIST_SHA256}); nothing was built; remove the file and run this again"
-        )
-
-
 def compile_wheel(toolchain: Toolchain, sdist: Path, folder: Path, logs: Path, jobs: int) -> Path:
-    """Unpack, patch, compile and try out; all files except the log are in `folder`.
-
-    Returns:
-        The wheel; its content is in `folder`/unpacked.
+    """Unpack, patch, compile and try out; return the wheel. `folder` has all files but the log.
 
     Raises:
         UserError: with the compiler's errors, what to do, and the log's path.
@@ -157,10 +116,11 @@ def compile_wheel(toolchain: Toolchain, sdist: Path, folder: Path, logs: Path, j
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"horovod-{toolchain.key}.log"
     log.write_text("")
-    print(f"building Horovod {HOROVOD_VERSION} for torch {toolchain.torch}, {toolchain.summary}:")
     minutes = 6 if toolchain.nccl else 3.5
     print(
-        f"  about {minutes} minutes on two cores, here {jobs} compiler(s); log: {log}", flush=True
+        f"building Horovod {HOROVOD_VERSION} for torch {toolchain.torch}, {toolchain.summary}:\n"
+        f"  about {minutes} minutes on two cores, here {jobs} compiler(s); log: {log}",
+        flush=True,
     )
     with tarfile.open(sdist) as archive:
         archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python >= 3.11.4
@@ -182,12 +142,7 @@ def compile_wheel(toolchain: Toolchain, sdist: Path, folder: Path, logs: Path, j
 
 
 def build_environment(toolchain: Toolchain, jobs: int) -> dict[str, str]:
-    """Return the environment variables that Horovod's setup.py reads.
-
-    Args:
-        toolchain: what the build is to contain.
-        jobs: the number of compilers at a time.
-    """
+    """Return the environment variables of a build with so many compilers at a time."""
     # A HOROVOD_WITH_... of the user would make a wheel that its key does not describe.
     env = environment_without_horovod() | {
         "HOROVOD_WITH_PYTORCH": "1",
@@ -195,7 +150,7 @@ def build_environment(toolchain: Toolchain, jobs: int) -> dict[str, str]:
         "HOROVOD_WITHOUT_MXNET": "1",
         "HOROVOD_WITH_GLOO": "1",
         "HOROVOD_CPU_OPERATIONS": "GLOO",
-        "HOROVOD_WITH_MPI" if toolchain.mpi else "HOROVOD_WITHOUT_MPI": "1",
+        "HOROVOD_WITHOUT_MPI": "1",
         "HOROVOD_LOCAL_VERSION": f"lm.{toolchain.key}",
         "HOROVOD_CMAKE": find_cmake(),
         "CMAKE_POLICY_VERSION_MINIMUM": "3.5",  # the bundled Gloo asks for 2.8; CMake 4 refuses
@@ -213,16 +168,16 @@ def try_build(toolchain: Toolchain, folder: Path | None = None) -> None:
 
     Args:
         toolchain: what the build must contain.
-        folder: an unpacked wheel to try instead of the installed Horovod.
+        folder: the folder of a build; None: the installed Horovod.
 
     Raises:
         UserError: it does not.
     """
     try:
         built = try_horovod(folder=folder).built
-        lacking = [feature for feature in toolchain.features if not built[feature]]
-        if lacking:
-            raise TrialError(f"{' and '.join(lacking)} is not in this build")
+        for feature in ["gloo"] + ["nccl"] * (toolchain.nccl is not None):
+            if not built[feature]:
+                raise TrialError(f"{feature} is not in this build")
         if toolchain.nccl:
             try_horovod(ranks=2, folder=folder)
     except TrialError as error:
@@ -242,24 +197,10 @@ def available_jobs() -> int:
 
 
 def explain_failure(log: Path) -> str:
-    """Return the errors of a failed build as its tools printed them, what to do, and the log."""
+    """Return the first error of a failed build as its tools printed it, what to do, and the log."""
     text = log.read_text(encoding="utf-8", errors="replace")
-    lines = text.splitlines()
-    blocks: list[list[str]] = []
-    for number, line in enumerate(lines):
-        if ERROR.search(line) and not NOISE.search(line):
-            block = [line]
-            for after in lines[number + 1 : number + LINES_OF_A_BLOCK]:
-                deeper = _indent(after) > _indent(line) or not after.strip()
-                if ERROR.search(after) or not (deeper or SOURCE_LINE.match(after)):
-                    break
-                block.append(after)
-            blocks.append(block)
-    chosen = sum(blocks[:BLOCKS_SHOWN], []) or lines[-15:]
-    output = "\n".join(f"  | {line}" for line in chosen if line.strip())
+    lines = [line for line in text.splitlines() if not NOISE.search(line)]
+    first = next((n for n, line in enumerate(lines) if ERROR.search(line)), -LINES_SHOWN)
+    output = "\n".join(f"  | {line}" for line in lines[first:][:LINES_SHOWN])
     fix = next(fix for pattern, fix in FIXES if re.search(pattern, text))
     return f"the build failed:\n{output}\nWhat to do: {fix}\nThe full log: {log}"
-
-
-def _indent(line: str) -> int:
-    return len(line) - len(line.lstrip())

@@ -50,11 +50,7 @@ class Cuda:
 
 
 def why_no_gpu(torch_cuda: str | None) -> str | None:
-    """Return why a build without NCCL is right on this machine, or None where NCCL is wanted.
-
-    Args:
-        torch_cuda: the CUDA version that torch was built for, or None.
-    """
+    """Return why torch, built for this version of CUDA or None, finds no GPU here; None: it may."""
     if not has_gpu_driver():
         return "no NVIDIA driver was found"
     if torch_cuda is None:
@@ -69,10 +65,7 @@ def why_no_gpu(torch_cuda: str | None) -> str | None:
 
 
 def find_cuda(torch_cuda: str | None) -> Cuda:
-    """Find what a build with NCCL needs; nothing is installed yet.
-
-    Args:
-        torch_cuda: the CUDA version that torch was built for, or None.
+    """Find what a build with NCCL needs for a torch of this version of CUDA; install nothing.
 
     Raises:
         UserError: something is missing; the sentence says what to install.
@@ -88,11 +81,9 @@ def find_cuda(torch_cuda: str | None) -> Cuda:
         )
     toolkit, release = found or (None, torch_cuda)
     # HOROVOD_NCCL_HOME, then torch's own NCCL, then conda's and the system's.
-    named = [os.environ.get("HOROVOD_NCCL_HOME"), os.environ.get("CONDA_PREFIX")]
-    chosen, conda = ([Path(name)] if name else [] for name in named)
-    homes = [*chosen, *(folder / "nccl" for folder in _nvidia()), *conda]
-    homes += map(Path, SYSTEM_FOLDERS)
-    headers = (Path(home, "include", "nccl.h") for home in homes)
+    chosen, conda = (os.environ.get(name) for name in ("HOROVOD_NCCL_HOME", "CONDA_PREFIX"))
+    homes = [chosen, *(folder / "nccl" for folder in _nvidia()), conda, *SYSTEM_FOLDERS]
+    headers = (Path(home, "include", "nccl.h") for home in homes if home)
     header = next((header for header in headers if header.is_file()), None)
     if header is None:
         raise UserError(
@@ -101,17 +92,11 @@ def find_cuda(torch_cuda: str | None) -> Cuda:
         )
     text = header.read_text(encoding="utf-8")
     parts = re.findall(r"^#define NCCL_(?:MAJOR|MINOR|PATCH) (\d+)", text, re.MULTILINE)
-    nccl, architectures = ".".join(parts), gpu_architectures(release)
-    return Cuda(release, nccl, architectures, toolkit, header.parents[1])
+    return Cuda(release, ".".join(parts), gpu_architectures(release), toolkit, header.parents[1])
 
 
 def find_toolkit(torch_cuda: str, same_minor: bool) -> tuple[Path, str] | None:
-    """Return the folder and version of the system's toolkit that fits torch's CUDA, or None.
-
-    Args:
-        torch_cuda: the CUDA version that torch was built for.
-        same_minor: whether the minor version must be the same, too.
-    """
+    """Return the folder and version of the system's toolkit that fits torch's CUDA, or None."""
     homes = [os.environ.get(name) for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH")]
     compilers = [shutil.which(str(Path(home, "bin/nvcc"))) for home in homes if home]
     compilers += [shutil.which("nvcc"), shutil.which(f"{SYSTEM_CUDA}/bin/nvcc")]
@@ -142,9 +127,7 @@ def gpu_architectures(release: str) -> str:
 def build_variables(cuda: Cuda, folder: Path) -> dict[str, str]:
     """Return the environment variables for a build with NCCL; install the compiler if necessary.
 
-    Args:
-        cuda: from `find_cuda`.
-        folder: for folders of links, which must exist until the build is done.
+    `folder` gets folders of links, which must exist until the build is done.
 
     Raises:
         UserError: pip cannot install the compiler.
@@ -153,9 +136,8 @@ def build_variables(cuda: Cuda, folder: Path) -> dict[str, str]:
     nccl = folder / "nccl"
     (nccl / "lib").mkdir(parents=True)
     (nccl / "include").symlink_to(cuda.nccl_home / "include")
-    for library in cuda.nccl_home.glob("lib*/libnccl.so.2"):
+    for library in sorted(cuda.nccl_home.glob("lib*/libnccl.so.2"))[:1]:
         (nccl / "lib" / "libnccl.so").symlink_to(library)
-        break
     return {
         "CUDA_HOME": str(home),
         "HOROVOD_CUDA_HOME": str(home),
@@ -167,13 +149,9 @@ def build_variables(cuda: Cuda, folder: Path) -> dict[str, str]:
 
 
 def link_compiler(release: str, home: Path) -> Path:
-    """Make a toolkit of links to CUDA's compiler from PyPI, and return its folder.
+    """Make a toolkit of links to CUDA's compiler from PyPI at `home`, and return it.
 
     The packages have no lib64, and no names of libraries without a version, for the linker.
-
-    Args:
-        release: the version of CUDA, for example "13.0".
-        home: the folder to make.
 
     Raises:
         UserError: pip cannot install the packages.

@@ -20,7 +20,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -28,12 +27,7 @@ from horovod_lm.setup.cuda import why_no_gpu
 from horovod_lm.setup.environment import Setup, former_folder, make_command
 from horovod_lm.setup.finding import FAIL, OK, WARN, Finding
 from horovod_lm.setup.install_horovod import installed_version, key_of, why_not_right
-from horovod_lm.setup.toolchain import (
-    find_compiler,
-    first_line,
-    inspect_toolchain,
-    missing_for_build,
-)
+from horovod_lm.setup.toolchain import compiler_version, inspect_toolchain, missing_for_build
 from horovod_lm.setup.trial import TrialError, try_horovod
 from horovod_lm.utils import machine
 from horovod_lm.utils.cli import command, run_cli
@@ -58,10 +52,9 @@ def check_python() -> Iterator[Finding]:
     """Python, and the folder of the package."""
     version = ".".join(map(str, sys.version_info[:3]))
     yield Finding("Python", OK, f"{version}, {sys.executable}")
-    folder = Path(sys.prefix)
-    if moved_from := former_folder(folder):
+    if moved_from := former_folder(Path(sys.prefix)):
         message = f"moved: its programs start the Python of {moved_from}"
-        yield Finding("environment", FAIL, message, make_command("setup", folder))
+        yield Finding("environment", FAIL, message, make_command("setup", Path(sys.prefix)))
     try:
         version = importlib.metadata.version("horovod_lm")
     except importlib.metadata.PackageNotFoundError:
@@ -90,11 +83,7 @@ def install_torch_again() -> str:
 
 
 def missing_gpu(torch_cuda: str | None) -> Finding:
-    """Return why torch finds no GPU, and what to do where NVIDIA's driver is installed.
-
-    Args:
-        torch_cuda: the CUDA version that torch was built with, or None.
-    """
+    """Return why torch, built with this version of CUDA or None, finds no GPU, and what to do."""
     why = why_no_gpu(torch_cuda)
     if not machine.has_gpu_driver():
         return Finding("GPU", OK, f"{why}; everything in the course runs on the CPU")
@@ -128,8 +117,7 @@ def check_compiler() -> Iterator[Finding]:
         message = "Horovod could not be built again here"
         yield Finding("compiler", WARN, message, "; ".join(missing))
     else:
-        version = first_line(find_compiler(), "--version")
-        yield Finding("compiler", OK, f"{version}; compiles C++17")
+        yield Finding("compiler", OK, f"{compiler_version()}; compiles C++17")
 
 
 def check_horovod() -> Iterator[Finding]:
@@ -169,13 +157,9 @@ def check_cores() -> Iterator[Finding]:
     usable, quota = machine.available_cores(), machine.container_cores()
     message = f"{physical} physical, {logical} logical, {usable} usable by this process"
     message += f" (the container's CPU quota: {quota:g})" if quota is not None else ""
-    if usable < 2:
-        fix = "none needed: the course works, but two ranks are no faster than one"
-        yield Finding("cores", WARN, message, fix)
-    else:
-        yield Finding("cores", OK, message)
-    chosen = os.environ.get("OMP_NUM_THREADS")
-    share = max(1, usable // 2)
+    fix = "none needed: the course works, but two ranks are no faster than one"
+    yield Finding("cores", WARN, message, fix) if usable < 2 else Finding("cores", OK, message)
+    chosen, share = os.environ.get("OMP_NUM_THREADS"), max(1, usable // 2)
     if chosen is None:
         yield Finding("threads", OK, f"OMP_NUM_THREADS is not set: two ranks get {share} each")
     elif not chosen.isdigit() or int(chosen) > share:
@@ -220,15 +204,15 @@ def check_two_ranks() -> Iterator[Finding]:
     yield Finding("two ranks", OK, message)
 
 
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
-    check_python,
-    check_torch,
-    check_compiler,
-    check_horovod,
-    check_cores,
-    check_memory,
-    check_two_ranks,
-)
+CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
+    "Python": check_python,
+    "torch": check_torch,
+    "compiler": check_compiler,
+    "Horovod": check_horovod,
+    "cores": check_cores,
+    "memory": check_memory,
+    "two ranks": check_two_ranks,
+}
 
 
 def examine(folder: Path) -> Iterator[Finding]:
@@ -237,18 +221,16 @@ def examine(folder: Path) -> Iterator[Finding]:
     Args:
         folder: the environment to create where this Python lacks the packages of the course.
     """
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = CHECKS
+    checks = CHECKS
     if not all(map(importlib.util.find_spec, ("torch", "psutil"))):
-        checks = (check_python, partial(check_setup, folder))
-    setup = make_command("setup", Path(sys.prefix))
-    for check in checks:
+        checks = {"Python": check_python, "set-up": partial(check_setup, folder)}
+    for subject, check in checks.items():
         try:
             yield from check()
         except Exception as error:
-            name = getattr(check, "func", check).__name__
-            subject = name.removeprefix("check_").replace("_", " ")
             message = f"could not be checked: {type(error).__name__}: {error}"
-            yield Finding(subject, FAIL, message, f"fix what fails above, or run: {setup}")
+            fix = f"fix what fails above, or run: {make_command('setup', Path(sys.prefix))}"
+            yield Finding(subject, FAIL, message, fix)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -264,9 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--venv", type=Path, default=sys.prefix, help="the environment to create if none is active"
     )
     arguments = parser.parse_args(argv)
-    if arguments.hosts is None:
-        found = examine(arguments.venv)
-    else:
+    found = examine(arguments.venv)
+    if arguments.hosts is not None:
         from horovod_lm.setup.doctor_hosts import examine_hosts
         from horovod_lm.utils.config import load_config
 
@@ -275,12 +256,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for finding in found:
         findings.append(finding)
         if not arguments.json:
-            print(f"{finding.verdict:<5} {finding.subject:<11} {finding.message}", flush=True)
-            if finding.fix:
-                print(f"{'':<17} -> {finding.fix}", flush=True)
+            print(f"{finding.verdict:<5} {finding.subject:<11} {finding.message}")
+            print(f"{'':<17} -> {finding.fix}\n" if finding.fix else "", end="", flush=True)
     fails = sum(finding.verdict == FAIL for finding in findings)
     if arguments.json:
-        print(json.dumps({"works": not fails, "findings": [asdict(f) for f in findings]}, indent=2))
+        report = {"works": not fails, "findings": [finding._asdict() for finding in findings]}
+        print(json.dumps(report, indent=2))
     elif fails:
         print(f"{fails} problem(s) to fix.")
     else:

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
 from typing import Any
 
 from horovod_lm.launch.hosts import (
@@ -88,15 +89,12 @@ class HostProcess:
 
     def close(self) -> None:
         """End the process there and here."""
-        try:
+        with suppress(BrokenPipeError):
             self._stdin.close()
-        except BrokenPipeError:
-            pass
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=3)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.kill()
+        self._process.wait()
         self._stdout.close()
         self._errors.close()
 
@@ -111,12 +109,10 @@ def examine_hosts(config: Config) -> Iterator[Finding]:
     for name, (message, fix) in wrong.items():
         yield Finding(name, FAIL, message, fix)
     names = [host.name for host in checked_hosts(config) if host.name not in wrong]
-    processes = [HostProcess(config, name) for name in names]
-    try:
-        yield from _examine(config, processes)
-    finally:
-        for process in processes:
-            process.close()
+    with ExitStack() as stack:
+        yield from _examine(
+            config, [stack.enter_context(closing(HostProcess(config, name))) for name in names]
+        )
 
 
 def _examine(config: Config, processes: Sequence[HostProcess]) -> Iterator[Finding]:

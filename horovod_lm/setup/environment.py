@@ -1,15 +1,14 @@
 """From a fresh machine to a ready environment: what `make setup` does.
 
-Requirements that are missing are reported before anything is downloaded. The steps, each skipped if
-it was done before:
+Requirements that are missing are reported before anything is downloaded. The steps:
 
     1. the environment     a virtual environment, or the one that was named
     2. torch               with CUDA where NVIDIA's driver is installed, else for CPUs
     3. the project         this package in editable form, with its dependencies
     4. Horovod             built for that torch (python -m horovod_lm.setup.install_horovod)
 
-After a failed step run it again; finished steps stay. TORCH_INDEX_URL names a package index with
-another build of torch (default without a driver: https://download.pytorch.org/whl/cpu).
+After a failed step run it again; what is installed stays. TORCH_INDEX_URL names a package index
+with another build of torch (default without a driver: https://download.pytorch.org/whl/cpu).
 """
 
 from __future__ import annotations
@@ -28,23 +27,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
+from urllib.request import urlopen
 
 from horovod_lm.setup.cuda import numbers
 from horovod_lm.setup.install_horovod import cache_folder, user_cache
 from horovod_lm.setup.steps import call, interrupt_on_termination, lock, pip_command, run_step
 from horovod_lm.setup.toolchain import missing_for_build
-from horovod_lm.setup.torch_build import BYTES_FOR_TORCH, choose_torch
 from horovod_lm.utils.cli import shown
 from horovod_lm.utils.errors import UserError, last_line
+from horovod_lm.utils.machine import has_gpu_driver
 from horovod_lm.utils.progress import format_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = "notebooks,test"
 ANOTHER_FOLDER = "choose another folder: make setup VENV=..."
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
-# In the environment, and downloaded by pip, as `BYTES_FOR_TORCH`.
+# Bytes in the environment, and bytes that pip downloads; pip keeps a whole download in its
+# temporary folder while it installs, and a copy in its cache. Measured with torch 2.13.0.
+BYTES_FOR_TORCH = {"CPU": (0.9e9, 0.2e9), "CUDA": (4.8e9, 2.7e9)}
 BYTES_FOR_PROJECT = (1.1e9, 0.3e9)
 BYTES_FOR_BUILD = 0.5e9  # Horovod's build folder grows to 0.2 GB
 
@@ -52,24 +55,19 @@ BYTES_FOR_BUILD = 0.5e9  # Horovod's build folder grows to 0.2 GB
 # complete. MARK separates the answer from anything else that this Python prints when it starts.
 MARK = "horovod_lm describes this environment: "
 DESCRIBE = f"""
-import json, sys, sysconfig
+import importlib.util, json, sys, sysconfig
 try:
     from importlib.metadata import distribution
     torch = distribution("torch")
     torch = torch.version if torch.read_text("INSTALLER") else None
 except Exception:
     torch = None
-try:
-    import pip
-except ImportError:
-    pip = None
-include = sysconfig.get_path("include")
-print({MARK!r} + json.dumps([sys.version_info[:3], include, bool(pip), torch]))
+has_pip = importlib.util.find_spec("pip") is not None
+print({MARK!r} + json.dumps([sys.version_info[:3], sysconfig.get_path("include"), has_pip, torch]))
 """
 
 
-@dataclass(frozen=True)
-class Environment:
+class Environment(NamedTuple):
     """A Python environment that exists.
 
     Attributes:
@@ -87,6 +85,20 @@ class Environment:
     torch: str | None
 
 
+class TorchSource(NamedTuple):
+    """Where pip gets torch from.
+
+    Attributes:
+        options: of `pip install`; only torch comes from the index that they name.
+        kind: the largest build that is to be expected there.
+        remark: a sentence for the user if the index does not answer, or "".
+    """
+
+    options: list[str]
+    kind: Literal["CPU", "CUDA"]
+    remark: str = ""
+
+
 class Setup:
     """One run of set-up.
 
@@ -97,7 +109,7 @@ class Setup:
     Attributes:
         log: the output of the steps; locked while a set-up works in the folder.
         temporary: temporary files of pip and the build; always removed at the end.
-        stamps_path: which steps are finished, and whether set-up created the environment.
+        stamp: the digest with which the last set-up was completed.
     """
 
     def __init__(self, folder: Path, horovod_options: Sequence[str] = ()) -> None:
@@ -106,16 +118,15 @@ class Setup:
         self.pins = read_pins(ROOT / "pyproject.toml")
         self.log = folder / "horovod_lm-setup.log"
         self.temporary = folder / "horovod_lm-setup.tmp"
-        self.stamps_path = folder / "horovod_lm-setup.json"
+        self.stamp = folder / "horovod_lm-setup.done"
 
     def run(self) -> None:
-        """Run all steps that are not done yet.
+        """Run all steps, unless nothing has changed since they were completed.
 
         Raises:
             UserError: something is missing, or a step failed.
         """
-        is_moved = former_folder(self.folder) is not None
-        if not is_moved and self.is_done("project") and self.is_done("horovod"):
+        if self.is_ready():
             print(f"{shown(self.folder)} is ready: nothing to do.")
             return
         started = time.monotonic()
@@ -128,16 +139,13 @@ class Setup:
                 self.step("pip", [str(environment.python), "-m", "ensurepip", "--upgrade"])
             if self.lacks_torch(environment):
                 self.install_torch(environment)
-            if not self.is_done("project"):
-                project = f"{ROOT}[{EXTRAS}]"
-                command = pip_command("install", "-e", project, python=environment.python)
-                self.step("the project", command)
-                self.stamp(project=self.digest("project"))
-            if not self.is_done("horovod"):
-                command = [str(environment.python), "-m", "horovod_lm.setup.install_horovod"]
-                if call([*command, *self.horovod_options], cwd=ROOT, env=self.variables()):
-                    raise UserError("Horovod is not installed, for the reason above")
-                self.stamp(horovod=self.digest("horovod"))
+            project = f"{ROOT}[{EXTRAS}]"
+            install = pip_command("install", "-e", project, python=environment.python)
+            self.step("the project", install)
+            command = [str(environment.python), "-m", "horovod_lm.setup.install_horovod"]
+            if call([*command, *self.horovod_options], cwd=ROOT, env=self.variables()):
+                raise UserError("Horovod is not installed, for the reason above")
+            self.stamp.write_text(self.digest())
         elapsed = format_seconds(time.monotonic() - started)
         print(f"{shown(self.folder)} is ready, after {elapsed}.")
 
@@ -149,11 +157,10 @@ class Setup:
         """
         environment, missing = find_environment(self.folder), []
         if environment is None:
-            is_ours = self.stamps().get("made_here") or is_empty(self.folder)
-            if os.path.lexists(self.folder) and not is_ours:
+            if os.path.lexists(self.folder) and not self.may_be_made():
                 missing.append(
-                    f"{self.folder} has no bin/python and was not made by this set-up, so it stays "
-                    f"as it is; {ANOTHER_FOLDER}"
+                    f"{self.folder} has files but no Python environment, so it stays as it is;"
+                    f" {ANOTHER_FOLDER}"
                 )
             if not all(importlib.util.find_spec(module) for module in ("venv", "ensurepip")):
                 package = f"python3.{sys.version_info[1]}-venv"
@@ -178,39 +185,31 @@ class Setup:
                 missing.append(
                     f"{folder} cannot be written; choose another folder: make setup {name}=..."
                 )
-        return missing + self.missing_space(environment, "CPU")
+        return missing + self.missing_space(environment)
 
-    def missing_space(self, environment: Environment | None, kind: str) -> list[str]:
-        """Return a sentence for each disk that is too full for the steps that are left.
-
-        Args:
-            environment: None if it must be created.
-            kind: of torch, "CPU" or "CUDA".
-        """
+    def missing_space(self, environment: Environment | None) -> list[str]:
+        """Return a sentence for each disk that is too full for what is not installed yet."""
         installed, downloaded = BYTES_FOR_PROJECT
         if self.lacks_torch(environment):
-            installed += BYTES_FOR_TORCH[kind][0]
-            downloaded += BYTES_FOR_TORCH[kind][1]
-        elif self.is_done("project"):
+            of_torch = BYTES_FOR_TORCH[torch_source().kind]
+            installed, downloaded = installed + of_torch[0], downloaded + of_torch[1]
+        elif self.installed("horovod_lm-*"):
             installed = downloaded = 0.0
         pip_cache = Path(os.environ.get("PIP_CACHE_DIR") or user_cache() / "pip").expanduser()
-        places = [existing(path) for path in (self.folder, pip_cache, cache_folder())]
         # The environment's folder also holds the temporary files.
-        sizes = (installed + downloaded, downloaded, BYTES_FOR_BUILD)
-        disks: dict[int, list[tuple[Path, float]]] = {}
-        for place, size in zip(places, sizes, strict=True):
-            disks.setdefault(place.stat().st_dev, []).append((place, size))
-        missing = []
-        for on_disk in disks.values():
-            place, needed = on_disk[0][0], sum(size for _, size in on_disk)
-            free = shutil.disk_usage(place).free
-            if free < needed:
-                missing.append(
-                    f"{needed / 1e9:.1f} GB are needed on the disk of {place}, and {free / 1e9:.1f}"
-                    " GB are free; delete files there, or choose folders on another disk: make"
-                    " setup VENV=... HOROVOD_LM_CACHE=... PIP_CACHE_DIR=..."
-                )
-        return missing
+        wanted = {self.folder: installed + downloaded, pip_cache: downloaded}
+        disks: dict[int, tuple[Path, float]] = {}
+        for path, size in [*wanted.items(), (cache_folder(), BYTES_FOR_BUILD)]:
+            disk = existing(path).stat().st_dev
+            place, needed = disks.get(disk, (existing(path), 0.0))
+            disks[disk] = place, needed + size
+        return [
+            f"{needed / 1e9:.1f} GB are needed on the disk of {place}, and {free / 1e9:.1f} GB are"
+            " free; delete files there, or choose folders on another disk: make setup VENV=..."
+            " HOROVOD_LM_CACHE=... PIP_CACHE_DIR=..."
+            for place, needed in disks.values()
+            if (free := shutil.disk_usage(place).free) < needed
+        ]
 
     def lacks_torch(self, environment: Environment | None) -> bool:
         """Return whether torch is not installed, or too old."""
@@ -218,12 +217,16 @@ class Setup:
             return True
         return numbers(environment.torch) < numbers(self.pins["oldest_torch"])
 
+    def may_be_made(self) -> bool:
+        """Return whether the folder is empty or an environment whose Python is gone."""
+        if (self.folder / "pyvenv.cfg").is_file():
+            return True
+        return self.folder.is_dir() and all(path == self.log for path in self.folder.iterdir())
+
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         """Lock the folder; provide an empty temporary folder in it, always removed at the end."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if is_empty(self.folder):
-            self.stamp(made_here=True)
         with lock(self.log, f"another set-up in {self.folder}"):
             self.log.write_text("")
             shutil.rmtree(self.temporary, ignore_errors=True)  # of a set-up that was killed
@@ -240,7 +243,6 @@ class Setup:
         for link in self.folder.glob("bin/python*"):
             if not link.exists():  # of a Python that is gone; venv would leave it
                 link.unlink()
-        self.stamps_path.write_text(json.dumps({"made_here": True}) + "\n")
         self.step("the environment", [sys.executable, "-m", "venv", str(self.folder)])
         environment = find_environment(self.folder)
         if environment is None:
@@ -248,21 +250,13 @@ class Setup:
         return environment
 
     def install_torch(self, environment: Environment) -> None:
-        """Install the pinned torch, with CUDA where NVIDIA's driver is installed.
-
-        Raises:
-            UserError: there is not enough space for it, or it cannot be installed.
-        """
-        build = choose_torch(environment.python, self.pins["torch"])
-        if missing := self.missing_space(environment, build.kind):
-            raise UserError(" ".join(missing))
-        if build.remark:
-            print(f"  {build.remark}")
-        if build.options:  # without dependencies: those are installed with the project
-            self.stamp(project="")
+        """Install the pinned torch, with CUDA where NVIDIA's driver is installed."""
+        source = torch_source()
+        if source.remark:
+            print(f"  {source.remark}")
         torch = f"torch=={self.pins['torch']}"
-        command = pip_command("install", *build.options, torch, python=environment.python)
-        self.step(str(build), command)
+        command = pip_command("install", *source.options, torch, python=environment.python)
+        self.step(f"torch {self.pins['torch']}", command)
 
     def step(self, title: str, command: list[str]) -> None:
         """Run a command, with its output in the log.
@@ -278,48 +272,56 @@ class Setup:
             raise UserError(
                 f"{title} could not be installed; the last output:\n{last}\n"
                 f"The full log: {self.log}\n"
-                "Fix the cause and run this again: the finished steps stay."
+                "Fix the cause and run this again: what is installed stays."
             )
 
     def variables(self) -> dict[str, str]:
         """Return the environment variables of the steps."""
         return os.environ | {"TMPDIR": str(self.temporary)}
 
-    def is_done(self, step: str) -> bool:
-        """Return whether `step` was done with its present inputs, and its result still exists."""
-        pattern = {"project": "horovod_lm-*", "horovod": "horovod-*+lm.*"}[step]
-        exists = any(self.installed(pattern)) and (self.folder / "bin" / "python").exists()
-        return exists and self.stamps().get(step) == self.digest(step)
+    def is_ready(self) -> bool:
+        """Return whether set-up was completed with its present inputs, and nothing is missing."""
+        try:
+            is_complete = self.stamp.read_text() == self.digest()
+        except (OSError, ValueError):
+            return False
+        packages = ("horovod_lm-*", "horovod-*+lm.*", "torch-*")
+        exist = all(map(self.installed, packages)) and (self.folder / "bin" / "python").exists()
+        return is_complete and exist and former_folder(self.folder) is None
 
     def installed(self, pattern: str) -> list[str]:
         """Return the names and versions of installed packages, as their folders are called."""
-        python = os.path.basename(os.path.realpath(self.folder / "bin" / "python"))
-        lib = python if re.fullmatch(r"python3\.\d+", python) else "python3.*"
-        packages = self.folder.glob(f"lib/{lib}/site-packages/{pattern}.dist-info")
+        packages = self.folder.glob(f"lib/python3.*/site-packages/{pattern}.dist-info")
         return sorted(package.name for package in packages)
 
-    def stamp(self, **stamps: str | bool) -> None:
-        """Record finished steps; the file is replaced atomically."""
-        new = self.stamps_path.with_suffix(".new")
-        new.write_text(json.dumps(self.stamps() | stamps, indent=2) + "\n", encoding="utf-8")
-        new.replace(self.stamps_path)
+    def digest(self) -> str:
+        """Return a hash of everything that the environment depends on."""
+        files = [ROOT / "pyproject.toml", *(ROOT / "horovod_lm/setup/patches").glob("*.patch")]
+        inputs = [EXTRAS, str(ROOT), *self.installed("torch-*"), *self.horovod_options]
+        inputs += [file.read_text(encoding="utf-8") for file in sorted(files)]
+        python = os.path.realpath(self.folder / "bin" / "python")
+        return hashlib.sha256("\0".join([python, *inputs]).encode()).hexdigest()
 
-    def stamps(self) -> dict[str, str | bool]:
-        """Return what is recorded; empty without a readable file."""
-        try:
-            return dict(json.loads(self.stamps_path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return {}
 
-    def digest(self, step: str) -> str:
-        """Return a hash of the inputs of `step`."""
-        files = [ROOT / "pyproject.toml"]
-        inputs = [EXTRAS, str(ROOT)]
-        if step == "horovod":
-            files = sorted((ROOT / "horovod_lm/setup/patches").glob("*.patch"))
-            inputs = [*self.installed("torch-*"), *self.horovod_options]
-        inputs += [file.read_text(encoding="utf-8") for file in files]
-        return hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
+def torch_source() -> TorchSource:
+    """Choose the index of torch by the driver; TORCH_INDEX_URL may name another one."""
+    default = "" if has_gpu_driver() or sys.platform != "linux" else CPU_INDEX
+    index = os.environ.get("TORCH_INDEX_URL") or default
+    kind: Literal["CPU", "CUDA"] = "CUDA" if sys.platform == "linux" else "CPU"
+    if not index:
+        return TorchSource([], kind)
+    try:
+        urlopen(f"{index.rstrip('/')}/torch/", timeout=5).close()
+    except (OSError, ValueError):
+        gigabytes = BYTES_FOR_TORCH[kind][1] / 1e9
+        remark = (
+            f"{index} does not answer: torch comes from pip's own index, at most {gigabytes:.1f} GB"
+            f" to download ({kind} build); for another index: make setup TORCH_INDEX_URL=..."
+        )
+        return TorchSource([], kind, remark)
+    # Without dependencies: those are installed with the project.
+    kind = "CPU" if index.rstrip("/").endswith("cpu") else kind
+    return TorchSource(["--no-deps", "--extra-index-url", index], kind)
 
 
 def find_environment(folder: Path) -> Environment | None:
@@ -372,11 +374,6 @@ def read_pins(pyproject: Path) -> dict[str, str]:
     return {name: re.findall(pattern, text, re.MULTILINE)[0] for name, pattern in patterns.items()}
 
 
-def is_empty(folder: Path) -> bool:
-    """Return whether `folder` is a folder without files."""
-    return folder.is_dir() and not any(folder.iterdir())
-
-
 def existing(path: Path) -> Path:
     """Return `path`, or the nearest folder above it that exists."""
     return next(place for place in (path, *path.parents) if place.exists())
@@ -419,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--horovod-options",
         default="",
         metavar="OPTIONS",
-        help="for horovod_lm.setup.install_horovod, for example '--mpi'",
+        help="for horovod_lm.setup.install_horovod, for example '--no-nccl'",
     )
     parser.add_argument("--next", action="store_true", help="print how to use the environment")
     arguments = parser.parse_args(argv)

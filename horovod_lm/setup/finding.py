@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        subject: what was checked.
-        verdict: "ok", "warn" or "fail".
-        message: what was found.
-        fix: what to do; empty when the verdict is ok.
-    """
+class Finding(NamedTuple):
+    """One line of the report: the verdict is "ok", "warn" or "fail"; the fix of "ok" is empty."""
 
     subject: str
     verdict: str

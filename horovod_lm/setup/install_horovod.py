@@ -1,23 +1,23 @@
 """Build Horovod for the torch that is installed here, and install it.
 
     python -m horovod_lm.setup.install_horovod            # does nothing if it is up to date
-    python -m horovod_lm.setup.install_horovod --check    # only checks whether it works
     python -m horovod_lm.setup.install_horovod --force    # builds again, from nothing
 
 Horovod links against one exact torch, so it is compiled here. The build is named after everything
 that it depends on. Unless it is installed or kept: fetch the source and check its hash, patch it,
 compile it, try it, and keep the wheel. Then install the wheel, and try it again.
 
-Wheels are kept in ~/.cache/horovod_lm (or $HOROVOD_LM_CACHE), one folder per build. The installed
-version contains the key of its build, 0.28.1+lm.<key>, by which a later call recognises it.
+Source and wheels are kept in ~/.cache/horovod_lm (or $HOROVOD_LM_CACHE), one folder per build. The
+installed version contains the key of its build, 0.28.1+lm.<key>, by which a later call recognises
+it. Without a network, put the source at $HOROVOD_LM_CACHE/sdist/horovod-0.28.1.tar.gz.
 
 NCCL is built in where a CUDA build of torch and NVIDIA's driver are, with torch's own NCCL. The
 compiler is that of the system's CUDA toolkit, if it has torch's CUDA version (HOROVOD_CUDA_HOME,
 CUDA_HOME, or nvcc on PATH); for CUDA 13 and later it is otherwise installed from PyPI.
 
-Without a network, and without installing anything:
+Without changing the environment:
 
-    python -m horovod_lm.setup.install_horovod --source horovod-0.28.1.tar.gz --target FOLDER
+    python -m horovod_lm.setup.install_horovod --target FOLDER
     PYTHONPATH=FOLDER python -m horovod.runner.launch -np 2 python train.py
 """
 
@@ -27,41 +27,38 @@ import argparse
 import importlib.metadata
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from horovod_lm.setup.build import (
-    available_jobs,
-    build_into,
-    build_wheel,
-    fetch_source,
-    kept_wheel,
-    try_build,
-)
+from horovod_lm.setup.build import available_jobs, build_wheel, kept_wheel, try_build
 from horovod_lm.setup.steps import interrupt_on_termination, lock, run_pip
 from horovod_lm.setup.toolchain import Toolchain, inspect_toolchain
-from horovod_lm.utils.cli import command, run_cli
+from horovod_lm.utils.cli import run_cli
 from horovod_lm.utils.errors import UserError
 
 
-def install_horovod(toolchain: Toolchain, force: bool = False, jobs: int | None = None) -> None:
+def install_horovod(
+    toolchain: Toolchain, force: bool = False, jobs: int | None = None, target: Path | None = None
+) -> None:
     """Make sure that the build of `toolchain` is installed and works; print what was done.
 
     Args:
         toolchain: what to build for, from `inspect_toolchain`.
         force: build again, even if this build is installed or kept.
         jobs: the number of compilers at a time; None: as cores and memory allow.
+        target: a folder for PYTHONPATH to install into; None: this environment.
 
     Raises:
         UserError: a step failed; running it again starts afresh.
     """
     cache = writable(cache_folder())
     with lock(cache / "lock", "another installation of Horovod"):
-        here = installed_version()
+        here = installed_version(target)
         if key_of(here) == toolchain.key and not force:
-            try_build(toolchain)
+            try_build(toolchain, target)
             print(f"Nothing to do: Horovod {here} is installed and works, {toolchain.summary}.")
             return
         if here is not None and not force:
@@ -71,32 +68,15 @@ def install_horovod(toolchain: Toolchain, force: bool = False, jobs: int | None 
             print(f"installing the wheel kept from an earlier build: {wheel}", flush=True)
         wheel = wheel or build_wheel(toolchain, cache, jobs or available_jobs())
         options = "--no-deps --no-index --force-reinstall".split()
+        if target:
+            options += ["--upgrade", "--target", str(target)]
+            for earlier in target.glob("horovod-*.dist-info"):  # pip would leave it
+                shutil.rmtree(earlier)
         if why := run_pip("install", *options, str(wheel)):
             raise UserError(f"pip could not install {wheel}: {why}")
-        try_build(toolchain)
-        print(f"Horovod {installed_version()} is installed and works, {toolchain.summary}.")
-
-
-def check_horovod(
-    toolchain: Toolchain, target: Path | None = None, features: Sequence[str] = ()
-) -> None:
-    """Check that the right Horovod is installed and works; change nothing.
-
-    Args:
-        toolchain: what it must be built for.
-        target: a folder with a build to check instead of the installed one.
-        features: the options that chose the toolchain, for the command that is printed.
-
-    Raises:
-        UserError: it is not, or does not.
-    """
-    here = installed_version(target)
-    if key_of(here) != toolchain.key:
-        options = [*features, *(["--target", str(target)] if target else [])]
-        install = command("horovod_lm.setup.install_horovod", *options)
-        raise UserError(f"{why_not_right(here)}; run: {install}")
-    try_build(toolchain, target)
-    print(f"Horovod {here} is installed, fits torch {toolchain.torch}, and works.")
+        try_build(toolchain, target)
+        version = installed_version(target)
+        print(f"Horovod {version} is installed and works, {toolchain.summary}.")
 
 
 def cache_folder() -> Path:
@@ -130,7 +110,7 @@ def writable(cache: Path) -> Path:
 
 
 def installed_version(target: Path | None = None) -> str | None:
-    """Return the version of Horovod that is installed here or built into `target`, or None."""
+    """Return the version of Horovod that is installed here or in `target`, or None."""
     importlib.invalidate_caches()
     places = sys.path if target is None else [str(target)]
     found = next(iter(importlib.metadata.distributions(name="horovod", path=places)), None)
@@ -160,7 +140,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--mpi", action="store_true", help="include MPI too (needs mpicxx)")
     add(
         "--nccl",
         action=argparse.BooleanOptionalAction,
@@ -168,34 +147,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="include NCCL, for GPUs (default: with a CUDA build of torch and NVIDIA's driver)",
     )
     add("--force", action="store_true", help="build again, even if nothing has changed")
-    add("--check", action="store_true", help="only check what is installed, or in --target")
     add("--jobs", type=int, metavar="N", help="compilers at a time (default: cores and memory)")
-    add("--target", type=Path, metavar="FOLDER", help="build into this folder, for PYTHONPATH")
-    add("--source", type=Path, metavar="FILE", help="with --target: Horovod's source distribution")
+    add("--target", type=Path, metavar="FOLDER", help="install into this folder, for PYTHONPATH")
     arguments = parser.parse_args(argv)
-    target, source = arguments.target and arguments.target.absolute(), arguments.source
-    if source and not target:
-        raise UserError("--source needs --target; without it the source is fetched and kept")
-    if source and not source.is_file():
-        raise UserError(f"--source {source} is not a file")
-    if target and target.exists():
-        ours = {target / "horovod", *target.glob("horovod-*.dist-info")}
-        if not (target.is_dir() and ours.issuperset(target.iterdir())):
-            raise UserError(f"{target} is not empty and not a build of Horovod; name a new folder")
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {arguments.jobs}")
     interrupt_on_termination()
-    toolchain = inspect_toolchain(mpi=arguments.mpi, nccl=arguments.nccl)
-    if arguments.check:
-        flags = {"--mpi": arguments.mpi, "--nccl": arguments.nccl}
-        flags["--no-nccl"] = arguments.nccl is False
-        check_horovod(toolchain, target, [flag for flag, is_given in flags.items() if is_given])
-    elif target:
-        source = source or fetch_source(writable(cache_folder()))
-        build_into(toolchain, target, source, arguments.jobs or available_jobs())
-        print(f"Horovod is in {target} and works, {toolchain.summary}.")
-    else:
-        install_horovod(toolchain, force=arguments.force, jobs=arguments.jobs)
+    target = arguments.target and arguments.target.absolute()
+    toolchain = inspect_toolchain(nccl=arguments.nccl)
+    install_horovod(toolchain, arguments.force, arguments.jobs, target)
     return 0
 
 

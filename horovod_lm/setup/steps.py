@@ -23,7 +23,6 @@ from horovod_lm.utils.progress import ProgressLine, format_seconds
 PERCENT = re.compile(r"^\s*\[\s*(\d{1,3})%\] (?:Building|Linking|Built)", re.MULTILINE)
 TICK_SECONDS = 1.0
 INTERRUPTS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-TAIL_BYTES = 20_000  # of a log: where its newest percentage is
 
 
 def pip_command(*arguments: str, python: str | Path = sys.executable) -> list[str]:
@@ -69,7 +68,9 @@ def call(
     """
     started, process = time.monotonic(), None
     try:
-        with _signals_blocked():  # until `process` is known, so that it can be ended
+        # Signals wait until `process` is known, so that it can be ended.
+        signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+        try:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -77,6 +78,8 @@ def call(
                 preexec_fn=_reset_signals,
                 **options,
             )
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return process.wait(timeout=min(TICK_SECONDS, seconds))
@@ -86,15 +89,6 @@ def call(
     finally:
         if process is not None and process.poll() is None:
             end_group(process, grace)
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
 
 
 def _reset_signals() -> None:
@@ -115,24 +109,18 @@ def end_group(process: subprocess.Popen[Any], grace: float) -> None:
 
 
 def run_step(title: str, command: Sequence[str], log: Path, **options: Any) -> bool:
-    """Run a command with its output appended to `log`; show its time and its percentage.
+    """Run a command with its output appended to `log`; return whether it succeeded.
 
-    Args:
-        title: what the command does: a line that is updated in a terminal; elsewhere one line at
-            the start, one for each tenth that is compiled, and one at the end.
-        command: the program and its arguments.
-        log: the file for its output.
-        options: of `call`.
-
-    Returns:
-        Whether it succeeded.
+    A terminal shows its time and the percentage that is compiled in one line; elsewhere a line is
+    printed at the start, for each tenth, and at the end. `options` are those of `call`.
     """
     line, started, percent = ProgressLine(), time.monotonic(), 0
 
     def show() -> None:
         nonlocal percent
-        # Parallel compilers finish out of order: the percentage only rises.
-        newest = max([percent, *map(int, PERCENT.findall(_tail(log)))])
+        # Parallel compilers finish out of order: the largest percentage counts.
+        found = PERCENT.findall(log.read_text(encoding="utf-8", errors="replace"))
+        newest = max(map(int, found), default=0)
         is_new_tenth, percent = newest // 10 > percent // 10, newest
         compiled = f"{percent} % compiled, " if percent else ""
         elapsed = format_seconds(time.monotonic() - started)
@@ -149,21 +137,11 @@ def run_step(title: str, command: Sequence[str], log: Path, **options: Any) -> b
     return code == 0
 
 
-def _tail(log: Path) -> str:
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
-        return file.read().decode("utf-8", "replace")
-
-
 @contextlib.contextmanager
 def lock(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock on a file; while another process holds it, say so and wait.
+    """Hold a lock on a file until the block or the process ends.
 
-    The system releases the lock when its process ends, however it ends.
-
-    Args:
-        path: the file; it is created if necessary.
-        what: the other process, for the message.
+    While another process holds it, print that `what` is running, and wait.
     """
     with path.open("a") as file:
         try:

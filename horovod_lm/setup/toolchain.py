@@ -17,7 +17,6 @@ from pathlib import Path
 
 from horovod_lm.setup.cuda import Cuda, find_cuda, why_no_gpu
 from horovod_lm.setup.patches import HOROVOD_VERSION, patches_digest
-from horovod_lm.utils.cli import command
 from horovod_lm.utils.errors import UserError
 
 NOT_IN_KEY = ("cuda", "why_not")
@@ -44,7 +43,6 @@ class Toolchain:
         python: the Python ABI of the wheel.
         platform: operating system and processor.
         compiler: the first line of the C++ compiler's --version.
-        mpi: the first line of mpirun's --version, or None for a build without MPI.
         nccl: the versions of CUDA and NCCL and the GPU architectures, or None without NCCL.
         cuda: where they are; not part of the key.
         why_not: why there is no NCCL, or no GPU for it; not part of the key.
@@ -56,7 +54,6 @@ class Toolchain:
     python: str
     platform: str
     compiler: str
-    mpi: str | None = None
     nccl: str | None = None
     cuda: Cuda | None = field(default=None, compare=False)
     why_not: str = field(default="", compare=False)
@@ -65,27 +62,22 @@ class Toolchain:
     def key(self) -> str:
         """Twelve hexadecimal digits, different for every toolchain."""
         fields = {name: value for name, value in asdict(self).items() if name not in NOT_IN_KEY}
+        fields["mpi"] = None  # in the keys of earlier builds
         described = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()[:12]
 
     @property
-    def features(self) -> list[str]:
-        """The communication libraries in the build."""
-        return ["gloo"] + ["mpi"] * (self.mpi is not None) + ["nccl"] * (self.nccl is not None)
-
-    @property
     def summary(self) -> str:
         """The communication libraries in the build, and why NCCL is missing, for a message."""
-        parts = ["Gloo", *(["MPI"] if self.mpi else []), *([self.nccl] if self.nccl else [])]
         reason = f"; {'no GPU for it' if self.nccl else 'without NCCL'}: {self.why_not}"
-        return f"with {' and '.join(parts)}{reason if self.why_not else ''}"
+        nccl = f" and {self.nccl}" if self.nccl else ""
+        return f"with Gloo{nccl}{reason if self.why_not else ''}"
 
 
-def inspect_toolchain(mpi: bool = False, nccl: bool | None = None) -> Toolchain:
+def inspect_toolchain(nccl: bool | None = None) -> Toolchain:
     """Inspect what is installed, and decide what the build will contain.
 
     Args:
-        mpi: include MPI beside Gloo.
         nccl: include NCCL; None: where there is an NVIDIA driver and a CUDA build of torch.
 
     Raises:
@@ -95,14 +87,8 @@ def inspect_toolchain(mpi: bool = False, nccl: bool | None = None) -> Toolchain:
         import torch
     except ImportError as error:
         raise UserError(f"torch cannot be imported ({error}); first run: make setup") from None
-    if mpi and not (shutil.which("mpicxx") and shutil.which("mpirun")):
-        raise UserError(
-            "--mpi needs MPI's `mpicxx` and `mpirun` on PATH; on Debian or Ubuntu: "
-            "apt-get install libopenmpi-dev openmpi-bin"
-        )
     if missing := missing_for_build():
         raise UserError("; ".join(missing))
-    find_cmake()
     torch_cuda = torch.version.cuda
     cuda, why_not = None, "--no-nccl was given" if nccl is False else why_no_gpu(torch_cuda)
     if nccl or not why_not:
@@ -118,8 +104,7 @@ def inspect_toolchain(mpi: bool = False, nccl: bool | None = None) -> Toolchain:
         torch=torch.__version__,
         python=str(sys.implementation.cache_tag),
         platform=sysconfig.get_platform(),
-        compiler=first_line(find_compiler(), "--version"),
-        mpi=first_line("mpirun", "--version") if mpi else None,
+        compiler=compiler_version(),
         nccl=str(cuda) if cuda else None,
         cuda=cuda,
         why_not=why_not or "",
@@ -174,20 +159,13 @@ def find_compiler() -> str:
     )
 
 
+def compiler_version() -> str:
+    """Return the first line of the C++ compiler's --version."""
+    printed = subprocess.run([find_compiler(), "--version"], capture_output=True, text=True).stdout
+    return printed.strip().partition("\n")[0]
+
+
 def find_cmake() -> str:
-    """Return this environment's CMake if it has one, else the system's.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return this environment's CMake if it has one, else the system's."""
     places = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
-    found = shutil.which("cmake", path=os.pathsep.join(places))
-    if found is None:
-        raise UserError(f"no CMake was found; install it: {command('pip', 'install', 'cmake')}")
-    return found
-
-
-def first_line(*command: str) -> str:
-    """Return the first line that a command prints; empty if it prints nothing."""
-    printed = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return printed.splitlines()[0] if printed else ""
+    return shutil.which("cmake", path=os.pathsep.join(places)) or "cmake"

@@ -83,7 +83,7 @@ def test_a_horovod_that_breaks_its_process_does_not_break_the_doctor(
 )
 def test_a_build_that_lacks_a_transport(monkeypatch, gloo, gpus, verdict, message, fix):
     monkeypatch.setattr(doctor, "gpus_seen", lambda: gpus * ["a GPU"])
-    found = trial.Trial({"gloo": gloo, "mpi": False, "nccl": False}, 1.0)
+    found = trial.Trial({"gloo": gloo, "nccl": False}, 1.0)
     monkeypatch.setattr(doctor, "try_horovod", lambda: found)
     transports = by_subject(doctor.check_horovod())["transports"]
     assert transports.verdict == verdict and message in transports.message
@@ -158,12 +158,9 @@ def test_a_missing_compiler_is_a_warning(monkeypatch, tmp_path):
 def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch, capsys):
     def check_the_weather():
         raise RuntimeError("no window")
-        yield
 
-    def check_disk():
-        yield Finding("disk", OK, "empty")
-
-    monkeypatch.setattr(doctor, "CHECKS", (check_the_weather, check_disk))
+    checks = {"the weather": check_the_weather, "disk": lambda: [Finding("disk", OK, "empty")]}
+    monkeypatch.setattr(doctor, "CHECKS", checks)
     assert doctor.main([]) == 1
     assert capsys.readouterr().out.splitlines() == [
         "fail  the weather could not be checked: RuntimeError: no window",

@@ -15,12 +15,12 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from horovod_lm.setup import environment, torch_build
+from horovod_lm.setup import environment
+from horovod_lm.setup.bootstrap import OLDEST
 from horovod_lm.setup.cuda import numbers
 from horovod_lm.setup.environment import (
     MARK,
@@ -30,6 +30,7 @@ from horovod_lm.setup.environment import (
     former_folder,
     next_steps,
     read_pins,
+    torch_source,
 )
 from horovod_lm.utils.errors import UserError
 from tests.conftest import ROOT
@@ -42,14 +43,6 @@ runpy.run_path({path!r}, run_name="__main__")
 """
 
 
-def program(path: Path, body: str) -> Path:
-    """Write a shell script in place of a tool."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{body}\n")
-    path.chmod(0o755)
-    return path
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real environment, as set-up creates it, in a path with a space."""
@@ -57,7 +50,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with setup.hold():
         found = setup.make_environment()
     assert found.has_pip and found.torch is None and not setup.temporary.exists()
-    assert setup.stamps() == {"made_here": True}
     return setup.folder
 
 
@@ -112,24 +104,24 @@ def test_everything_that_is_missing_is_said_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "body", "said"),
     [
-        ("thesis.txt", "", "env has no bin/python and was not made by this set-up, so it stays"),
-        (".", "", "env has no bin/python and was not made by this set-up, so it stays"),
-        ("bin/python", "echo out of luck >&2; exit 1", r"not run \(out of luck\), and nothing was"),
+        ("env/thesis.txt", "", "env has files but no Python environment, so it stays as it is"),
+        ("env", "", "env has files but no Python environment, so it stays as it is"),
+        ("env/bin/python", "echo out of luck >&2; exit 1", r"not run \(out of luck\), and nothing"),
         (
-            "bin/python",
+            "env/bin/python",
             f"echo 'good morning'; echo '{MARK}[[3, 8, 1], \"/\", true, null]'; echo bye",
             r"python is Python 3\.8\.1, and 3\.10 or newer is needed",
         ),
     ],
 )
 def test_what_the_set_up_did_not_make_is_left_alone(tmp_path, file, body, said):
-    folder = tmp_path / "env"
-    if file != ".":
-        folder.mkdir()
-    program(folder / file, body)
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=said):
-        Setup(folder).run()
+        Setup(tmp_path / "env").run()
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -154,6 +146,7 @@ def test_an_environment_whose_python_is_gone_is_made_again_and_keeps_the_users_f
     (copied / "bin" / "python").unlink()
     (copied / "bin" / "python").symlink_to("/no/such/python3.9")
     setup = Setup(copied)
+    assert setup.may_be_made()
     with setup.hold():
         setup.make_environment()
     assert (copied / "notes.txt").read_text() == "years of work"
@@ -173,77 +166,36 @@ def test_a_moved_environment_is_said_by_set_up_and_doctor_and_left_alone(made, c
     assert sorted(copied.rglob("*")) == before
 
 
-@contextmanager
-def served(handler: Callable[..., http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
-    """Serve HTTP on this machine; yield the address."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.daemon_threads = True
-        server.block_on_close = False
-        server.handle_error = lambda *arguments: None  # pip hangs up
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
-class SlowIndex(http.server.BaseHTTPRequestHandler):
-    """A package index with one wheel, whose download does not end."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        page = b'<a href="/huge-1.0-py3-none-any.whl">huge-1.0-py3-none-any.whl</a>'
-        self.send_response(200)
-        is_wheel = self.path.endswith(".whl")
-        self.send_header("Content-Type", "application/zip" if is_wheel else "text/html")
-        self.send_header("Content-Length", str(10**9 if is_wheel else len(page)))
-        self.end_headers()
-        self.wfile.write(page)
-        while is_wheel:
-            self.wfile.write(bytes(100_000))
-            time.sleep(0.05)
-
-    def log_message(self, *arguments: object) -> None:
-        """Print nothing."""
-
-
-INSTALL_HUGE = """
+DOWNLOAD = """
 import sys
 from horovod_lm.setup import environment
-from horovod_lm.setup.steps import pip_command
 from horovod_lm.utils.cli import run_cli
 
-class Installation(environment.Setup):
+code = "import tempfile, time; file = tempfile.NamedTemporaryFile(); time.sleep(600)"
+
+class Download(environment.Setup):
     def run(self):
         with self.hold():
-            python = self.folder / "bin" / "python"
-            options = ["install", "--index-url", sys.argv[2], "huge"]
-            self.step("huge", pip_command(*options, python=python))
+            self.step("a download", [sys.executable, "-c", code])
 
-environment.Setup = Installation
+environment.Setup = Download
 run_cli(environment.main, ["--venv", sys.argv[1]])
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_download_leaves_nothing(made, number):
-    setup = Setup(made)
-    with served(SlowIndex) as index:
-        process = subprocess.Popen(
-            [sys.executable, "-c", INSTALL_HUGE, str(made), index],
-            env=os.environ | {"PIP_CONFIG_FILE": os.devnull, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        downloads = functools.partial(setup.temporary.glob, "pip-unpack-*/*.whl")
-        deadline = time.monotonic() + 60
-        while not any(path.stat().st_size > 10**6 for path in downloads()):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.1)
-        process.send_signal(number)
-        assert process.communicate(timeout=60)[1] == "stopped.\n"
+def test_an_interrupted_step_leaves_no_temporary_files(tmp_path):
+    setup = Setup(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", DOWNLOAD, str(tmp_path)], env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not any(setup.temporary.glob("*")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[1] == "stopped.\n"
     assert process.returncode == 130
-    assert "Operation cancelled by user" in setup.log.read_text()  # pip cleaned up
     assert not setup.temporary.exists()
 
 
@@ -253,7 +205,7 @@ def test_the_pins_are_those_of_pyproject():
     pins, project = read_pins(ROOT / "pyproject.toml"), pyproject["project"]
     assert pins["torch"] == pyproject["tool"]["horovod-lm"]["torch"]
     assert f"torch>={pins['oldest_torch']}" in project["dependencies"]
-    assert f">={pins['oldest_python']}" == project["requires-python"]
+    assert f">={pins['oldest_python']}" == project["requires-python"] == f">=3.{OLDEST}"
     assert numbers(pins["torch"]) >= numbers(pins["oldest_torch"])
     assert set(environment.EXTRAS.split(",")) <= set(project["optional-dependencies"])
 
@@ -268,56 +220,61 @@ def test_versions_are_compared_by_number(tmp_path, version, lacks):
 
 
 @pytest.fixture
-def index(tmp_path, monkeypatch) -> Iterator[Callable[[str], None]]:
-    """A package index, the only one that pip asks; call it to add a torch of some version."""
-    folder = tmp_path / "index" / "torch"
+def index(tmp_path) -> Iterator[str]:
+    """A package index with the pinned torch, empty but for its version."""
+    version = read_pins(ROOT / "pyproject.toml")["torch"]
+    folder, info = tmp_path / "index" / "torch", f"torch-{version}.dist-info"
     folder.mkdir(parents=True)
-
-    def add(version: str) -> None:
-        name, info = f"torch-{version}-py3-none-any.whl", f"torch-{version}.dist-info"
-        with zipfile.ZipFile(folder / name, "w") as wheel:
-            metadata = f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
-            wheel.writestr(f"{info}/METADATA", metadata)
-            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-            wheel.writestr(f"{info}/RECORD", "")
-
+    with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as wheel:
+        metadata = f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
+        wheel.writestr(f"{info}/METADATA", metadata)
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder.parent)
-    with served(handler) as address:
-        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-        monkeypatch.setenv("PIP_INDEX_URL", address)
-        for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
-            monkeypatch.delenv(name, raising=False)
-        yield add
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
-@pytest.mark.parametrize(
-    ("driver", "builds", "url", "taken", "said"),
-    [
-        (False, ["2.13.0", "2.13.0+cpu"], "here", "2.13.0+cpu", "CPU build, 0.2 GB to download"),
-        (True, ["2.13.0"], "", "2.13.0", "torch 2.13.0, CUDA build, 2.7 GB to download"),
-        (True, ["2.13.0+cpu"], "", "2.13.0+cpu", "driver is installed, but pip's index has only"),
-        (
-            False,
-            ["2.13.0"],
-            "http://127.0.0.1:9/",
-            "2.13.0",
-            "http://127.0.0.1:9/ does not answer, and pip's own index has torch 2.13.0, CUDA build,"
-            " 2.7 GB to download; for another index: make setup TORCH_INDEX_URL=...",
-        ),
-    ],
-)
-def test_the_build_of_torch_follows_the_driver(
-    copied, monkeypatch, capsys, index, driver, builds, url, taken, said
-):
-    for build in builds:
-        index(build)
-    monkeypatch.setattr(torch_build, "has_gpu_driver", lambda: driver)
-    monkeypatch.setenv("TORCH_INDEX_URL", os.environ["PIP_INDEX_URL"] if url == "here" else url)
+def test_torch_comes_from_the_index_that_is_named(copied, monkeypatch, index):
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", f"{index}/empty")
+    for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_INDEX_URL", index)
     setup = Setup(copied)
     with setup.hold():
         setup.install_torch(find_environment(copied))
-    assert find_environment(copied).torch == taken
-    assert said in capsys.readouterr().out
+    assert find_environment(copied).torch == setup.pins["torch"]
+
+
+NOWHERE = "http://127.0.0.1:9/cpu"
+REMARK = (
+    f"{NOWHERE} does not answer: torch comes from pip's own index, at most 2.7 GB to download (CUDA"
+    " build); for another index: make setup TORCH_INDEX_URL=..."
+)
+
+
+@pytest.mark.parametrize(
+    ("driver", "url", "options", "kind", "remark"),
+    [
+        (True, "", [], "CUDA", ""),
+        (False, "", [], "CUDA", REMARK),
+        (True, "cpu", ["--no-deps", "--extra-index-url", "{}/cpu"], "CPU", ""),
+        (False, "cu126", ["--no-deps", "--extra-index-url", "{}/cu126"], "CUDA", ""),
+    ],
+)
+def test_the_build_of_torch_follows_the_driver(
+    monkeypatch, tmp_path, index, driver, url, options, kind, remark
+):
+    for name in ("cpu", "cu126"):
+        (tmp_path / "index" / name / "torch").mkdir(parents=True)
+    monkeypatch.setattr(environment, "CPU_INDEX", NOWHERE)
+    monkeypatch.setattr(environment, "has_gpu_driver", lambda: driver)
+    monkeypatch.setenv("TORCH_INDEX_URL", f"{index}/{url}" if url else "")
+    expected = [option.format(index) for option in options]
+    assert torch_source() == (expected, kind, remark)
 
 
 @pytest.fixture
@@ -325,38 +282,54 @@ def finished(tmp_path) -> Setup:
     """The set-up of a folder that looks like an environment in which every step was done."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
-    lib = f"python3.{sys.version_info[1]}"
+    packages = tmp_path / f"lib/python3.{sys.version_info[1]}/site-packages"
     for package in ("horovod_lm-0.1.0", "horovod-0.28.1+lm.0123456789ab", "torch-2.13.0"):
-        (tmp_path / "lib" / lib / "site-packages" / f"{package}.dist-info").mkdir(parents=True)
+        (packages / f"{package}.dist-info").mkdir(parents=True)
     setup = Setup(tmp_path)
-    setup.stamp(project=setup.digest("project"), horovod=setup.digest("horovod"))
+    setup.stamp.write_text(setup.digest())
     return setup
 
 
+def rename_torch(setup: Setup) -> None:
+    [torch] = setup.folder.glob("lib/*/*/torch-*")
+    torch.rename(torch.with_name("torch-2.14.0.dist-info"))
+
+
+def relink_python(setup: Setup) -> None:
+    (setup.folder / "bin" / "python").unlink()
+    (setup.folder / "bin" / "python").symlink_to("/bin/sh")
+
+
 CHANGES: dict[str, Callable[[Setup], object]] = {
-    "other options": lambda setup: setup.horovod_options.append("--mpi"),
-    "another torch": lambda setup: next(setup.folder.glob("lib/*/*/torch-*")).rename(
-        setup.folder / f"lib/python3.{sys.version_info[1]}/site-packages/torch-2.14.0.dist-info"
-    ),
+    "other options": lambda setup: setup.horovod_options.append("--no-nccl"),
+    "another torch": rename_torch,
+    "another Python": relink_python,
     "no Horovod": lambda setup: next(setup.folder.glob("lib/*/*/horovod-*")).rmdir(),
     "no Python": lambda setup: (setup.folder / "bin" / "python").unlink(),
-    "stamps cut short": lambda setup: setup.stamps_path.write_text('{"horovod": "01'),
+    "not completed": lambda setup: setup.stamp.write_text("012345"),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_horovod_is_looked_at_again_after_a_change_only(finished, capsys, change):
+def test_the_steps_run_again_after_a_change_only(finished, capsys, change):
     Setup(finished.folder).run()
     assert capsys.readouterr().out.endswith("is ready: nothing to do.\n")
     CHANGES[change](finished)
-    assert not finished.is_done("horovod")
+    assert not finished.is_ready()
 
 
-def test_a_changed_pyproject_installs_the_project_again(finished, monkeypatch, tmp_path_factory):
-    elsewhere = tmp_path_factory.mktemp("root")
-    (elsewhere / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + "\n# more\n")
-    monkeypatch.setattr(environment, "ROOT", elsewhere)
-    assert not finished.is_done("project")
+@pytest.mark.parametrize("file", ["pyproject.toml", "horovod_lm/setup/patches/26-new.patch"])
+def test_the_steps_run_again_after_a_change_of_the_project(finished, monkeypatch, tmp_path, file):
+    project = tmp_path / "project"
+    patches = "horovod_lm/setup/patches"
+    shutil.copytree(ROOT / patches, project / patches)
+    shutil.copy(ROOT / "pyproject.toml", project)
+    monkeypatch.setattr(environment, "ROOT", project)
+    finished.stamp.write_text(finished.digest())
+    assert finished.is_ready()
+    with (project / file).open("a") as changed:
+        changed.write("# more\n")
+    assert not finished.is_ready()
 
 
 def test_a_step_that_fails_shows_its_last_lines_and_its_log(made):
