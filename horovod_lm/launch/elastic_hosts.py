@@ -18,7 +18,6 @@ that loses power closes no connection. Set `ServerAliveInterval 2` and `ServerAl
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shlex
 import sys
@@ -26,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from horovod_lm.launch.hosts import (
+    replace_file,
     ssh_options,
     training_command,
     with_environment,
@@ -46,28 +46,13 @@ def loopback_name(number: int) -> str:
 
 
 def write_hosts(path: str | Path, hosts: Sequence[str]) -> Path:
-    """Write a file of hosts atomically, because horovodrun may read it at any time.
-
-    Args:
-        path: the file; its folder is created.
-        hosts: `name:slots` each.
+    """Write a file of hosts, `name:slots` each, atomically: horovodrun may read it at any time.
 
     Raises:
         ConfigError: it cannot be written.
     """
-    return _replace(Path(path), "".join(f"{host}\n" for host in hosts))
-
-
-def _replace(path: Path, text: str, mode: int = 0o644) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
-    return path
+    replace_file(Path(path), "".join(f"{host}\n" for host in hosts))
+    return Path(path)
 
 
 def read_hosts(path: str | Path) -> dict[str, int]:
@@ -98,21 +83,15 @@ def read_hosts(path: str | Path) -> dict[str, int]:
     return hosts
 
 
-# Prints the hosts of the file that is its argument, without comments, blank lines and spaces. It
-# fails if a line is wrong or there is none: horovodrun then warns, and keeps the hosts that it has.
-# A shell and awk start faster than Python.
+# Prints the hosts of a file, without comments, blank lines and spaces. If a line is wrong or there
+# is none, it fails: horovodrun then warns, and keeps the hosts that it has.
 _DISCOVERY = r"""#!/bin/sh
-exec awk '
-    { sub(/#.*/, ""); gsub(/[[:space:]]/, "") }
-    $0 == "" { next }
-    { split($0, part, ":") }
-    !/^[A-Za-z0-9_.-]+(:[1-9][0-9]*)?$/ || part[1] in seen {
-        print FILENAME ": wrong line: " $0 > "/dev/stderr"
-        wrong = 1
-    }
-    { seen[part[1]]; hosts = hosts $0 "\n" }
-    END { if (wrong || hosts == "") exit 1; printf "%s", hosts }
-' {file}
+hosts=$(sed 's/#.*//; s/[[:space:]]//g; /^$/d' {file})
+if [ -z "$hosts" ] || echo "$hosts" | grep -Evx '[A-Za-z0-9_.-]+(:[1-9][0-9]*)?' >&2; then
+    echo 'wrong line, or no host, in' {file} >&2
+    exit 1
+fi
+echo "$hosts"
 """
 
 
@@ -121,7 +100,8 @@ def write_discovery_script(hosts_file: str | Path) -> Path:
     hosts_file = Path(hosts_file).resolve()
     script = hosts_file.with_name(f"{hosts_file.name}.discovery.sh")
     text = _DISCOVERY.replace("{file}", shlex.quote(str(hosts_file)))
-    return _replace(script, text, 0o755)  # a job that runs may be executing the old one
+    replace_file(script, text, 0o755)  # a job that runs may be executing the old one
+    return script
 
 
 def elastic_command(

@@ -2,13 +2,13 @@
 
     python -m horovod_lm.launch.hosts --config configs/cluster.yaml
 
-horovodrun fails with an IndexError if its hostfile has a comment or a blank line. Therefore the
-hosts are listed in the YAML file, and the hostfile is generated.
+The hosts are listed in the YAML file, and the hostfile is generated.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import shutil
@@ -48,23 +48,33 @@ def write_hostfile(config: Config, path: str | Path) -> Path:
     """Write horovodrun's hostfile, a line `name slots=N` per host, and return its path.
 
     The configuration's environment variables, if any, go into a second file, `PATH.environment`.
-
-    Args:
-        config: its `distributed` section names the hosts.
-        path: where to write it; a relative path starts at the project root.
+    A relative path starts at the project root.
 
     Raises:
         ConfigError: the hosts are not valid, or the file cannot be written.
     """
     path = config.resolve(path)
-    text = "".join(f"{host.name} slots={host.slots}\n" for host in checked_hosts(config))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"the hostfile {path} cannot be written: {error.strerror}") from None
+    hosts = checked_hosts(config)
+    replace_file(path, "".join(f"{host.name} slots={host.slots}\n" for host in hosts))
     write_environment(config, path)
     return path
+
+
+def replace_file(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write a file atomically; its folder is created.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(mode)
+        temporary.chmod(mode)
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def write_environment(config: Config, hosts_file: Path) -> None:
@@ -81,13 +91,10 @@ def write_environment(config: Config, hosts_file: Path) -> None:
         if exports := _exports(host.environment):
             script += f'[ "$HOROVOD_HOSTNAME" != {host.name} ] || {exports}'
     path = environment_file(hosts_file)
-    try:
+    if script:
+        replace_file(path, script, 0o600)
+    else:
         path.unlink(missing_ok=True)
-        if script:
-            path.touch(0o600, exist_ok=False)
-            path.write_text(script, encoding="utf-8", errors="surrogateescape")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _exports(variables: Mapping[str, str]) -> str:
@@ -116,7 +123,7 @@ def horovodrun_command(
     Args:
         config: its `distributed` section names hosts, interface, and ssh's port and key.
         command: what each rank runs, for example `["python", "-m", "horovod_lm.train"]`.
-        hostfile: what `write_hostfile` wrote; a relative path starts at the project root.
+        hostfile: what `write_hostfile` wrote.
 
     Raises:
         ConfigError: the hosts are not valid, or the command is empty.
@@ -149,16 +156,9 @@ def ssh_options(config: Config) -> list[str]:
 
 
 def ssh_command(config: Config, host: str, command: str, seconds: int = 5) -> list[str]:
-    """Return the ssh command that runs a shell line on a host.
+    """Return the ssh command that runs a shell line on a host, connecting within `seconds`.
 
-    As in horovodrun's own command, a new host's key is accepted. A key that has changed is not:
-    horovodrun would log in to a machine that only claims to be that host.
-
-    Args:
-        config: its `distributed` section says how to log in.
-        host: the name of the host.
-        command: a line for the host's shell.
-        seconds: limit for connecting.
+    A new host's key is accepted, one that has changed is not.
     """
     settings = config.distributed
     call = ["ssh", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=accept-new"]
@@ -302,10 +302,7 @@ def silent_hosts(
 ) -> dict[str, str]:
     """Return the hosts on which ssh cannot run a command now, with its last line for each.
 
-    Args:
-        config: its `distributed` section names the hosts.
-        seconds: limit for connecting.
-        copied: a file to copy to the same place on every host, readable by its owner only.
+    `copied`, if it exists, is copied to the same place on every host, readable by its owner only.
     """
     content = copied.read_bytes() if copied and copied.exists() else None
 
@@ -322,11 +319,8 @@ def silent_hosts(
             )
         except subprocess.TimeoutExpired:
             return f"no answer for {seconds} s"
-        return (
-            (last_line(done.stderr.decode("utf-8", "replace")) or "it does not say why")
-            if done.returncode
-            else ""
-        )
+        why = last_line(done.stderr.decode("utf-8", "replace")) or "it does not say why"
+        return why if done.returncode else ""
 
     names = [host.name for host in checked_hosts(config) if not is_this_machine(host.name)]
     with ThreadPoolExecutor(max(1, len(names))) as pool:
@@ -343,7 +337,7 @@ def explain(
         config: its `distributed` section names the hosts.
         lines: the last lines of horovodrun's output.
         silent: what `silent_hosts` returned.
-        file: the configuration file.
+        file: the configuration file, for messages.
     """
     if silent:
         doctor = cli.command("horovod_lm.setup.doctor", "--hosts", file)

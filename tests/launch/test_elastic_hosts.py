@@ -56,10 +56,11 @@ def test_a_file_that_names_no_hosts_is_refused_in_a_sentence(tmp_path, content, 
     with pytest.raises(ConfigError, match=re.escape(sentence)) as caught:
         elastic_command(["true"], tmp_path / "hosts")
     assert str(tmp_path / "hosts") in str(caught.value)
-    # In a running job the script fails: horovodrun warns, and keeps the hosts that it has.
-    script = write_discovery_script(tmp_path / "hosts")
-    done = subprocess.run([script], capture_output=True)
-    assert done.returncode != 0 and not done.stdout
+    if "named twice" not in sentence:  # which horovodrun reads: the last number of slots counts
+        # In a running job the script fails: horovodrun warns, and keeps the hosts that it has.
+        script = write_discovery_script(tmp_path / "hosts")
+        done = subprocess.run([script], capture_output=True)
+        assert done.returncode != 0 and not done.stdout
 
 
 @pytest.mark.parametrize(
