@@ -1,171 +1,164 @@
-"""One training step: tokens per second and peak memory of our model and `transformers`' GPT-2.
+"""Models of `bench.py` and their training step: ours, `transformers`' GPT-2, nanoGPT's.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/step.py            # speed
-    OMP_NUM_THREADS=1 python tests/benchmarks/step.py --memory   # peak memory at vocabulary 50257
+    OMP_NUM_THREADS=1 python tests/benchmarks/step.py   # peak memory at vocabulary 50257
 
-A step is forward, loss, backward, and torch's AdamW; the same shapes, float32, dropout 0, same
-threads. Steps take turns and their medians are compared; with one thread the clock is the process's
-CPU time (see generation.py). Peak memory is ru_maxrss of a new process at its end, less that of a
-process with a model of almost no size.
+All have the same shapes and dropout 0, and each its own optimizer: ours and `transformers` train
+with torch's fused AdamW, nanoGPT with what its `configure_optimizers` returns. nanoGPT's `model.py`
+is not part of this project; its path is given. "plain" is our model with the full matrix of logits
+and torch's cross_entropy, to measure the chunked loss.
 
-"plain loss" is our model with the whole matrix of logits and torch's cross_entropy, to measure the
-chunked loss. `--nanogpt PATH` compares nanoGPT's `model.py` too, which is not part of this project.
+Peak memory is ru_maxrss of a new process at its end, less that of a process with a model of almost
+no size.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import resource
-import statistics
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.benchmarks.options import parser_of
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
-SHAPES = {  # vocabulary, width, heads, layers, batch, length
+Shape = tuple[int, int, int, int, int, int]  # vocabulary, width, heads, layers, batch, length
+SHAPES: dict[str, Shape] = {
     "5M": (4096, 240, 6, 6, 8, 256),
     "30M": (8192, 512, 8, 8, 4, 256),
-    "50k vocabulary": (50257, 256, 8, 6, 8, 256),
+    "18M, vocabulary 50257": (50257, 256, 8, 6, 8, 256),
 }
-MEMORY_SHAPES = {
+MEMORY_SHAPES: dict[str, Shape] = {
+    "nothing": (8, 8, 1, 1, 1, 8),
     "small model, 4096 tokens": (50257, 256, 8, 6, 16, 256),
     "GPT-2 small, 2048 tokens": (50257, 768, 12, 12, 4, 512),
     "GPT-2 small, 8192 tokens (configs/config.yaml)": (50257, 768, 12, 12, 16, 512),
 }
 
+LossOf = Callable[[torch.nn.Module, Tensor], Tensor]
 
-def build_ours(vocab_size, width, heads, layers, length):
+
+def build(
+    name: str, shape: Shape, nanogpt: str = ""
+) -> tuple[torch.nn.Module, LossOf, torch.optim.Optimizer]:
+    """Return a model in training mode, its loss of (model, ids (B, T)), and its optimizer.
+
+    Args:
+        name: ours, plain, transformers or nanoGPT.
+        shape: see `Shape`.
+        nanogpt: path of nanoGPT's model.py.
+    """
+    vocab_size, width, heads, layers, _, length = shape
+    torch.manual_seed(0)
+    if name == "nanoGPT":
+        spec = importlib.util.spec_from_file_location("nanogpt_model", nanogpt)
+        module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        model = module.GPT(
+            module.GPTConfig(
+                block_size=length, vocab_size=vocab_size, n_layer=layers, n_head=heads,
+                n_embd=width, dropout=0.0, bias=True,
+            )
+        )  # fmt: skip
+        device = torch.get_default_device().type
+        return model, _nanogpt_loss, model.configure_optimizers(0.1, 3e-4, (0.9, 0.95), device)
+    if name == "transformers":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=vocab_size, n_embd=width, n_head=heads, n_layer=layers,
+                n_positions=length, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0,
+                eos_token_id=0, use_cache=False,
+            )
+        )  # fmt: skip
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+        return model.train(), lambda model, ids: model(ids, labels=ids).loss, optimizer
     from horovod_lm.models.transformer_lm import TransformerLM
+    from horovod_lm.training.optimizer import build_optimizer
+    from horovod_lm.utils.config import TrainingConfig
 
     model = TransformerLM(vocab_size, width, heads, layers, 4 * width, length, dropout=0.0)
-    return model, lambda ids: model(ids, labels=ids, return_logits=False)[1]
+    model.to(torch.get_default_device())
+    optimizer = build_optimizer(model, TrainingConfig())
+
+    def loss_of(model: torch.nn.Module, ids: Tensor) -> Tensor:
+        return model(ids, labels=ids, return_logits=name == "plain")[1]
+
+    return model.train(), loss_of, optimizer
 
 
-def build_plain_loss(*sizes):
-    model, _ = build_ours(*sizes)
-    return model, lambda ids: model(ids, labels=ids)[1]
+def _nanogpt_loss(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    """nanoGPT takes the targets shifted; -1 is what it ignores."""
+    return model(ids, torch.cat([ids[:, 1:], ids[:, :1] * 0 - 1], 1))[1]
 
 
-def build_transformers(vocab_size, width, heads, layers, length):
-    from transformers import GPT2Config, GPT2LMHeadModel
+def step_function(
+    model: torch.nn.Module,
+    loss_of: LossOf,
+    optimizer: torch.optim.Optimizer,
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Callable[[], float]:
+    """Return a function that takes one step on random tokens and returns the loss.
 
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=vocab_size, n_embd=width, n_head=heads, n_layer=layers, n_positions=length,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-            use_cache=False,
-        )
-    )  # fmt: skip
-    return model, lambda ids: model(ids, labels=ids).loss
+    Args:
+        model: the model, wrapped or compiled if need be.
+        loss_of: its loss.
+        optimizer: the optimizer of its parameters.
+        shape: see `Shape`.
+        dtype: of the matrix products, by autocast.
+        seed: of the tokens.
+    """
+    vocab_size, batch, length = shape[0], *shape[-2:]
+    device = torch.get_default_device()
+    generator = torch.Generator(device).manual_seed(seed)
+    ids = torch.randint(0, vocab_size, (batch, length), generator=generator)
 
-
-def build_nanogpt(vocab_size, width, heads, layers, length, path):
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    model = module.GPT(
-        module.GPTConfig(
-            block_size=length, vocab_size=vocab_size, n_layer=layers, n_head=heads, n_embd=width,
-            dropout=0.0, bias=True,
-        )
-    )  # fmt: skip
-    # nanoGPT takes the targets shifted; -1 is what it ignores.
-    return model, lambda ids: model(ids, torch.cat([ids[:, 1:], ids[:, :1] * 0 - 1], 1))[1]
-
-
-def make_step(build, shape, *extra, amp_dtype=None):
-    """A function that takes one step on torch's default device and returns the loss."""
-    *sizes, batch, length = shape
-    torch.manual_seed(0)
-    model, loss_of = build(*sizes, length, *extra)
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    ids = torch.randint(0, sizes[0], (batch, length))
-
-    def step():
-        with torch.autocast(ids.device.type, amp_dtype, enabled=amp_dtype is not None):
-            loss = loss_of(ids)
+    def take_step() -> float:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = loss_of(model, ids)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         return loss.item()
 
-    return step
+    return take_step
 
 
-def speed(names: list[str], rounds: int, nanogpt: str | None) -> None:
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    for name in names:
-        shape = SHAPES[name]
-        steps = {
-            "ours": make_step(build_ours, shape),
-            "plain loss": make_step(build_plain_loss, shape),
-            "transformers": make_step(build_transformers, shape),
-        }
-        if nanogpt:
-            steps["nanoGPT"] = make_step(build_nanogpt, shape, nanogpt)
-        times: dict[str, list[float]] = {label: [] for label in steps}
-        for number in range(rounds + 1):
-            for label, step in steps.items():
-                start = clock()
-                step()
-                if number:  # the first round warms up
-                    times[label].append(clock() - start)
-        n_tokens = shape[-1] * shape[-2]
-        rates = {label: n_tokens / statistics.median(t) for label, t in times.items()}
-        print(f"{name}: batch {shape[-2]} x {shape[-1]}, vocabulary {shape[0]}")
-        for label, rate in rates.items():
-            print(f"  {label:13} {rate:8.0f} tokens/s   ours is {rates['ours'] / rate:.2f} of it")
+def make_step(
+    name: str, shape: Shape, nanogpt: str = "", dtype: torch.dtype = torch.float32, compiled=False
+) -> Callable[[], float]:
+    """Return a function that takes one training step of a new model and returns the loss."""
+    model, loss_of, optimizer = build(name, shape, nanogpt)
+    run: Any = torch.compile(model) if compiled else model
+    return step_function(run, loss_of, optimizer, shape, dtype)
 
 
-def peak(label: str, shape_name: str) -> float:
+def peak(name: str, shape_name: str) -> float:
     """Run two steps in a new process; return its peak memory in GB."""
-    command = [sys.executable, __file__, "--peak-of", label, shape_name]
+    command = [sys.executable, __file__, name, shape_name]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1e9
 
 
-def report_peak(label: str, shape_name: str) -> None:
-    build = {"ours": build_ours, "transformers": build_transformers}[label]
-    step = make_step(build, MEMORY_SHAPES.get(shape_name, (8, 8, 1, 1, 1, 8)))
-    for _ in range(2):  # the second has the optimizer's states from its start
-        step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
-def memory(names: list[str]) -> None:
-    for name in names:
-        ours, theirs = (
-            peak(label, name) - peak(label, "nothing") for label in ("ours", "transformers")
-        )
-        print(
-            f"{name}: ours {ours:.2f} GB, transformers {theirs:.2f} GB, ratio {ours / theirs:.2f}"
-        )
-
-
 def main() -> None:
-    parser = parser_of(__doc__, SHAPES, rounds=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--nanogpt", metavar="PATH", help="nanoGPT's model.py, to compare with too")
-    parser.add_argument("--memory", action="store_true", help="peak memory instead of speed")
-    parser.add_argument(
-        "--shapes", type=int, default=2, metavar="N", help="the first N shapes; 3 needs 20 GB"
-    )
-    parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.peak_of:
-        report_peak(*arguments.peak_of)
-    elif arguments.memory:
-        memory(list(MEMORY_SHAPES)[: arguments.shapes])
-    else:
-        print(f"torch {torch.__version__}, {arguments.threads} thread(s)")
-        speed(arguments.sizes, arguments.rounds, arguments.nanogpt)
+    if sys.argv[1:]:
+        take_step = make_step(sys.argv[1], MEMORY_SHAPES[sys.argv[2]])
+        for _ in range(2):  # the second has the optimizer's states from its start
+            take_step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+    for shape_name in list(MEMORY_SHAPES)[1:]:
+        ours, theirs = (
+            peak(name, shape_name) - peak(name, "nothing") for name in ("ours", "transformers")
+        )
+        print(f"{shape_name}: {ours:.2f} GB, transformers {theirs:.2f}, ratio {ours / theirs:.2f}")
 
 
 if __name__ == "__main__":

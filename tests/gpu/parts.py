@@ -354,15 +354,15 @@ def speed(found: Found) -> None:
     from tests.benchmarks import step as benchmark
 
     shape = (50257, 768, 12, 12, 16, 512) if found.on_gpu else (5000, 64, 4, 2, 2, 64)
-    builders = {"ours": benchmark.build_ours, "plain loss": benchmark.build_plain_loss}
+    names = ["ours", "plain"]
     if importlib.util.find_spec("transformers"):
-        builders["transformers"] = benchmark.build_transformers
+        names.append("transformers")
     torch.set_default_device(found.device)
-    for name, build in builders.items():
+    for name in names:
         if found.on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        take_step = benchmark.make_step(build, shape, amp_dtype=torch.bfloat16)
+        take_step = benchmark.make_step(name, shape, dtype=torch.bfloat16)
         times = []
         for _ in range(13 if found.on_gpu else 4):
             started = time.perf_counter()
