@@ -27,7 +27,7 @@ from horovod_lm.setup.cuda import why_no_gpu
 from horovod_lm.setup.environment import Setup, former_folder, make_command
 from horovod_lm.setup.finding import FAIL, OK, WARN, Finding
 from horovod_lm.setup.install_horovod import installed_version, key_of, why_not_right
-from horovod_lm.setup.toolchain import compiler_version, inspect_toolchain, missing_for_build
+from horovod_lm.setup.toolchain import inspect_toolchain
 from horovod_lm.setup.trial import TrialError, try_horovod
 from horovod_lm.utils import machine
 from horovod_lm.utils.cli import command, run_cli
@@ -40,11 +40,9 @@ LEAST_MEMORY, LEAST_DISK, LEAST_SHARED_MEMORY = 2 * GIB, 1 * GIB, 0.25 * GIB
 
 
 def gpus_seen() -> list[str]:
-    """Return the names of the GPUs that torch can use; empty without torch."""
-    try:
-        import torch
-    except ImportError:
-        return []
+    """Return the names of the GPUs that torch can use."""
+    import torch
+
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
 
@@ -109,15 +107,6 @@ def check_setup(folder: Path) -> Iterator[Finding]:
         yield Finding("set-up", FAIL, "cannot start", sentence)
     message = f"{folder} lacks packages of the course"
     yield Finding("environment", FAIL, message, make_command("setup", folder))
-
-
-def check_compiler() -> Iterator[Finding]:
-    """The compiler for Horovod; only a new build needs it."""
-    if missing := missing_for_build():
-        message = "Horovod could not be built again here"
-        yield Finding("compiler", WARN, message, "; ".join(missing))
-    else:
-        yield Finding("compiler", OK, f"{compiler_version()}; compiles C++17")
 
 
 def check_horovod() -> Iterator[Finding]:
@@ -207,7 +196,6 @@ def check_two_ranks() -> Iterator[Finding]:
 CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
     "Python": check_python,
     "torch": check_torch,
-    "compiler": check_compiler,
     "Horovod": check_horovod,
     "cores": check_cores,
     "memory": check_memory,

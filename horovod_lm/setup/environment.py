@@ -119,6 +119,7 @@ class Setup:
         self.log = folder / "horovod_lm-setup.log"
         self.temporary = folder / "horovod_lm-setup.tmp"
         self.stamp = folder / "horovod_lm-setup.done"
+        self.variables = os.environ | {"TMPDIR": str(self.temporary)}  # of the steps
 
     def run(self) -> None:
         """Run all steps, unless nothing has changed since they were completed.
@@ -143,7 +144,7 @@ class Setup:
             install = pip_command("install", "-e", project, python=environment.python)
             self.step("the project", install)
             command = [str(environment.python), "-m", "horovod_lm.setup.install_horovod"]
-            if call([*command, *self.horovod_options], cwd=ROOT, env=self.variables()):
+            if call([*command, *self.horovod_options], cwd=ROOT, env=self.variables):
                 raise UserError("Horovod is not installed, for the reason above")
             self.stamp.write_text(self.digest())
         elapsed = format_seconds(time.monotonic() - started)
@@ -245,8 +246,7 @@ class Setup:
                 link.unlink()
         self.step("the environment", [sys.executable, "-m", "venv", str(self.folder)])
         environment = find_environment(self.folder)
-        if environment is None:
-            raise UserError(f"{sys.executable} -m venv created no Python in {self.folder}")
+        assert environment is not None, f"{sys.executable} -m venv made no Python"
         return environment
 
     def install_torch(self, environment: Environment) -> None:
@@ -266,7 +266,7 @@ class Setup:
         """
         with self.log.open("a", encoding="utf-8") as log:
             log.write(f"\n$ {shlex.join(command)}\n")
-        if not run_step(title, command, self.log, cwd=ROOT, env=self.variables()):
+        if not run_step(title, command, self.log, cwd=ROOT, env=self.variables):
             lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
             last = "\n".join(f"  | {line}" for line in lines[-8:])
             raise UserError(
@@ -274,10 +274,6 @@ class Setup:
                 f"The full log: {self.log}\n"
                 "Fix the cause and run this again: what is installed stays."
             )
-
-    def variables(self) -> dict[str, str]:
-        """Return the environment variables of the steps."""
-        return os.environ | {"TMPDIR": str(self.temporary)}
 
     def is_ready(self) -> bool:
         """Return whether set-up was completed with its present inputs, and nothing is missing."""

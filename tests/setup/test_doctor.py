@@ -148,13 +148,6 @@ def test_too_many_threads_and_one_core_are_warnings(
     assert not quota or "CPU quota: 1)" in found["cores"].message
 
 
-def test_a_missing_compiler_is_a_warning(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    [finding] = doctor.check_compiler()
-    assert finding.verdict == WARN and "build-essential" in finding.fix
-
-
 def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch, capsys):
     def check_the_weather():
         raise RuntimeError("no window")
