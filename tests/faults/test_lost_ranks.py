@@ -54,14 +54,14 @@ STOOD_STILL = r"stood still for \d+ s and was killed"
 FAULTS = {
     "rank 1 killed": (0, "process 1 was the first to fail, with exit code 137"),
     "rank 1 frozen": (GLOO_TIMEOUT, rf"rank 1 \(process \d+\) {STOOD_STILL}"),
-    "rank 1 raises": (0, r"\[1\]<stderr>:RuntimeError: the goose is loose"),
     "kernel killed": (0, ""),
+    "rank 1 raises": (0, r"\[1\]<stderr>:RuntimeError: the goose is loose"),
     "rank 1 hangs": (STALL_SHUTDOWN, r"rank 1 .* did not end within 4 s of SIGTERM and was killed"),
     "horovodrun killed": (0, ""),
     "rank 0 killed": (0, "process 0 was the first to fail, with exit code 137"),
     "rank 0 frozen": (GLOO_TIMEOUT, rf"rank 0 \(process \d+\) {STOOD_STILL}"),
 }
-IN_SHORT = 4
+IN_SHORT = 3
 RESUMED_IN_SHORT = "rank 1 killed"
 
 
