@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from horovod_lm.training.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
-from horovod_lm.training.run_dir import RunFolder, default_run_name, newest_run
-from horovod_lm.training.run_logger import TrainingResult
-from horovod_lm.training.trainer import run_distributed_training
 from horovod_lm.utils.cli import EXIT_INTERRUPTED, add_config_arguments, command, run_cli, shown
 from horovod_lm.utils.config import Config, load_config, resolve_path
-from horovod_lm.utils.distributed import (
-    broadcast_object,
-    get_local_size,
-    is_main_process,
-    set_threads,
-    setup_horovod,
-    shutdown,
-    started_by_launcher,
-)
 from horovod_lm.utils.errors import CheckpointError, UserError
-from horovod_lm.utils.progress import format_seconds
+from horovod_lm.utils.progress import format_seconds, plural
+
+if TYPE_CHECKING:
+    from horovod_lm.training.checkpoint import load_checkpoint, save_checkpoint
+    from horovod_lm.training.run_logger import TrainingResult
+    from horovod_lm.training.trainer import run_distributed_training
 
 __all__ = ["TrainingResult", "load_checkpoint", "run_distributed_training", "save_checkpoint"]
+_MODULES = {"TrainingResult": "run_logger", "run_distributed_training": "trainer"}
 
 EXAMPLES = """examples:
   python -m horovod_lm.train --config configs/tiny.yaml
@@ -38,19 +34,31 @@ A run is a folder, runs/NAME: configuration, metrics.csv, TensorBoard events, lo
 Ctrl-C stops every rank after the current step, saves a checkpoint, and prints how to resume."""
 
 
+def __getattr__(name: str) -> Any:
+    """Import a public name, and torch with it, on first use: `--help` needs neither."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _MODULES.get(name, "checkpoint")
+    return getattr(import_module(f"horovod_lm.training.{module}"), name)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     arguments = parse(argv)
+    # Imported here, because torch takes a second, which --help need not wait for.
+    from horovod_lm.training.trainer import run_distributed_training
+    from horovod_lm.utils import distributed
+
     config, run_name, checkpoint = read_plan(arguments)
-    world_size, rank, local_rank, _ = setup_horovod(
+    world_size, rank, local_rank, _ = distributed.setup_horovod(
         arguments.elastic, config.distributed, config.training.device
     )
     if not arguments.elastic:  # ranks that join an elastic run later would wait here
         # Horovod: the disks of other hosts may lack the run, have another, or lack the YAML file.
-        plan = broadcast_object((config, run_name, checkpoint), "plan")
+        plan = distributed.broadcast_object((config, run_name, checkpoint), "plan")
         if arguments.resume or not run_name:
             config, run_name, checkpoint = plan
-            set_threads(config.distributed, get_local_size())
+            distributed.set_threads(config.distributed, distributed.get_local_size())
     if arguments.elastic:
         # Horovod: imported here, because it needs an installed Horovod.
         from horovod_lm.training.elastic import run_elastic_training
@@ -60,11 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = run_distributed_training(
             config, rank, world_size, local_rank, checkpoint, run_name
         )
-    if is_main_process() and not result.stopped:
+    if distributed.is_main_process() and not result.stopped:
         print(summary(result))
-    shutdown()
+    distributed.shutdown()
     # Horovod: horovodrun would report any other exit code as a failure.
-    return EXIT_INTERRUPTED if result.stopped and not started_by_launcher() else 0
+    return EXIT_INTERRUPTED if result.stopped and not distributed.started_by_launcher() else 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -95,7 +103,10 @@ def read_plan(arguments: argparse.Namespace) -> tuple[Config, str, Path | None]:
     """Return `what_to_train`; on ranks that cannot, what is needed until rank 0 sends its own."""
     try:
         return what_to_train(arguments)
-    except UserError:
+    except UserError as error:
+        if arguments.elastic and arguments.resume:
+            where = f"on {platform.node()}; each host of an elastic run needs the run's folder"
+            raise CheckpointError(f"{error} ({where})") from None
         if arguments.elastic or os.environ.get("HOROVOD_RANK", "0") == "0":
             raise
         return Config(), "", None
@@ -110,6 +121,9 @@ def what_to_train(arguments: argparse.Namespace) -> tuple[Config, str, Path | No
     Raises:
         CheckpointError: there is no such run, or the name is that of another run.
     """
+    from horovod_lm.training.checkpoint import find_checkpoints
+    from horovod_lm.training.run_dir import RunFolder, newest_run
+
     given, name = arguments.resume, arguments.run_name
     if not given:
         return _new_run(arguments)
@@ -145,6 +159,8 @@ def what_to_train(arguments: argparse.Namespace) -> tuple[Config, str, Path | No
 def _new_run(
     arguments: argparse.Namespace, checkpoint: Path | None = None
 ) -> tuple[Config, str, Path | None]:
+    from horovod_lm.training.run_dir import default_run_name
+
     config = load_config(arguments.config, arguments.overrides)
     return config, arguments.run_name or default_run_name(Path(arguments.config).stem), checkpoint
 
@@ -152,7 +168,7 @@ def _new_run(
 def summary(result: TrainingResult) -> str:
     """Return the results of a run, in a few lines."""
     return (
-        f"{result.steps} steps in {format_seconds(result.seconds)},"
+        f"{plural(result.steps, 'step')} in {format_seconds(result.seconds)},"
         f" {result.tokens_per_second:,.0f} tokens/s\n"
         f"training loss {result.first_loss:.4f} at the start, {result.train_loss:.4f} at the end;"
         f" validation loss {result.validation_loss:.4f}, perplexity {result.perplexity:.2f}\n"

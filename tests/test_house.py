@@ -22,7 +22,7 @@ LAYERS = (
 # elastic.py subclasses Horovod's elastic state; the others run in processes that have Horovod.
 USERS_OF_HOROVOD = {
     "utils/distributed.py", "training/elastic.py", "jupyter/live/rank_loop.py",
-    "jupyter/live/rendezvous.py", "jupyter/run_cell/framed_horovodrun.py",
+    "jupyter/live/rendezvous.py", "jupyter/run_cell/framed_horovodrun.py", "launch/slurm.py",
 }  # fmt: skip
 # Methods of the public contract that need a higher layer.
 IMPORTS_UPWARDS = {
@@ -111,6 +111,25 @@ def test_modules_without_tensors_do_not_import_torch():
     names = "horovod_lm.utils.config, horovod_lm.utils.machine, horovod_lm.data.prepare"
     code = f"import sys, {names}; assert not {{'torch', 'horovod'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+SHOW_HELP = """
+import runpy, sys
+import horovod_lm
+for module in ("train", "generate", "data"):
+    sys.argv = [module, "--help"]
+    try:
+        runpy.run_module(f"horovod_lm.{module}", run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 0
+    assert not {"torch", "horovod"} & set(sys.modules), module
+"""
+
+
+def test_help_and_the_package_do_not_import_torch():
+    done = subprocess.run([sys.executable, "-c", SHOW_HELP], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: python -m horovod_lm.") == 3
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)

@@ -13,8 +13,8 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from horovod_lm.utils.cli import command, program
 from horovod_lm.utils.config import DistributedConfig
 from horovod_lm.utils.errors import ConfigError, DistributedError, UserError
 from horovod_lm.utils.machine import available_cores
+from horovod_lm.utils.progress import plural
 from horovod_lm.utils.watchdog import Watchdog
 
 MIB = 1024 * 1024
@@ -162,8 +163,8 @@ def choose_device(wanted: torch.device | str | None = None, local_rank: int = 0)
     """Return the device for one process.
 
     Args:
-        wanted: "cpu", "cuda", "cuda:1" ...; None or "auto": a GPU if there is one. If the wanted
-            GPU does not exist, the CPU is used, and a note is printed.
+        wanted: "cpu", "cuda", "cuda:1" ...: the CPU, with a note, if there is no such GPU; None or
+            "auto": a GPU if there is one.
         local_rank: number of the process on its host. Ranks beyond the last GPU share the GPUs.
 
     Raises:
@@ -185,25 +186,18 @@ def choose_device(wanted: torch.device | str | None = None, local_rank: int = 0)
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """This rank's device, and the path of its gradients.
-
-    Attributes:
-        device: this rank's GPU, or the CPU.
-        staged: whether gradients are reduced in CPU memory; the same on every rank.
-        summary: the devices of all ranks in one line.
-    """
+    """This rank's device, and where its gradients are reduced."""
 
     device: torch.device
-    staged: bool
-    summary: str
+    staged: bool  # gradients are reduced in CPU memory; the same on every rank
+    summary: str  # the devices of all ranks in one line
 
 
 def agree_on_devices(wanted: str, local_rank: int) -> DeviceChoice:
     """Choose this rank's device and how gradients are reduced; a collective call.
 
-    NCCL reduces gradients on the GPUs if each rank of the job has a GPU of its own; it refuses two
-    ranks on one GPU. Otherwise every rank copies its gradients to CPU memory: see
-    `StagedGradients`.
+    NCCL reduces them on the GPUs if each rank has a GPU of its own; it refuses two ranks on one.
+    Otherwise every rank copies its gradients to CPU memory: see `StagedGradients`.
 
     Args:
         wanted: "auto": a GPU where torch finds one; "cuda"; "cpu".
@@ -230,7 +224,7 @@ def agree_on_devices(wanted: str, local_rank: int) -> DeviceChoice:
 
 
 class _Rank(NamedTuple):
-    """What a rank tells the others about its device."""
+    """A rank's device, as the other ranks see it."""
 
     host: str
     gpu: str | None  # its UUID: numbers repeat where a launcher shows each rank one GPU only
@@ -248,11 +242,11 @@ def _describe_rank(device: torch.device) -> _Rank:
 
 def _summary(ranks: Sequence[_Rank], gpus: Mapping[str, str], by_nccl: bool) -> str:
     """Return the devices of all ranks, and how gradients are reduced, in one line."""
-    who = _count(len(ranks), "rank")
+    who = plural(len(ranks), "rank")
     if not gpus:
-        return f"{who} on the CPU, {_count(torch.get_num_threads(), 'thread')} each"
+        return f"{who} on the CPU, {plural(torch.get_num_threads(), 'thread')} each"
     cpu = " and the CPU" if any(rank.gpu is None for rank in ranks) else ""
-    where = f"{who} on {_count(len(gpus), 'GPU')} ({', '.join(sorted(set(gpus.values())))}){cpu}"
+    where = f"{who} on {plural(len(gpus), 'GPU')} ({', '.join(sorted(set(gpus.values())))}){cpu}"
     if len(ranks) == 1:
         return where
     return f"{where}, gradients reduced {'by NCCL' if by_nccl else 'in CPU memory'}"
@@ -264,10 +258,7 @@ def elastic_launcher() -> bool:
 
 
 def hang_watchdog() -> AbstractContextManager[Any]:
-    """Return a context in which this rank is killed if it hangs; one process alone is not.
-
-    horovodrun needs 10 s more to kill a hung rank, and cannot on another host.
-    """
+    """Return a context in which this rank is killed if it hangs; a process alone is not."""
     if get_world_size() == 1:
         return nullcontext()
     limit = float(os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", _GLOO_TIMEOUT))
@@ -319,8 +310,7 @@ def start_reduce_sum(values: torch.Tensor, name: str) -> Any:
     """Start `reduce_sum`; `finish_reduce_sum` waits for the result.
 
     Values on a GPU are copied to the CPU first, which waits for the work that they depend on. The
-    reduction then overlaps with that of the gradients, in a message of its own: Horovod never fuses
-    float64 with float32.
+    reduction then overlaps with that of the gradients.
     """
     values = values.detach().to("cpu", torch.float64)
     if not is_distributed():
@@ -346,9 +336,8 @@ def metric_average(value: float | torch.Tensor, name: str) -> float:
 def broadcast_object(value: Any, name: str, root_rank: int = 0) -> Any:
     """Return rank `root_rank`'s `value` on every rank: any picklable value of any size.
 
-    Tensors in nested dicts, lists and tuples are sent one by one, in messages of at most
-    `MAX_BROADCAST_BYTES`, and arrive on the CPU. Horovod's own `broadcast_object` pickles all of
-    them into one message, whose size must be below 2 GiB.
+    Tensors in nested dicts, lists and tuples are sent one by one, and arrive on the CPU: Horovod's
+    own `broadcast_object` pickles all of them into one message, which must be below 2 GiB.
     """
     if not is_distributed():
         return value
@@ -508,11 +497,9 @@ def synchronize(optimizer: torch.optim.Optimizer) -> None:
         optimizer.synchronize()
 
 
-@contextmanager
-def already_synchronized(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def already_synchronized(optimizer: torch.optim.Optimizer) -> AbstractContextManager[Any]:
     """Return a context in which `step()` does not reduce the gradients a second time."""
-    with optimizer.skip_synchronize() if hasattr(optimizer, "skip_synchronize") else nullcontext():
-        yield
+    return getattr(optimizer, "skip_synchronize", nullcontext)()
 
 
 def is_lost_rank_error(error: BaseException) -> bool:
@@ -525,10 +512,6 @@ def _rank_in_environment() -> str:
     getenv = ctypes.CDLL(None).getenv
     getenv.restype = ctypes.c_char_p
     return getenv(b"HOROVOD_RANK").decode()
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _export_settings(settings: DistributedConfig) -> None:
