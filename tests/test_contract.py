@@ -195,6 +195,9 @@ def test_interactive_generation_api(trained, monkeypatch, capsys):
 
 
 def test_configuration_api(monkeypatch):
+    from horovod_lm.data import load_preprocessed_data
+    from horovod_lm.generate import generate_text
+    from horovod_lm.models.transformer_lm import TransformerLM
     from horovod_lm.utils.config import Config, load_config
 
     monkeypatch.chdir(ROOT)
@@ -205,6 +208,9 @@ def test_configuration_api(monkeypatch):
     batch_size = config.training.per_gpu_batch_size
     config_dict = config.to_dict()
     assert (model_dim, learning_rate, batch_size) == (768, 3e-4, 16)
+    assert Config().model.model_dump() == config.model.model_dump() == defaults(TransformerLM)
+    assert Config().generation.model_dump().items() <= defaults(generate_text).items()
+    assert Config().data.data_dir == defaults(load_preprocessed_data)["data_dir"]
     sections = ("model", "training", "data", "generation", "paths", "distributed")
     assert set(sections) <= set(config_dict)
     assert config.distributed.compression == "none"

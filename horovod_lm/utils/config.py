@@ -13,7 +13,7 @@ import os
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
-from difflib import SequenceMatcher
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -519,14 +519,10 @@ def _dotted_key(loc: tuple[int | str, ...]) -> str:
 def _nearest_key(key: str) -> str | None:
     """Return the valid key whose last word is most like the one of `key`, or None."""
     hosts = [f"distributed.hosts.0.{name}" for name in HostConfig.model_fields]
-    valid_keys = [*Config.model_fields, *all_settings(), *hosts]
-
-    def likeness(valid: str) -> tuple[float, float]:
-        words = valid.rpartition(".")[2], key.rpartition(".")[2]
-        return SequenceMatcher(None, *words).ratio(), SequenceMatcher(None, valid, key).ratio()
-
-    best = max(valid_keys, key=likeness)
-    return best if max(likeness(best)) > 0.6 else None
+    valid_keys = [*hosts, *all_settings(), *Config.model_fields]
+    by_word = {valid.rpartition(".")[2]: valid for valid in valid_keys}
+    nearest = get_close_matches(key.rpartition(".")[2], by_word, n=1)
+    return by_word[nearest[0]] if nearest else None
 
 
 def _short(value: Any) -> str:

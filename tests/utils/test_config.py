@@ -116,23 +116,6 @@ def test_the_options_of_a_command_are_explained_as_the_settings_are():
         assert options[name] == field.description
 
 
-def test_defaults_are_the_contracts():
-    config = Config()
-    model = {"vocab_size": 50257, "d_model": 768, "n_heads": 12, "n_layers": 12, "d_ff": 3072,
-             "max_seq_len": 512, "dropout": 0.1, "pad_token_id": 50256,
-             "gradient_checkpointing": False}  # fmt: skip
-    generation = {"max_new_tokens": 100, "temperature": 0.8, "top_k": 50, "top_p": 0.9,
-                  "num_samples": 1, "seed": None}  # fmt: skip
-    assert config.model.model_dump() == model
-    assert config.model == load_config(ROOT / "configs" / "config.yaml").model
-    assert config.generation.model_dump() == generation
-    assert config.training.learning_rate == 3e-4
-    assert config.training.per_gpu_batch_size == 16
-    assert config.training.gradient_accumulation_steps == 2
-    assert config.data.data_dir == "notebooks/data/preprocessed/v1"
-    assert config.distributed.compression == "none"
-
-
 # Round trips -----------------------------------------------------------------------------------
 
 
