@@ -82,6 +82,11 @@ def test_the_users_own_text_trains_and_talks(tiny_project, train, start):
     ("arguments", "sentence"),
     [
         ("--resume runs/nowhere", "runs/nowhere is not a run"),
+        ("--resume nowhere --elastic", "each host of an elastic run needs the run's folder"),
+        (
+            "--config configs/tiny.yaml --set model.d_model=10000000000",
+            "the model does not fit into memory: use smaller sizes in the section model",
+        ),
         ("--config configs/tni.yaml", "there is no configuration file configs/tni.yaml"),
         ("--config configs/tiny.yaml --set training.lr=1", "lr is not a setting"),
         (
@@ -243,11 +248,12 @@ def test_an_error_of_one_rank_alone_is_told_too(tiny_project, start):
 
 
 def test_a_checkpoint_that_knows_only_what_the_contract_names_can_be_resumed(
-    tiny_project, monkeypatch
+    tiny_project, monkeypatch, capsys
 ):
     """Saved by a user's own loop: no tokens, no best loss, no position in the data."""
     monkeypatch.chdir(tiny_project)
-    config = load_config("configs/tiny.yaml", ["training.max_steps=4"])
+    unwritable = [f"paths.{kind}_dir=configs/tiny.yaml" for kind in ("log", "tensorboard")]
+    config = load_config("configs/tiny.yaml", ["training.max_steps=4", *unwritable])
     config = config.with_overrides({"distributed.environment": {"TOKEN": "a-secret"}})
     model = build_model(config, eot_id=0)
     optimizer = build_optimizer(model, config.training)
@@ -258,6 +264,10 @@ def test_a_checkpoint_that_knows_only_what_the_contract_names_can_be_resumed(
     result = run_distributed_training(config, 0, 1, 0, resume_checkpoint=saved, run_name="own")
     assert result.steps == 4 and result.validation_loss > 0
     assert [row["step"] for row in read_metrics(result.run_dir, "train")] == [3, 4]
+    # Logs and events that cannot be written do not end training, and this is said once.
+    warnings = capsys.readouterr().err.splitlines()
+    for line, path in zip(warnings, ("tiny.yaml/rank0.jsonl", "tiny.yaml"), strict=True):
+        assert f"{path} cannot be written (File exists): training goes on without it" in line
     # Environment variables, which may hold secrets, are not in checkpoints.
     assert b"a-secret" not in result.checkpoint.read_bytes()
     assert b"per_gpu_batch_size" in result.checkpoint.read_bytes()  # not compressed

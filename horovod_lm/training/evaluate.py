@@ -20,17 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over predicted tokens, not means, so that ranks can add them.
+    """Sums over predicted tokens, not means, so that ranks can add them."""
 
-    Attributes:
-        nats: summed cross-entropy.
-        tokens: number of predicted tokens.
-        correct: number of tokens predicted correctly: the most likely token was the target.
-    """
-
-    nats: float = 0.0
-    tokens: int = 0
-    correct: int = 0
+    nats: float = 0.0  # summed cross-entropy
+    tokens: int = 0  # predicted tokens
+    correct: int = 0  # tokens whose most likely prediction was the target
 
     @property
     def loss(self) -> float:

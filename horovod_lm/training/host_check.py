@@ -13,7 +13,6 @@ import platform
 import socket
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import psutil
 
 from horovod_lm.utils.config import Config, config_from_dict
 from horovod_lm.utils.errors import DistributedError
+from horovod_lm.utils.machine import package_version
 
 SECONDS_TO_CONNECT = 3.0
 HASH_LENGTH = 12
@@ -63,8 +63,8 @@ def host_facts(config: Config) -> dict[str, Any]:
         "host": socket.gethostname(),
         "user": getpass.getuser(),
         "python": platform.python_version(),
-        "torch": _installed("torch"),
-        "horovod": _installed("horovod"),
+        "torch": package_version("torch"),
+        "horovod": package_version("horovod"),
         "code": hash_of_code(Path(__file__).parents[1]),
         "data": hash_of_data(config.resolve(config.data.data_dir)),
         "interfaces": interfaces,
@@ -148,13 +148,6 @@ def call_peers(peers: dict[str, list[Any]]) -> dict[str, Any]:
         except OSError as error:
             failed[name] = f"{address}:{port} {error.strerror or error}"
     return {"reached": reached, "failed": failed}
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

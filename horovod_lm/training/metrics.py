@@ -70,9 +70,10 @@ class MetricsRecorder:
             self._table = self._try(
                 self._table_path, lambda: _open_table(self._table_path, resume_step)
             )
-            self._events = self._try(
-                tensorboard_dir, lambda: _open_events(tensorboard_dir, resume_step)
-            )
+            with contextlib.suppress(ImportError):  # TensorBoard is optional
+                self._events = self._try(
+                    tensorboard_dir, lambda: _EventFile(tensorboard_dir, resume_step)
+                )
 
     def record(self, phase: str, **values: Any) -> None:
         """Record one measurement.
@@ -211,20 +212,8 @@ def _open_lines(path: Path) -> Any:
     return open(path, "a", encoding="utf-8", buffering=1)
 
 
-def _open_events(folder: Path, resume_step: int | None) -> Any | None:
-    try:
-        return _EventFile(folder, resume_step)
-    except ImportError:  # TensorBoard is optional: the table has the same numbers
-        return None
-
-
 class _EventFile:
-    """Scalars for TensorBoard. `SummaryWriter` writes in a thread, whose errors are tracebacks.
-
-    Args:
-        folder: created if it does not exist.
-        resume_step: TensorBoard hides earlier events after this step; None: a new run.
-    """
+    """Scalars for TensorBoard. `SummaryWriter` writes in a thread, whose errors are tracebacks."""
 
     def __init__(self, folder: Path, resume_step: int | None) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -235,12 +224,11 @@ class _EventFile:
         name = f"events.out.tfevents.{int(time.time())}.{platform.node()}.{time.monotonic_ns()}"
         self._writer = RecordWriter(open(folder / name, "wb"))
         self._write(file_version="brain.Event:2")
-        if resume_step is not None:
+        if resume_step is not None:  # TensorBoard hides earlier events after this step
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._write(step=resume_step + 1, session_log=start)
 
     def add(self, step: int, numbers: dict[str, float]) -> None:
-        """Write the scalars of one step."""
         values = [self._summary.Value(tag=tag, simple_value=v) for tag, v in numbers.items()]
         self._write(step=step, summary=self._summary(value=values))
 

@@ -13,9 +13,9 @@ import secrets
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from horovod_lm.training.checkpoint import find_checkpoints
 from horovod_lm.utils.config import RUN_NAME, Config, save_config
 from horovod_lm.utils.errors import ConfigError
+from horovod_lm.utils.machine import package_version
 
 LONGEST_NAME = 200  # bytes; file systems allow 255, and an archived run has a number as well
 _VARIABLES = re.compile("(=.*environment|environment.*?=).*", re.DOTALL)  # may be secret
@@ -70,7 +71,7 @@ class RunFolder:
         if not (self.run_dir / "run.json").exists() and not find_checkpoints(self.checkpoint_dir):
             return None
         folders = (self.run_dir, self.checkpoint_dir, self.log_dir, self.tensorboard_dir)
-        with RunLock(self):
+        with lock_run(self):
             for number in itertools.count(1):
                 targets = _resolve_paths(self.config, f"{self.name}.{number}")
                 if targets[0] == self.run_dir:  # `paths.run_dir` without the run's name
@@ -113,7 +114,7 @@ class RunFolder:
             "host": platform.node(),
             "platform": platform.platform(),
             "python": platform.python_version(),
-            "versions": {name: _version(name) for name in _PACKAGES},
+            "versions": {name: package_version(name) for name in _PACKAGES},
             "git_commit": _git_commit(config.project_root),
             "world_size": world_size,
             "threads_per_rank": torch.get_num_threads(),
@@ -137,8 +138,9 @@ def _resolve_paths(config: Config, run_name: str) -> list[Path]:
     return [config.resolve(folder, run_name) for folder in folders]
 
 
-class RunLock:
-    """Keeps other processes from writing a run and its checkpoints.
+@contextmanager
+def lock_run(run: RunFolder) -> Iterator[None]:
+    """Keep other processes from writing a run and its checkpoints.
 
     Other hosts see the lock if their shared disk supports POSIX locks; a disk without locks is not
     locked. The system releases the lock when the process ends, however it ends.
@@ -146,50 +148,35 @@ class RunLock:
     Raises:
         ConfigError: another process trains there, or a folder cannot be written.
     """
+    with ExitStack() as files:
+        # Both, because `paths` may give two runs the same checkpoints.
+        for folder in (run.run_dir, run.checkpoint_dir):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as error:
+                raise _cannot_be_written(folder, error) from None
+            files.callback(os.close, file)
+            _lock(file, folder)
+        yield
 
-    def __init__(self, run: RunFolder) -> None:
-        self._files: list[int] = []
-        try:
-            # Both, because `paths` may give two runs the same checkpoints.
-            for folder in (run.run_dir, run.checkpoint_dir):
-                self._lock(folder)
-        except BaseException:
-            self.release()
-            raise
 
-    def __enter__(self) -> RunLock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Let other processes train in the folders."""
-        while self._files:
-            os.close(self._files.pop())
-
-    def _lock(self, folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise _cannot_be_written(folder, error) from None
-        self._files.append(file)
-        try:
-            # Not `flock`, whose locks forked processes keep.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return  # a disk without locks
-            owner = os.read(file, 500).decode(errors="replace")
-            raise ConfigError(
-                f"another run trains in {folder} ({owner}): wait for its end, stop it, or choose"
-                " another run name"
-            ) from None
-        owner = f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}"
-        with suppress(OSError):  # the disk is full
-            os.ftruncate(file, 0)
-            os.pwrite(file, owner.encode(), 0)
+def _lock(file: int, folder: Path) -> None:
+    try:
+        # Not `flock`, whose locks forked processes keep.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a disk without locks
+        owner = os.read(file, 500).decode(errors="replace")
+        raise ConfigError(
+            f"another run trains in {folder} ({owner}): wait for its end, stop it, or choose"
+            " another run name"
+        ) from None
+    owner = f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}"
+    with suppress(OSError):  # the disk is full
+        os.ftruncate(file, 0)
+        os.pwrite(file, owner.encode(), 0)
 
 
 def _cannot_be_written(folder: Path, error: OSError) -> ConfigError:
@@ -217,13 +204,6 @@ def newest_run(config: Config) -> str | None:
         for file in pattern.parent.glob(f"{pattern.name}/run.json")
     }
     return max(started, key=started.__getitem__, default=None)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git_commit(folder: Path) -> str | None:

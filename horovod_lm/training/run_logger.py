@@ -8,6 +8,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.training.evaluate import Evaluation, perplexity
 from horovod_lm.training.metrics import MetricsRecorder, StepTimer
-from horovod_lm.training.run_dir import RunFolder, RunLock
+from horovod_lm.training.run_dir import RunFolder, lock_run
 from horovod_lm.utils.cli import command, program, shown
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.distributed import elastic_launcher, gather_objects, on_rank_0
@@ -67,8 +68,7 @@ class RunLogger:
     Args:
         config: the configuration; written to the run's folder.
         run: the run's folder. For a new run, an existing one is renamed.
-        rank: this process's number.
-        world_size: number of ranks.
+        rank, world_size: this process's number, and how many there are.
         devices: the devices of all ranks, in one line.
         progress: prints for rank 0.
         resume_step: the step to resume from; None: a new run.
@@ -86,7 +86,7 @@ class RunLogger:
     ) -> None:
         self.config, self.run, self.world_size, self.progress = config, run, world_size, progress
         self.devices = devices
-        self._lock: RunLock | None = None  # of rank 0
+        self._open = ExitStack()  # rank 0's lock of the folder, and the files
         # Horovod: horovodrun's names of the hosts; gathered now, while no rank is lost.
         host = os.environ.get("HOROVOD_HOSTNAME", platform.node())
         self._hosts = gather_objects(host, name="hosts_of_ranks")
@@ -94,11 +94,12 @@ class RunLogger:
             # Horovod: no rank writes into a folder before rank 0 has renamed it.
             on_rank_0(lambda: self._open_folder(is_new=resume_step is None), "open_folder")
         except BaseException:
-            self._release()
+            self._open.close()
             raise
         self.recorder = MetricsRecorder(
             run.run_dir, run.log_dir, run.tensorboard_dir, rank, resume_step
         )
+        self._open.callback(self.recorder.close)
         self._started = time.perf_counter()
         self._steps = self._tokens = 0
         self._training_seconds = 0.0
@@ -108,12 +109,8 @@ class RunLogger:
         earlier = self.run.archive_existing_run() if is_new else None
         if earlier is not None:
             self.progress.say(f"an earlier run of this name is now {shown(earlier)}")
-        self._lock = RunLock(self.run)
+        self._open.enter_context(lock_run(self.run))
         self.run.describe(self.config, self.world_size, self.devices)
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
 
     @property
     def seconds(self) -> float:
@@ -219,8 +216,7 @@ class RunLogger:
 
     def close(self) -> None:
         """Close the files, and let other processes train in the run's folder."""
-        self.recorder.close()
-        self._release()
+        self._open.close()
 
     def _record(self, phase: str, state: TrainState, loss: float, **values: float) -> None:
         self.recorder.record(
@@ -255,7 +251,7 @@ def resume_command(
     options: list[str | Path] = ["--resume", checkpoint or run_dir]
     if checkpoint and checkpoint.parent.parent != run_dir:
         options += ["--config", run_dir / "config.yaml", "--run-name", run_dir.name]
-    if elastic:
+    if elastic or "SLURM_STEP_ID" in os.environ:  # only the user knows the call
         words = shlex.join(shown(one) if isinstance(one, Path) else one for one in options)
         return f"start the same call again with {words}"
     horovodrun = [program("horovodrun"), "-np", str(len(hosts))]

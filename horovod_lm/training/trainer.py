@@ -117,11 +117,9 @@ class Trainer:
     """Trains one rank's replica of the model.
 
     Args:
-        config: the configuration.
+        config, rank, world_size: as for `run_distributed_training`.
         run_folder: the folder of the run, new or resumed.
-        rank: this process's number among `world_size`.
-        world_size: number of ranks.
-        device: this rank's device, and the path of its gradients.
+        device: this rank's device, and where its gradients are reduced.
         progress: prints for rank 0.
         stop: whether the user has asked to stop.
         resume: the content of the checkpoint to resume from, the same on every rank.
@@ -159,8 +157,7 @@ class Trainer:
     def _build(self, staged: bool) -> None:
         """Build data, model and optimizer, the same on every rank except for its part of the data.
 
-        Args:
-            staged: reduce gradients in CPU memory.
+        `staged` reduces gradients in CPU memory.
         """
         config = self.config
         data_dir = config.resolve(config.data.data_dir)
@@ -299,7 +296,7 @@ class Trainer:
         return learning_rate, gradient_norm
 
     def _check_finite(self, what: str, value: float) -> None:
-        """Raise DivergenceError if `value`, the same on every rank, is not finite."""
+        """Raise DivergenceError if `value` is not finite; it is the same on every rank."""
         if math.isfinite(value):
             return
         step = self.state.global_step + (what != "validation loss")
@@ -484,11 +481,22 @@ class Trainer:
 
 
 def build_model(config: Config, eot_id: int | None = None) -> TransformerLM:
-    """Return an untrained model; `pad_token_id: null` in the configuration means `eot_id`."""
+    """Return an untrained model; `pad_token_id: null` in the configuration means `eot_id`.
+
+    Raises:
+        ConfigError: the model does not fit into memory.
+    """
     settings = config.model.model_dump()
     if settings["pad_token_id"] is None:
         settings["pad_token_id"] = eot_id
-    return TransformerLM(**settings)
+    try:
+        return TransformerLM(**settings)
+    except (RuntimeError, TypeError) as error:  # torch's allocator; sizes beyond 64 bits
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            "the model does not fit into memory: use smaller sizes in the section model of the"
+            f" configuration ({reason})"
+        ) from error
 
 
 def check_can_compile(device: torch.device) -> None:

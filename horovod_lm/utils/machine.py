@@ -1,4 +1,4 @@
-"""The machine's resources for a process: cores, memory, GPU driver, bfloat16 instructions.
+"""What this machine has: cores, memory, GPU driver, bfloat16 instructions, packages.
 
 Importing this module does not import torch: the installer uses it too.
 """
@@ -11,6 +11,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,6 +150,14 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and bool(_BFLOAT16_CPU_FLAGS & cpu_flags())
+
+
+def package_version(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def cpu_flags() -> set[str]:

@@ -14,8 +14,8 @@ import torch
 
 from horovod_lm.training.run_dir import (
     RunFolder,
-    RunLock,
     default_run_name,
+    lock_run,
     newest_run,
     read_sessions,
 )
@@ -118,11 +118,11 @@ def test_checkpoints_elsewhere_go_with_their_run(config, tmp_path):
 
 TRAIN_FOR_A_MINUTE = """
 import sys, time
-from horovod_lm.training.run_dir import RunFolder, RunLock
+from horovod_lm.training.run_dir import RunFolder, lock_run
 from horovod_lm.utils.config import Config
-lock = RunLock(RunFolder.of(Config().with_overrides(sys.argv[2:]), sys.argv[1]))
-print("locked", flush=True)
-time.sleep(60)
+with lock_run(RunFolder.of(Config().with_overrides(sys.argv[2:]), sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
 """
 
 
@@ -135,13 +135,14 @@ def test_a_run_has_one_owner_until_its_process_ends(config):
     same_checkpoints = config.with_overrides({"paths.checkpoint_dir": str(run.checkpoint_dir)})
     who = rf"another run trains in .* \(process {owner.pid} on {platform.node()} since 20"
     for second in (run, RunFolder.of(same_checkpoints, "second")):
-        with pytest.raises(ConfigError, match=who):
-            RunLock(second)
+        with pytest.raises(ConfigError, match=who), lock_run(second):
+            pytest.fail("two runs train in one folder")
     with pytest.raises(ConfigError, match=who):
         run.archive_existing_run()
     owner.kill()
     owner.communicate()
-    RunLock(run).release()
+    with lock_run(run):
+        pass
     assert run.archive_existing_run()
 
 
