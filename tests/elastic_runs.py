@@ -156,19 +156,27 @@ def what_was_said(output: str, world: dict[str, Any]) -> str:
 
 
 def assert_nothing_was_lost(run: ElasticRun, tiny_project: Path) -> None:
-    """Check each step: all ranks equal, every sample once, repeated steps counted."""
+    """Check each step: all ranks equal, every sample once, repeated steps counted.
+
+    A lost rank may have taken part in a committed step without having recorded it.
+    """
     history = run.history()
     assert sorted(history) == [*range(1, STEPS + 1)]
+    committed = {world["step"] for world in run.worlds() if world["why"] == "a rank was lost"}
     samples: dict[int, Counter] = {}
+    unrecorded = set()
     for step, lines in history.items():
-        assert sorted(line["rank"] for line in lines) == [*range(lines[0]["ranks"])], step
+        missing = {*range(lines[0]["ranks"])} - {line["rank"] for line in lines}
+        assert not missing or (step in committed and len(missing) == 1), step
+        unrecorded |= {lines[0]["epoch"]} if missing else set()
         assert len({line["fingerprint"] for line in lines}) == 1, f"replicas differ at {step}"
         for line in lines:
             samples.setdefault(line["epoch"], Counter()).update(line["samples"])
     train_loader, _ = get_dataloaders(load_config(tiny_project / "configs" / "tiny.yaml"), 0, 1)
     for epoch, seen in samples.items():
         whole = Counter(range(len(train_loader.dataset)))
-        assert seen == whole if epoch < max(samples) else seen <= whole, epoch
+        is_whole = epoch < max(samples) and epoch not in unrecorded
+        assert seen == whole if is_whole else seen <= whole, epoch
     replayed = sum(world["steps_lost"] for world in run.worlds())
     rows = read_metrics(run.folder, "train")
     assert [row["step"] for row in rows] == [*range(1, STEPS + 1)]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import pickle
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -153,78 +150,15 @@ def test_the_folder_is_synced_after_the_rename(tmp_path, trained, monkeypatch):
     assert calls == ["file", "rename", "folder"]
 
 
-SAVE_ON_A_FULL_DISK = """
-import resource, sys, torch
-from horovod_lm.training.checkpoint import save_checkpoint
-from horovod_lm.utils.errors import CheckpointError
-model = torch.nn.Linear(300, 300)
-for limit in sys.argv[2:]:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
-    try:
-        save_checkpoint(model, None, 0, 1, 1.0, sys.argv[1], "final_model.pt")
-    except CheckpointError as error:
-        print(error, file=sys.stderr)
-"""
-
-
-def test_a_full_disk_is_a_sentence_and_leaves_the_old_file(tmp_path, trained):
-    old = trained.save(tmp_path).read_bytes()
-    limits = [0, 1000, 200_000, 360_000]
-    done = subprocess.run(
-        [sys.executable, "-c", SAVE_ON_A_FULL_DISK, str(tmp_path), *map(str, limits)],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    errors = done.stderr.splitlines()
-    assert len(errors) == len(limits), done.stderr
-    for error in errors:
-        assert error.startswith(f"the checkpoint {tmp_path / FINAL} cannot be written (File too la")
-    assert (tmp_path / FINAL).read_bytes() == old
-    assert [path.name for path in tmp_path.iterdir()] == [FINAL]
-
-
 def test_a_checkpoint_cut_at_any_byte_is_a_sentence(tmp_path, content):
     path = tmp_path / "cut.pt"
-    ends = {*range(0, 200), *range(0, len(content), 97), *range(len(content) - 300, len(content))}
+    ends = {*range(0, 100), *range(0, len(content), 197), *range(len(content) - 100, len(content))}
     for end in ends:
         path.write_bytes(content[:end])
         said = complaint(read_checkpoint, path)
         assert f"{path} is damaged or truncated" in said, end
     path.write_bytes(content)
     assert read_checkpoint(path)["global_step"] == 13
-
-
-class Malicious:
-    """Unpickled, it runs a command."""
-
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-@pytest.mark.parametrize("place", ["whole", "beside", "in the model", "plain pickle"])
-def test_a_checkpoint_that_contains_code_is_refused_and_not_executed(tmp_path, content, place):
-    marker, path = tmp_path / "it ran", tmp_path / "hostile.pt"
-    bomb = Malicious(f"touch '{marker}'")
-    path.write_bytes(content)
-    good = torch.load(path, weights_only=True)
-    hostile = {
-        "whole": bomb,
-        "beside": {**good, "extra": bomb},
-        "in the model": {**good, "model": {"w": bomb}},
-    }
-    if place == "plain pickle":
-        path.write_bytes(pickle.dumps(bomb))
-    else:
-        torch.save(hostile[place], path)
-    for read in (read_checkpoint, lambda path: load_checkpoint(path, Setup().model)):
-        assert str(path) in complaint(read, path)
-    assert "could execute code" in complaint(read_checkpoint, path)
-    assert not marker.exists()
-    if place != "plain pickle":  # the bomb is live: an unsafe load does run it
-        torch.load(path, weights_only=False)
-        assert marker.exists()
 
 
 def test_a_missing_checkpoint_names_what_is_there(tmp_path, trained):
@@ -237,9 +171,19 @@ def test_a_missing_checkpoint_names_what_is_there(tmp_path, trained):
     assert str(tmp_path / "file" / FINAL) in said and "cannot be written" in said
 
 
+class Code:
+    """Unpickled, it makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        (lambda whole: Code(), "could execute code"),
+        (lambda whole: {**whole, "extra": Code()}, "could execute code"),
+        (lambda whole: {**whole, "model": {"w": Code()}}, "could execute code"),
         (lambda whole: {"a": 1}, "not a checkpoint of horovod_lm"),
         (lambda whole: whole | {"model": 3}, "not a checkpoint of horovod_lm"),
         (lambda whole: whole["model"], "not a checkpoint of horovod_lm"),
@@ -250,13 +194,15 @@ def test_a_missing_checkpoint_names_what_is_there(tmp_path, trained):
         (lambda whole: whole | {"optimizer": None}, "has no optimizer state"),
     ],
 )
-def test_another_content_is_a_sentence(tmp_path, content, change, says):
+def test_another_content_is_a_sentence(tmp_path, content, monkeypatch, change, says):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "other.pt"
     path.write_bytes(content)
     torch.save(change(torch.load(path, weights_only=True)), path)
     other = Setup()
     said = complaint(load_checkpoint, path, other.model, other.optimizer)
     assert says in said and str(path) in said
+    assert not os.path.exists("executed")
 
 
 @pytest.mark.parametrize(
