@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from horovod_lm.jupyter.run_cell.horovodrun_job import (
-    COMMAND_GRACE_PERIOD,
     JobProcess,
     JobSpec,
     require_horovod,
@@ -28,12 +27,22 @@ from horovod_lm.jupyter.run_cell.horovodrun_job import (
 from horovod_lm.jupyter.run_cell.job_result import RankError
 from horovod_lm.jupyter.widgets.dashboard_view import RunView
 from horovod_lm.launch.elastic_hosts import elastic_command, loopback_name, read_hosts, write_hosts
-from horovod_lm.launch.hosts import check_names, horovodrun_command, write_hostfile
+from horovod_lm.launch.hosts import (
+    check_names,
+    environment_file,
+    explain,
+    horovodrun_command,
+    silent_hosts,
+    with_environment,
+    write_environment,
+    write_hostfile,
+)
+from horovod_lm.training.checkpoint import find_checkpoints
 from horovod_lm.training.metrics import COLUMNS, read_metrics
 from horovod_lm.training.run_dir import RunFolder, default_run_name
 from horovod_lm.utils.cli import shown
-from horovod_lm.utils.config import Config, load_config, save_config
-from horovod_lm.utils.errors import ConfigError
+from horovod_lm.utils.config import Config, DistributedConfig, load_config, save_config
+from horovod_lm.utils.errors import ConfigError, DistributedError
 from horovod_lm.utils.progress import format_seconds
 
 if TYPE_CHECKING:
@@ -42,6 +51,7 @@ if TYPE_CHECKING:
     from horovod_lm.jupyter.widgets.dashboard import Dashboard
 
 POLL_INTERVAL = 0.2  # seconds
+GRACE_PERIOD = 8.0  # seconds that ranks have to save a checkpoint after SIGTERM
 _JOBS: WeakValueDictionary[Path, TrainingJob] = WeakValueDictionary()  # of this kernel, by folder
 HOSTS_FILE = "hosts"  # in the folder of an elastic run: a line for each of its workers
 
@@ -70,7 +80,7 @@ def launch(
 
     Raises:
         ConfigError: a setting is wrong, the run is training already, or there is nothing to resume.
-        DistributedError: Horovod is not installed.
+        DistributedError: Horovod is not installed, or a host cannot be reached.
     """
     require_horovod()
     if not isinstance(config, Config):
@@ -84,21 +94,33 @@ def launch(
             f"run {run.name!r} is training already ({other.status}): call stop() of its job first,"
             " or choose another run_name"
         )
-    if resume and not (run.run_dir / "config.yaml").is_file():
-        raise ConfigError(f"there is no run {run.name!r} to resume in {run.run_dir.parent}")
+    if resume and not find_checkpoints(run.checkpoint_dir):
+        raise ConfigError(
+            f"run {run.name!r} has no checkpoint to resume from in {run.checkpoint_dir}: leave out"
+            " resume=True to start it"
+        )
     hosts = {} if elastic else {host.name: host.slots for host in config.distributed.hosts}
     size = _size(np, sum(hosts.values()))
     if hosts:
         check_names(config)
+    given = config.distributed.threads_per_rank
+    wanted = threads or (None if given == "auto" else given)
+    share = threads_per_rank(max(hosts.values(), default=size), wanted)
     try:
         if not resume:
             run.archive_existing_run()
             save_config(config, run.run_dir / "config.yaml")
-        spec = _spec(config, run, hosts, size, resume, elastic, threads)
+        call = _call(config, run, size, resume, elastic)
     except OSError as error:
         raise ConfigError(
             f"the run's folder {run.run_dir} cannot be written: {error.strerror}"
         ) from None
+    # Elastic ranks divide the cores themselves whenever their number changes.
+    env = {} if elastic and not threads else {"OMP_NUM_THREADS": str(share)}
+    spec = JobSpec(
+        size, call, env, what=f"run {run.name}", elastic=elastic, log_dir=run.log_dir,
+        grace_period=GRACE_PERIOD, cwd=str(config.project_root),
+    )  # fmt: skip
     job = _JOBS[run.run_dir] = TrainingJob(run, spec)
     return job
 
@@ -146,9 +168,10 @@ class TrainingJob:
         if self.is_running:
             return f"running: {', '.join(known)}" if known else "starting"
         after = "after " + ", ".join([*known, format_seconds(self._process.seconds)])
-        if self._process.result.reason == "stopped":
+        if self._process.result.was_stopped:
             config = shown(self.run.run_dir / "config.yaml")
-            call = f"launch({config!r}, {self.size}, run_name={self.run.name!r}, resume=True)"
+            how = "resume=True, elastic=True" if self._process.result.elastic else "resume=True"
+            call = f"launch({config!r}, {self.size}, run_name={self.run.name!r}, {how})"
             return f"stopped by you {after}; to resume: {call}"
         if self.error is not None:
             log = self.run.log_dir / f"console-rank{self.error.rank or 0}.log"
@@ -273,16 +296,8 @@ class TrainingJob:
             self._view.update()  # for the last time: a later run of this name takes the folder
 
 
-def _spec(
-    config: Config,
-    run: RunFolder,
-    hosts: dict[str, int],
-    size: int,
-    resume: bool,
-    elastic: bool,
-    threads: int | None,
-) -> JobSpec:
-    """Return the job of a run whose configuration is in its folder."""
+def _call(config: Config, run: RunFolder, size: int, resume: bool, elastic: bool) -> list[str]:
+    """Return the call of horovodrun for a run whose configuration is in its folder."""
     training = [sys.executable, "-m", "horovod_lm.train"]
     if resume:
         training += ["--resume", str(run.run_dir)]
@@ -291,27 +306,18 @@ def _spec(
     if elastic:
         names = [f"{loopback_name(number)}:1" for number in range(size)]
         hosts_file = write_hosts(run.run_dir / HOSTS_FILE, names)
-        call = elastic_command([*training, "--elastic"], hosts_file)
-    elif hosts:
-        hostfile = write_hostfile(config, run.run_dir / "hostfile")
-        call = horovodrun_command(config, training, hostfile)
-    else:
-        call = ["horovodrun", "-np", str(size), *training]
-    if not elastic:
-        given = config.distributed.threads_per_rank
-        threads = threads or (None if given == "auto" else given)
-        threads = threads_per_rank(max(hosts.values(), default=size), threads)
-    return JobSpec(
-        size=size,
-        call=call,
-        # Elastic ranks divide the cores themselves whenever their number changes.
-        env={"OMP_NUM_THREADS": str(threads)} if threads else {},
-        what=f"run {run.name}",
-        elastic=elastic,
-        grace_period=COMMAND_GRACE_PERIOD,
-        log_dir=run.log_dir,
-        cwd=str(config.project_root),
-    )
+        # Not its hosts, interface and ssh: all workers are here.
+        here = Config(distributed=DistributedConfig(environment=config.distributed.environment))
+        return elastic_command([*training, "--elastic"], hosts_file, config=here)
+    hostfile = run.run_dir / "hostfile"
+    if not config.distributed.hosts:
+        write_environment(config, hostfile)
+        return ["horovodrun", "-np", str(size), *with_environment(config, hostfile, training)]
+    variables = environment_file(write_hostfile(config, hostfile))
+    # The hosts need not share a disk.
+    if variables.exists() and (silent := silent_hosts(config, copied=variables)):
+        raise DistributedError(explain(config, [], silent, run.run_dir / "config.yaml"))
+    return horovodrun_command(config, training, hostfile)
 
 
 def _size(np: int | None, slots: int) -> int:

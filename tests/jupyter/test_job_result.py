@@ -6,6 +6,7 @@ import codecs
 import os
 import random
 import socket
+import threading
 
 import pytest
 from hypothesis import given
@@ -114,6 +115,8 @@ def test_errors_and_values_that_python_cannot_show_or_load_are_said():
     file = OSError(b"caf\xe9".decode("utf-8", "surrogateescape"))
     shown = [rank_cell.describe(error)["text"] for error in (file, Unusual())]
     assert shown == [r"caf\udce9", "<exception str() failed>"]
+    with pytest.raises(TypeError, match="^the last value, a lock, cannot be sent to the notebook"):
+        rank_cell.pickled_value(threading.Lock())
     with pytest.raises(RankError, match=r"value of rank 1 cannot be loaded .*ValueError: invalid"):
         load_value(1, rank_cell.pickled_value(Unusual()))
 

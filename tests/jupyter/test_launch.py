@@ -17,8 +17,8 @@ from horovod_lm.jupyter.launch import TrainingJob, launch
 from horovod_lm.jupyter.run_cell.job_result import RankError
 from horovod_lm.jupyter.widgets.dashboard_view import RunView
 from horovod_lm.training.checkpoint import read_checkpoint
-from horovod_lm.utils.errors import ConfigError
-from tests.conftest import ROOT
+from horovod_lm.utils.errors import ConfigError, DistributedError
+from tests.conftest import FULL, ROOT
 from tests.jupyter.conftest import (
     children,
     is_left_over,
@@ -31,8 +31,9 @@ pytestmark = [pytest.mark.horovod, needs_horovod, pytest.mark.usefixtures("nothi
 CONFIG = "configs/tiny.yaml"
 LONG = {
     "training": {"max_steps": 100_000, "num_epochs": 100_000, "eval_interval": 1000},
-    "distributed": {"gloo_timeout_seconds": 8},
+    "distributed": {"gloo_timeout_seconds": 8, "environment": {"MINE": "a secret"}},
 }
+ABSENT = {"distributed": {"hosts": [{"name": "192.0.2.1", "slots": 1}], "environment": {"A": "b"}}}
 SECONDS_TO_DETECT = 10
 
 
@@ -97,6 +98,7 @@ async def ticks_until(job: TrainingJob) -> int:
 
 def test_a_stopped_job_has_saved_goes_on_and_is_kept_when_its_name_is_taken_anew(running):
     job = running(run_name="stopped_twice")
+    assert psutil.Process(job.processes[1]).environ()["MINE"] == "a secret"
     with pytest.raises(ConfigError, match="run stopped_twice is not elastic"):
         job.add_worker()
     status = job.stop()
@@ -116,7 +118,9 @@ def test_a_stopped_job_has_saved_goes_on_and_is_kept_when_its_name_is_taken_anew
     assert (again.run.run_dir.with_name("stopped_twice.1") / "metrics.csv").read_text() == table
 
 
-@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
+@pytest.mark.parametrize(
+    ("rank", "number"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)][: None if FULL else 1]
+)
 def test_a_dead_or_frozen_rank_is_named_in_time(running, rank, number, note_fault):
     job = running(run_name=f"dead{rank}{number}")
     wait_until(lambda: any(job.run.checkpoint_dir.glob("*.pt")), 30, "a checkpoint")
@@ -204,7 +208,8 @@ def test_ranks_end_when_the_supervisor_itself_is_killed(running):
             {"np": 3, "overrides": {"distributed.hosts": [{"name": "localhost", "slots": 2}]}},
             "np=3 does not fit the hosts' 2 slots",
         ),
-        ({"run_name": "nobody", "resume": True}, "there is no run 'nobody' to resume"),
+        ({"np": 10**11, "elastic": True}, "100000000000 ranks are too many: with "),
+        ({"run_name": "nobody", "resume": True}, "run 'nobody' has no checkpoint to resume from"),
         (
             {"overrides": {"paths.run_dir": "/proc/{run_name}"}},
             "the run's folder /proc/.* cannot be written: No such file",
@@ -219,16 +224,24 @@ def test_what_cannot_be_launched_is_one_sentence(options, sentence):
     assert children() == []
 
 
+def test_the_variables_of_the_ranks_are_copied_to_their_hosts_first():
+    # That they are read there: test_variables_reach_the_ranks_of_their_host_and_no_command_line
+    with pytest.raises(DistributedError, match=r"^cannot reach 192.0.2.1 \("):
+        launch(CONFIG, overrides=ABSENT, run_name="absent")
+
+
 def test_an_elastic_job_loses_a_rank_gains_another_and_can_be_stopped(running):
     job = running(run_name="elastic", elastic=True)
     wait_until(lambda: len(job.processes) == 2, 30, "both ranks")
+    assert psutil.Process(job.processes[1]).environ()["MINE"] == "a secret"
     os.kill(job.processes[1], signal.SIGKILL)
     wait_until(lambda: worlds(job) == [1], 60, "a world of one rank")
     assert job.is_running and job.add_worker() == "127.0.0.01"
     wait_until(lambda: worlds(job) == [1, 2], 90, "a world of two ranks again")
     with pytest.raises(ConfigError, match="there is no worker 'mars': there are localhost, 127"):
         job.remove_worker("mars")
-    assert job.stop().startswith("stopped by you after step ")
+    status = job.stop()
+    assert status.startswith("stopped by you after step ") and "elastic=True)" in status
     assert read_checkpoint(job.run.checkpoint_dir)["world_changes"] == 2
 
 

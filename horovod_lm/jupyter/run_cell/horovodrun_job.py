@@ -21,8 +21,6 @@ from horovod_lm.utils.errors import ConfigError, DistributedError
 from horovod_lm.utils.machine import available_cores
 
 HOROVODRUN = "horovod_lm.jupyter.run_cell.framed_horovodrun"
-CELL_GRACE_PERIOD = 2.0  # seconds that ranks have to end after SIGTERM
-COMMAND_GRACE_PERIOD = 8.0  # the same for a command, which may save a checkpoint
 MOST_RANKS_PER_CORE = 32
 
 
@@ -34,7 +32,7 @@ class JobSpec:
         size: the number of ranks.
         call: horovodrun with its options, and what each rank runs.
         env: environment variables of every rank, on top of the kernel's.
-        what: a name for it in error messages.
+        what: its name in error messages.
         elastic: whether ranks may come and go.
         cell_folder: the folder that `rank_cell.write_cell` has filled; None: no cell is run.
         grace_period: seconds between SIGTERM and SIGKILL when it is stopped.
@@ -48,7 +46,7 @@ class JobSpec:
     what: str = "the cell"
     elastic: bool = False
     cell_folder: Path | None = None
-    grace_period: float = CELL_GRACE_PERIOD
+    grace_period: float = 2.0
     log_dir: Path | None = None
     cwd: str = field(default_factory=os.getcwd)
 

@@ -1,4 +1,4 @@
-"""`%%horovodrun` runs a cell on new ranks, `%horovodrun` a command; `%%px` a cell on live ranks.
+"""`%%horovodrun` runs a cell on new ranks; `%%px` runs a cell on live ranks.
 
     %load_ext horovod_lm.jupyter
 
@@ -14,7 +14,7 @@ so that the same cell always shows the same text.
     %%px                       every live rank of a HorovodCluster
     %%px --out sizes           a list of each rank's last value, by rank
 
-`%horovodrun?` and `%px?` list the options.
+`%%horovodrun?` and `%%px?` list the options.
 """
 
 from __future__ import annotations
@@ -26,32 +26,23 @@ import sys
 import tempfile
 import traceback
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
-from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
+from IPython.core.magic import Magics, cell_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import argument, magic_arguments
 
 from horovod_lm.jupyter.run_cell import rank_cell
 from horovod_lm.jupyter.run_cell.horovodrun_job import (
-    COMMAND_GRACE_PERIOD,
     JobProcess,
     JobSpec,
     stall_settings,
     threads_per_rank,
 )
-from horovod_lm.jupyter.run_cell.job_result import (
-    JobResult,
-    RankError,
-    StallReports,
-    readable,
-)
+from horovod_lm.jupyter.run_cell.job_result import JobResult, RankError, StallReports, readable
 from horovod_lm.utils.errors import ConfigError, DistributedError
-
-STALL_SECONDS = 20  # that the ranks of a cell wait for a missing one
 
 
 @magics_class
@@ -62,65 +53,38 @@ class HorovodMagics(Magics):
 
     # fmt: off
     @no_var_expand
-    @line_cell_magic
+    @cell_magic
     @magic_arguments()
     @argument("-np", "--num-proc", dest="np", type=int, default=2, metavar="N",
               help="number of ranks (default: 2)")
-    @argument("--stall", type=int, metavar="SECONDS",
-              help="end the job when ranks have waited for another one for this time, with a"
-              f" warning before (0: never; default: {STALL_SECONDS} for a cell; a command sets it"
-              " itself)")
+    @argument("--stall", type=int, default=20, metavar="SECONDS",
+              help="end the cell when ranks have waited for another one for this time, with a"
+              " warning before (0: never; default: 20)")
     @argument("--threads", type=int, metavar="N",
               help="CPU threads of each rank (default: an equal share)")
     @argument("--timeline", metavar="FILE", help="record Horovod's timeline of rank 0")
     @argument("--push", default="", metavar="A,B",
               help="variables of the notebook that the cell sees")
     @argument("--out", metavar="NAME", help="a list of each rank's last value, by rank")
-    @argument("command", nargs=argparse.REMAINDER, metavar="COMMAND",
-              help="the command that %%horovodrun runs")
     # fmt: on
-    def horovodrun(self, line: str, cell: str | None = None) -> None:
-        """Run a cell (%%horovodrun) or a command (%horovodrun) on new ranks of this host."""
-        if cell is None:
-            line = self.shell.var_expand(line)
+    def horovodrun(self, line: str, cell: str) -> None:
+        """Run a cell on new ranks of this host."""
         arguments = _parse(self.horovodrun, line)
-        _check(arguments, cell)
-        if cell is None:
-            self._run_command(arguments)
-        else:
-            values = self._run_cell(arguments, cell)
-            if arguments.out:
-                self.shell.user_ns[arguments.out] = values
-
-    def _run_cell(self, arguments: argparse.Namespace, cell: str) -> list[Any]:
+        _check(arguments)
         _check_syntax(cell)
         pushed = self._pickle_variables(arguments.push)
-        if arguments.stall is None:
-            arguments.stall = STALL_SECONDS
+        spec = _spec(arguments)
         try:
-            with tempfile.TemporaryDirectory(prefix="horovodrun-") as name:
-                folder = Path(name)
-                rank_cell.write_cell(folder, cell, pushed, bool(arguments.out))
-                spec = _spec(arguments, [sys.executable, "-m", rank_cell.__name__])
-                spec.cell_folder = folder
+            with tempfile.TemporaryDirectory(prefix="horovodrun-") as folder:
+                spec.cell_folder = Path(folder)
+                rank_cell.write_cell(spec.cell_folder, cell, pushed, bool(arguments.out))
                 result = _run(spec)
         except OSError as failure:  # for example a full disk
             raise DistributedError(f"the cell cannot be given to the ranks: {failure}") from None
         if error := result.error():
             raise error from None
-        return result.load_values()
-
-    def _run_command(self, arguments: argparse.Namespace) -> None:
-        command = list(arguments.command)
-        if command[0] in ("python", "python3"):
-            command[0] = sys.executable  # the kernel's, whatever is on PATH
-        spec = _spec(arguments, command)
-        spec.what = " ".join(command[1:3]) if command[0] == sys.executable else command[0]
-        spec.grace_period = COMMAND_GRACE_PERIOD
-        if error := _run(spec).error():
-            if isinstance(error, RankError):
-                error.trace = ""  # the last lines of its output were shown already
-            raise error from None
+        if arguments.out:
+            self.shell.user_ns[arguments.out] = result.load_values()
 
     def _pickle_variables(self, names: str) -> bytes:
         """Return a pickled dictionary of the notebook's variables with comma-separated names."""
@@ -142,24 +106,23 @@ class HorovodMagics(Magics):
 
     # fmt: off
     @no_var_expand
-    @line_cell_magic
+    @cell_magic
     @magic_arguments()
     @argument("--out", metavar="NAME", help="a list of each rank's last value, by rank")
     # fmt: on
-    def px(self, line: str, cell: str | None = None) -> None:
-        """Run a cell (%%px), or a line (%px), on the live ranks of a HorovodCluster."""
+    def px(self, line: str, cell: str) -> None:
+        """Run a cell on the live ranks of a HorovodCluster."""
         from horovod_lm.jupyter.live.cluster import HorovodCluster
 
-        arguments = _parse(self.px, line if cell is not None else "")
+        arguments = _parse(self.px, line)
         cluster = HorovodCluster.current
         if cluster is None:
             raise DistributedError("no cluster is running: HorovodCluster(n=2).start() starts one")
-        source = line if cell is None else cell
-        _check_syntax(source)
+        _check_syntax(cell)
         if arguments.out:
-            self.shell.user_ns[arguments.out] = cluster.run(source)
+            self.shell.user_ns[arguments.out] = cluster.run(cell)
         else:
-            cluster.run_cell(source)
+            cluster.run_cell(cell)
 
 
 def _parse(magic: Any, line: str) -> argparse.Namespace:
@@ -173,39 +136,29 @@ def _parse(magic: Any, line: str) -> argparse.Namespace:
     return arguments
 
 
-def _check(arguments: argparse.Namespace, cell: str | None) -> None:
-    if arguments.np < 1:
-        raise ConfigError(f"-np {arguments.np}: there must be at least one rank")
-    for name, least in (("stall", 0), ("threads", 1)):
-        value = getattr(arguments, name)
+def _check(arguments: argparse.Namespace) -> None:
+    for option, value, least in (
+        ("-np", arguments.np, 1),
+        ("--stall", arguments.stall, 0),
+        ("--threads", arguments.threads, 1),
+    ):
         if value is not None and value < least:
-            raise ConfigError(f"--{name} {value}: it must be at least {least}")
-    if cell is None and not arguments.command:
-        raise ConfigError(
-            "%horovodrun needs a command, for example: %horovodrun -np 2 python train.py;"
-            " for code in the cell itself write %%horovodrun, with two %"
-        )
-    if cell is None and (arguments.out or arguments.push):
-        raise ConfigError("--out and --push need a cell: write %%horovodrun, with two %")
-    if cell is not None and arguments.command:
-        raise ConfigError(
-            f"%%horovodrun runs the cell's body, but its line has {shlex.join(arguments.command)}:"
-            " write %horovodrun, with one %, to run a command"
-        )
+            raise ConfigError(f"{option} {value}: it must be at least {least}")
 
 
-def _spec(arguments: argparse.Namespace, command: Sequence[str]) -> JobSpec:
+def _spec(arguments: argparse.Namespace) -> JobSpec:
     call = ["horovodrun", "-np", str(arguments.np)]
     if arguments.timeline:
         call += ["--timeline-filename", arguments.timeline]
-    env = {"OMP_NUM_THREADS": str(threads_per_rank(arguments.np, arguments.threads))}
-    if arguments.stall is not None:
-        env |= stall_settings(arguments.stall, max(30, 2 * arguments.stall), longest_period=5)
-    return JobSpec(arguments.np, [*call, *command], env)
+    env = {
+        "OMP_NUM_THREADS": str(threads_per_rank(arguments.np, arguments.threads)),
+        **stall_settings(arguments.stall, max(30, 2 * arguments.stall), longest_period=5),
+    }
+    return JobSpec(arguments.np, [*call, sys.executable, "-m", rank_cell.__name__], env)
 
 
 def _run(spec: JobSpec) -> JobResult:
-    """Run a job to its end and show its output; an interrupt stops every rank."""
+    """Run a cell to its end and show its output; an interrupt stops every rank."""
     events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     job, shown, interrupted = JobProcess(spec, events.put), _Output(), False
     try:
