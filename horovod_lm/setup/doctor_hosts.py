@@ -146,15 +146,14 @@ def _examine(config: Config, processes: Sequence[HostProcess]) -> Iterator[Findi
 def _ask_all(
     processes: Sequence[HostProcess], question: Facts, seconds: float = SECONDS_TO_ANSWER
 ) -> dict[str, Facts | DistributedError]:
-    def ask(process: HostProcess) -> Facts | DistributedError:
+    def ask(process: HostProcess) -> tuple[str, Facts | DistributedError]:
         try:
-            return process.ask(question, seconds)
+            return process.name, process.ask(question, seconds)
         except DistributedError as error:
-            return error
+            return process.name, error
 
     with ThreadPoolExecutor(len(processes) or 1) as pool:
-        answers = list(pool.map(ask, processes))
-    return {process.name: answer for process, answer in zip(processes, answers, strict=True)}
+        return dict(pool.map(ask, processes))
 
 
 def _unreachable(config: Config, name: str, why: str) -> Finding:

@@ -68,35 +68,21 @@ print({MARK!r} + json.dumps([sys.version_info[:3], sysconfig.get_path("include")
 
 
 class Environment(NamedTuple):
-    """A Python environment that exists.
+    """A Python environment that exists."""
 
-    Attributes:
-        python: its interpreter.
-        version: of Python.
-        include: the folder for Python's headers.
-        has_pip: whether pip is installed.
-        torch: the version of torch, or None if it is not installed.
-    """
-
-    python: Path
-    version: tuple[int, ...]
-    include: Path
+    python: Path  # its interpreter
+    version: tuple[int, ...]  # of Python
+    include: Path  # the folder for Python's headers
     has_pip: bool
-    torch: str | None
+    torch: str | None  # its version; None: torch is not installed
 
 
 class TorchSource(NamedTuple):
-    """Where pip gets torch from.
+    """Where pip gets torch from."""
 
-    Attributes:
-        options: of `pip install`; only torch comes from the index that they name.
-        kind: the largest build that is to be expected there.
-        remark: a sentence for the user if the index does not answer, or "".
-    """
-
-    options: list[str]
-    kind: Literal["CPU", "CUDA"]
-    remark: str = ""
+    options: list[str]  # of `pip install`; only torch comes from the index that they name
+    kind: Literal["CPU", "CUDA"]  # the largest build that is to be expected there
+    remark: str = ""  # a sentence for the user if the index does not answer
 
 
 class Setup:
@@ -164,10 +150,9 @@ class Setup:
                     f" {ANOTHER_FOLDER}"
                 )
             if not all(importlib.util.find_spec(module) for module in ("venv", "ensurepip")):
-                package = f"python3.{sys.version_info[1]}-venv"
                 missing.append(
                     f"{sys.executable} cannot create environments; on Debian or Ubuntu: "
-                    f"apt-get install {package}"
+                    f"apt-get install python3.{sys.version_info[1]}-venv"
                 )
         elif environment.version[:2] < numbers(self.pins["oldest_python"]):
             found = ".".join(map(str, environment.version))

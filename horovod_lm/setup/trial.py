@@ -46,15 +46,10 @@ class TrialError(UserError, RuntimeError):
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial found.
+    """What a trial found."""
 
-    Attributes:
-        built: whether "gloo" and "nccl" are in the build.
-        milliseconds: median time of 20 allreduces of 4 MB in CPU memory.
-    """
-
-    built: dict[str, bool]
-    milliseconds: float
+    built: dict[str, bool]  # whether "gloo" and "nccl" are in the build
+    milliseconds: float  # the median time of 20 allreduces of 4 MB in CPU memory
 
 
 def try_horovod(ranks: int = 1, folder: Path | None = None) -> Trial:
