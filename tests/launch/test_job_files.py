@@ -1,88 +1,85 @@
-"""Job files for schedulers: the parts that can run here are run on simulated hosts."""
+"""Kubernetes' job file: valid for the operator, and what its containers run, on simulated hosts."""
 
 from __future__ import annotations
 
-import os
+import re
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import jsonschema
 import pytest
 import yaml
 
-from horovod_lm.teaching.simulated_hosts import INTERFACE, SSH_PORT, Hosts, why_not_here
+from horovod_lm.teaching.simulated_hosts import INTERFACE, Hosts, why_not_here
 from horovod_lm.utils.config import load_config, save_config
 from tests.conftest import ROOT
 
 JOBS = ROOT / "configs" / "jobs"
 WHY_NOT = why_not_here()
-needs_hosts = pytest.mark.skipif(bool(WHY_NOT), reason=str(WHY_NOT))
+# As the operator mounts its key: a folder of mode 1777. /etc/ssh is as Debian's package makes it.
+POD = """
+set -e
+mkdir -p ~/.ssh
+mount -t tmpfs -o mode=1777 tmpfs ~/.ssh
+install -m 600 "$0/key" ~/.ssh/id_rsa
+install -m 644 "$0/key.pub" ~/.ssh/authorized_keys
+install -m 600 "$0/host_key" /etc/ssh/ssh_host_ed25519_key
+cp /usr/share/openssh/sshd_config /etc/ssh/
+rm -r /run/sshd
+"""
 
 
-@pytest.fixture
-def project(tiny_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the tiny project without runs, its model in configs/cluster.yaml."""
-    folder = tmp_path / "a project"
+@pytest.fixture(scope="module")
+def job() -> dict:
+    return yaml.safe_load((JOBS / "kubernetes.yaml").read_text())
+
+
+def test_the_job_of_kubernetes_is_valid_for_the_operator(job):
+    schema = yaml.safe_load(Path(__file__).with_name("mpijob.schema.yaml").read_text())
+    jsonschema.validate(job, schema)
+    job["spec"]["mpiReplicaSpecs"]["Worker"]["template"]["spec"]["container"] = []
+    with pytest.raises(jsonschema.ValidationError, match="'container' was unexpected"):
+        jsonschema.validate(job, schema)
+
+
+def test_launcher_and_workers_are_one_image_with_runs_and_data_on_the_volume(job):
+    replicas = job["spec"]["mpiReplicaSpecs"]
+    pods = [replicas[role]["template"]["spec"]["containers"][0] for role in ("Launcher", "Worker")]
+    assert len({pod["image"] for pod in pods}) == len({pod["workingDir"] for pod in pods}) == 1
+    worker = pods[1]
+    assert worker["resources"]["limits"]["nvidia.com/gpu"] == job["spec"]["slotsPerWorker"]
+    kept = [PurePosixPath(mount["mountPath"]) for mount in worker["volumeMounts"]]
+    config = load_config(ROOT / "configs" / "cluster.yaml")
+    for folder in (config.paths.run_dir, config.data.data_dir):
+        path = PurePosixPath(worker["workingDir"], folder)
+        assert any(path.is_relative_to(mount) for mount in kept), path
+
+
+@pytest.mark.skipif(bool(WHY_NOT), reason=str(WHY_NOT))
+def test_the_pods_of_kubernetes_train_and_a_job_that_is_replaced_resumes(
+    job, tiny_project, tmp_path, monkeypatch
+):
+    project = tmp_path / "a project"  # without runs
     for name in ("configs", "data"):
-        shutil.copytree(tiny_project / name, folder / name)
-    config = load_config(folder / "configs" / "tiny.yaml", ["training.max_steps=5"])
-    save_config(config, folder / "configs" / "cluster.yaml")
+        shutil.copytree(tiny_project / name, project / name)
+    config = load_config(project / "configs" / "tiny.yaml", ["training.max_steps=5"])
+    save_config(config, project / "configs" / "cluster.yaml")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return folder
-
-
-def log_in_as_clusters_do(hosts: Hosts) -> None:
-    """Let ssh find port and key by itself, as it does where an administrator set it up."""
-    with open(hosts.folder / "ssh_config", "a") as settings:
-        settings.write(f"Port {SSH_PORT}\nIdentityFile {hosts.folder}/key\n")
-
-
-@needs_hosts
-def test_the_slurm_script_trains_on_the_hosts_that_slurm_names(project, tmp_path):
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(
-        '#!/bin/sh\n[ "$*" = "show hostnames host[0-1]" ] && printf "host0\\nhost1\\n"\n'
-    )
-    scontrol.chmod(0o755)
-    given = {
-        "SLURM_JOB_NODELIST": "host[0-1]", "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "1",
-        "INTERFACE": INTERFACE, "PATH": f"{tmp_path}:{os.environ['PATH']}:/usr/sbin",
-    }  # fmt: skip
-    with Hosts(2) as hosts:
-        log_in_as_clusters_do(hosts)
-        done = hosts.run(
-            ["bash", str(JOBS / "slurm.sbatch")],
-            cwd=project, timeout=120, env={**os.environ, **given},
-        )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    assert "2 ranks on the CPU, 1 thread each" in done.stdout
-    assert (project / "runs" / "slurm-7" / "checkpoints" / "final_model.pt").is_file()
-
-
-@needs_hosts
-def test_the_launcher_of_kubernetes_trains_on_the_hosts_of_its_file(project):
-    [container] = pods_of_kubernetes()[0]["containers"]
-    assert container["command"] == ["bash", "-c"]
-    [command] = container["args"]
-    with Hosts(2) as hosts:
-        log_in_as_clusters_do(hosts)
-        (hosts.folder / "hostfile").write_text("host0 slots=1\nhost1 slots=1\n")
-        here = command.replace("/etc/mpi/hostfile", str(hosts.folder / "hostfile"))
-        done = hosts.run(["bash", "-c", here.replace("eth0", INTERFACE)], cwd=project, timeout=120)
-    assert done.returncode == 0, done.stdout
-    assert "2 ranks on the CPU, 1 thread each" in done.stdout
+    dockerfile = (JOBS / "Dockerfile").read_text()
+    runs = re.findall(r"^RUN ((?:.*\\\n)*.*)$", dockerfile, re.MULTILINE)
+    [prepare_ssh] = [run for run in runs if "sshd_config" in run]
+    [launcher] = job["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"]
+    with Hosts(3, own_folders=["/etc/ssh"]) as hosts:
+        for host in hosts.names:
+            for script in (POD, prepare_ssh, "exec /usr/sbin/sshd"):
+                done = hosts.run(["sh", "-c", script, str(hosts.folder)], host)
+                assert done.returncode == 0, done.stdout
+        hostfile = hosts.folder / "hostfile"
+        hostfile.write_text("host1 slots=1\nhost2 slots=1\n")
+        [line] = launcher["args"]
+        line = line.replace("/etc/mpi/hostfile", str(hostfile)).replace("eth0", INTERFACE)
+        for said in ("2 ranks on the CPU, 1 thread each", "resum"):
+            done = hosts.run([*launcher["command"], line], cwd=project, timeout=120)
+            assert done.returncode == 0 and said in done.stdout, done.stdout
     assert (project / "runs" / "horovod-lm" / "checkpoints" / "final_model.pt").is_file()
-
-
-def pods_of_kubernetes() -> list[dict]:
-    """Return the pods of the launcher and of the workers."""
-    replicas = yaml.safe_load((JOBS / "kubernetes.yaml").read_text())["spec"]["mpiReplicaSpecs"]
-    return [replicas[role]["template"]["spec"] for role in ("Launcher", "Worker")]
-
-
-def test_workers_and_launcher_of_kubernetes_are_one_image_with_one_disk_for_checkpoints():
-    pods = pods_of_kubernetes()
-    images = {pod["containers"][0]["image"] for pod in pods}
-    claims = {volume["persistentVolumeClaim"]["claimName"] for pod in pods
-              for volume in pod["volumes"] if volume["name"] == "runs"}  # fmt: skip
-    assert len(images) == len(claims) == 1
