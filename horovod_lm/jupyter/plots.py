@@ -178,48 +178,43 @@ def plot_bars(
     Raises:
         ValueError: there are no series, or more than 5.
     """
-    bars_in_a_row = len(series) if layout == "grouped" else 1
+    is_stacked, has_panels = layout == "stacked", layout == "panels"
+    bars_in_a_row = 1 if is_stacked or has_panels else len(series)
     plot = Plot(
         f"{title}: {label} of {' and '.join(series)}, {len(rows)} rows",
-        height=1.5 + (0.12 + 0.2 * bars_in_a_row if layout != "stacked" else 0.45) * len(rows),
+        height=1.5 + (0.45 if is_stacked else 0.12 + 0.2 * bars_in_a_row) * len(rows),
     )
-    n_panels = max(1, len(series)) if layout == "panels" else 1
+    n_panels = max(1, len(series)) if has_panels else 1
     panels = plot.subplots(1, n_panels, sharex=True, sharey=True, squeeze=False)[0]
-    draw_bars(panels, rows, series, layout)
-    for axes, name in zip(panels, series, strict=False):
-        label_axes(axes, name if layout == "panels" else title, label, "", grid="x")
-        for level, value in (levels or {}).items():
-            axes.axvline(value, color=BLACK, linestyle="--", linewidth=1.6, label=level)
-    if layout == "panels":
-        plot.suptitle(title)
-    elif len(series) > 1 or levels:
-        plot.legend(loc="outside lower center", ncols=3, frameon=False)
-    return plot
-
-
-def draw_bars(
-    panels: Sequence[Axes], rows: Sequence[str], series: Mapping[str, Values], layout: str
-) -> None:
-    """Draw bars into panels, or into the only one; `plot_bars` explains the arguments."""
-    styled_series = with_styles(series, BAR_STYLES, "series")
-    height = 0.8 / len(series) if layout == "grouped" else 0.7
+    height = 0.7 if is_stacked or has_panels else 0.8 / max(1, len(series))
     ends = [0.0] * len(rows)
-    for number, ((name, values), (colour, hatch)) in enumerate(styled_series):
-        axes = panels[number if layout == "panels" else 0]
+    for number, ((name, values), (colour, hatch)) in enumerate(
+        with_styles(series, BAR_STYLES, "series")
+    ):
+        axes = panels[number if has_panels else 0]
         widths = [float(value) for value in values]
-        offset = height * (number - (len(series) - 1) / 2) if layout == "grouped" else 0.0
+        offset = height * (number - (bars_in_a_row - 1) / 2) if bars_in_a_row > 1 else 0.0
         bars = axes.barh(
             [row + offset for row in range(len(rows))], widths, height, left=ends, color=colour,
             hatch=hatch, edgecolor="white", label=name if len(series) > 1 else None,
         )  # fmt: skip
-        if layout == "grouped":
+        if is_stacked:
+            ends = [end + width for end, width in zip(ends, widths, strict=True)]
+        elif not has_panels:
             axes.bar_label(bars, fmt="{:.3g}", fontsize=8, padding=3)
             axes.margins(x=0.1)  # space for the numbers
-        elif layout == "stacked":
-            ends = [end + width for end, width in zip(ends, widths, strict=True)]
     panels[0].set_yticks(range(len(rows)), rows)
     panels[0].set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
     panels[0].tick_params(axis="y", length=0)
+    for axes, name in zip(panels, series, strict=False):
+        label_axes(axes, name if has_panels else title, label, "", grid="x")
+        for level, value in (levels or {}).items():
+            axes.axvline(value, color=BLACK, linestyle="--", linewidth=1.6, label=level)
+    if has_panels:
+        plot.suptitle(title)
+    elif len(series) > 1 or levels:
+        plot.legend(loc="outside lower center", ncols=3, frameon=False)
+    return plot
 
 
 # ---- training runs -------------------------------------------------------------------------------
@@ -315,14 +310,10 @@ def plot_step_parts(runs: Runs, title: str = "Where the time of a step goes") ->
         times = [1000 * median(_points(rows, part)[1] or [math.nan]) for rows in runs.values()]
         values = " / ".join(f"{value:.0f}" for value in times)
         parts[f"{part.removeprefix('seconds_')} {values} ms"] = times
-    what = f"milliseconds of each part of a step in {' and '.join(runs)}"
-    plot = Plot(f"{title}: {what}", height=1.5 + 0.38 * len(runs))
-    axes = plot.add_subplot()
-    draw_bars([axes], list(runs), parts, "stacked")
-    label_axes(axes, title, "milliseconds per step, median over the steps", "", grid="x")
-    # Each label lists the milliseconds of all runs: with three runs, five labels are too wide.
-    columns = 5 if len(runs) < 3 else 3
-    plot.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+    label = "milliseconds per step, median over the steps"
+    plot = plot_bars(list(runs), parts, title, label, layout="stacked")
+    # Without the measured times, which differ at every execution.
+    plot.description = f"{title}: milliseconds of each part of a step in {' and '.join(runs)}"
     return plot
 
 
