@@ -18,13 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from horovod_lm.jupyter.launch import launch
-from horovod_lm.jupyter.widgets import dashboard as dashboard_module
-from horovod_lm.jupyter.widgets import widget_parts
 from horovod_lm.jupyter.widgets.dashboard import Dashboard
 from horovod_lm.jupyter.widgets.dashboard_view import RunView, entropy_per_token
 from horovod_lm.training.metrics import MetricsRecorder, read_metrics
 from horovod_lm.utils.errors import ConfigError
-from tests.jupyter.conftest import children, needs_horovod, wait_until
+from tests.jupyter.conftest import needs_horovod, wait_until
 
 CONFIG = "configs/tiny.yaml"
 LONG = {"training": {"max_steps": 100_000, "num_epochs": 100_000, "eval_interval": 1000}}
@@ -104,19 +102,27 @@ def test_damaged_lines_are_left_out_and_said(past_run, tmp_path, damaged):
     assert "whether this run trains is unknown" in dashboard.message.value
 
 
-def test_what_a_recorder_writes_is_read(tmp_path):
+def test_what_a_recorder_writes_is_read_and_a_step_that_is_repeated_is_shown_once(tmp_path):
+    def record(rank: int, start: int, losses: list[float]) -> None:
+        recorder = MetricsRecorder(tmp_path, tmp_path / "logs", tmp_path / "tb", rank)
+        recorder.event("start", step=start, total_steps=9, pid=1)
+        for step, loss in enumerate(losses, start + 1):
+            recorder.record("train", epoch=0, step=step, tokens=10, loss=loss)
+        recorder.record("validation", epoch=0, step=start + len(losses), tokens=10, loss=9.0)
+        recorder.close()
+
     view = RunView(tmp_path)
     assert view.update() == [] and math.isnan(view.loss)
-    recorders = [MetricsRecorder(tmp_path, tmp_path / "logs", tmp_path / "tb", r) for r in (0, 10)]
-    for recorder in recorders:
-        recorder.event("start", step=4, total_steps=9, pid=1)
-        recorder.record("train", epoch=0, step=5, tokens=10, loss=2.5)
-        recorder.record("validation", epoch=0, step=5, tokens=10, loss=9.0)
-        recorder.close()
+    record(0, 4, [2.5])
+    record(10, 4, [2.5])
     assert [event["rank"] for event in view.update()] == [0, 0, 0, 10, 10, 10]
     assert (view.step, view.total_steps, view.loss) == (5, 9, 2.5)
     later = RunView(tmp_path, skip_existing=True)  # a resumed run
     assert later.update() == [] and later.total_steps == 0
+    record(0, 4, [2.4, 2.3])  # from the checkpoint of step 4
+    view.update()
+    train = [(row["step"], row["loss"]) for row in view.rows if row["phase"] == "train"]
+    assert train == [(5, 2.4), (6, 2.3)]
 
 
 def test_a_folder_that_is_no_run_is_one_sentence(tmp_path):
@@ -133,41 +139,15 @@ def copy_of(run: Path, folder: Path, lines: int | None = None) -> Path:
     return copy
 
 
-def hear(dashboard: Dashboard, kind: str) -> None:
-    """Give the dashboard a message of its page."""
-    dashboard._tracker._handle_custom_msg(kind, [])
-
-
-def test_steps_that_a_resumed_run_repeats_are_shown_once(tmp_path):
-    (tmp_path / "logs").mkdir()
-
-    def step(number: int, loss: float) -> dict:
-        return {"event": "metrics", "time": 0, "rank": 0, "phase": "train", "step": number,
-                "loss": loss, "tokens_per_second": 1.0}  # fmt: skip
-
-    start = {"event": "start", "time": 0, "rank": 0, "pid": 1, "total_steps": 4}
-    events = [start | {"step": 0}, step(1, 3.0), step(2, 2.0), step(3, 1.5),
-              start | {"step": 2}, step(3, 1.4)]  # fmt: skip
-    lines = "".join(json.dumps(event) + "\n" for event in events)
-    (tmp_path / "logs" / "rank0.jsonl").write_text(lines)
-    view = RunView(tmp_path)
-    view.update()
-    assert [(row["step"], row["loss"]) for row in view.rows] == [(1, 3.0), (2, 2.0), (3, 1.4)]
-
-
-def test_how_far_a_run_came_is_said(past_run, tmp_path):
-    folder = copy_of(past_run, tmp_path, lines=8)
-    dashboard = Dashboard(folder.rename(tmp_path / "$_{$"))  # a name that is no mathematics
+def test_how_far_a_run_came_is_said_unless_it_is_of_another_machine(past_run, tmp_path):
+    folder = copy_of(past_run, tmp_path, lines=8).rename(tmp_path / "$_{$")  # no mathematics
+    dashboard = Dashboard(folder)
     assert "this run has ended at step 7 of 20, before its last one" in dashboard.message.value
     assert dashboard.bar.bar_style == "warning"
-
-
-def test_a_run_of_another_machine_is_not_said_to_have_ended(past_run, tmp_path):
-    folder = copy_of(past_run, tmp_path)
     record = json.loads((folder / "run.json").read_text())
     record["sessions"][-1]["host"] = "somewhere-else"
     (folder / "run.json").write_text(json.dumps(record))
-    dashboard = Dashboard(folder)
+    dashboard.update()
     assert "the ranks are on somewhere-else" in dashboard.message.value
     with pytest.raises(ConfigError, match="no rank of .* runs on this host: nothing to stop"):
         dashboard.view.ask_to_stop()
@@ -207,45 +187,6 @@ def test_an_error_inside_is_shown_and_not_lost(past_run, monkeypatch):
     asyncio.run(watch())
 
 
-def test_a_page_that_does_not_answer_is_gone_until_it_answers(past_run, monkeypatch):
-    monkeypatch.setattr(widget_parts, "PING_INTERVAL", 0.0)
-    monkeypatch.setattr(widget_parts, "PING_TIMEOUT", 0.5)
-    monkeypatch.setattr(dashboard_module, "POLL_INTERVAL", 0.05)
-
-    async def watch() -> None:
-        monkeypatch.setattr(Dashboard, "is_live", True)
-        dashboard = Dashboard(past_run)
-        hear(dashboard, "opened")
-        for _ in range(10):
-            await asyncio.sleep(0.1)
-            hear(dashboard, "pong")
-        assert dashboard.is_busy and dashboard._tracker.pings > 1
-        await seen(lambda: not dashboard.is_busy, 10)
-        hear(dashboard, "pong")  # the connection was lost, and is back
-        assert dashboard.is_busy
-        dashboard.close()
-
-    asyncio.run(watch())
-
-
-def test_it_watches_as_long_as_a_page_shows_it(past_run, monkeypatch):
-    async def watch() -> None:
-        monkeypatch.setattr(Dashboard, "is_live", True)
-        dashboard = Dashboard(past_run)
-        for kind in ("opened", "opened", "closed"):  # seen at two places, then at one
-            hear(dashboard, kind)
-        assert dashboard.is_busy
-        hear(dashboard, "closed")
-        await asyncio.sleep(0.1)
-        assert not dashboard.is_busy and len(asyncio.all_tasks()) == 1
-        dashboard.headline.value = ""
-        hear(dashboard, "opened")
-        assert dashboard.is_busy and "step 20" in dashboard.headline.value
-        dashboard.close()
-
-    asyncio.run(watch())
-
-
 # ---- live runs -----------------------------------------------------------------------------------
 
 
@@ -261,13 +202,13 @@ async def seen(condition, seconds: float = 60) -> None:
 @needs_horovod
 @pytest.mark.usefixtures("nothing_left")
 class TestLive:
-    def test_a_closed_one_stops_watching_and_another_stops_the_job_and_says_its_end(self):
+    def test_a_closed_one_stops_watching_and_another_names_a_rank_that_dies(self):
         async def watch() -> None:
             job = launch(CONFIG, 2, overrides=LONG, run_name="watched")
             before = len(asyncio.all_tasks())
-            unseen = job.dashboard()
-            await seen(lambda: unseen.bar.value > 0)
-            unseen.close()
+            closed = job.dashboard()
+            await seen(lambda: closed.bar.value > 0)
+            closed.close()
             await asyncio.sleep(0.1)
             assert job.is_running and len(asyncio.all_tasks()) == before
             dashboard = job.dashboard()
@@ -275,23 +216,10 @@ class TestLive:
             assert "left" in dashboard.headline.value and not dashboard.stop.disabled
             assert dashboard.ranks.value.count("<td>running</td>") == 2
             assert dashboard.bar.max > 100
-            dashboard.stop.click()
-            assert dashboard.stop.disabled and dashboard.stop.description == "Stopping"
-            await seen(lambda: "stopped by you after step" in dashboard.message.value, 30)
-            assert not job.is_running and dashboard.stop.description == "Ended"
-            await seen(lambda: not dashboard.is_busy, 5)
-
-        asyncio.run(watch())
-        assert children() == []
-
-    def test_a_rank_that_dies_is_named(self):
-        async def watch() -> None:
-            job = launch(CONFIG, 2, overrides=LONG, run_name="dies")
-            dashboard = job.dashboard()
-            await seen(lambda: dashboard.bar.value > 0)
             os.kill(job.processes[1], signal.SIGKILL)
             await seen(lambda: "rank 1 was killed by SIGKILL" in dashboard.message.value, 20)
-            assert dashboard.bar.bar_style == "danger"
+            assert dashboard.bar.bar_style == "danger" and dashboard.stop.description == "Ended"
+            await seen(lambda: not dashboard.is_busy, 5)
 
         asyncio.run(watch())
 
@@ -307,7 +235,9 @@ class TestLive:
             await seen(lambda: dashboard.bar.value > 0)
             assert dashboard.is_live
             dashboard.stop.click()
+            assert dashboard.stop.disabled and dashboard.stop.description == "Stopping"
             await seen(lambda: "this run has ended" in dashboard.message.value, 30)
+            assert dashboard.stop.description == "Ended"
 
         asyncio.run(watch())
         assert "stopped after step" in command.wait(20).output
