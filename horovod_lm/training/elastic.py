@@ -47,7 +47,7 @@ def run_elastic_training(
     """Train a model on ranks that may fail, leave and join; call `setup_horovod` first.
 
     Arguments, result and errors as for `run_distributed_training`. Ranks that join later need the
-    same `run_name`.
+    same `run_name`, and the same configuration or run's folder on their host.
     """
     if not distributed.elastic_launcher():
         raise DistributedError(
