@@ -199,15 +199,11 @@ def read_checkpoint(checkpoint_path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not _is_state(checkpoint.get("model")):
         raise CheckpointError(f"{path} is not a checkpoint of horovod_lm: it has no 'model'")
     found = checkpoint.get("format")
-    if found is None:
-        raise CheckpointError(
-            f"{path} is not a checkpoint of horovod_lm: it has no 'format', so another program, for"
-            " example nanoGPT, or an early version wrote it"
-        )
     if not isinstance(found, int) or found != FORMAT:
+        has = "no 'format'" if found is None else f"format {str(found)[:20]}"
         raise CheckpointError(
-            f"{path} has format {str(found)[:20]}, but this version reads format {FORMAT}: load it"
-            " with the version of horovod_lm that wrote it, or train again"
+            f"{path} has {has}, but this version reads format {FORMAT}: load it with the program,"
+            " or version of horovod_lm, that wrote it"
         )
     for key, kind in TYPES.items():
         value = checkpoint.get(key)

@@ -189,7 +189,7 @@ class Code:
         (lambda whole: whole["model"], "not a checkpoint of horovod_lm"),
         (lambda whole: whole | {"format": 1}, "has format 1, but this version reads format 2"),
         # As nanoGPT's ckpt.pt.
-        (lambda whole: {"model": whole["model"], "model_args": {}}, "has no 'format', so another"),
+        (lambda whole: {"model": whole["model"]}, "has no 'format', but this version"),
         (lambda whole: whole | {"optimizer": {"state": {}}}, "incompatible optimizer state"),
         (lambda whole: whole | {"optimizer": None}, "has no optimizer state"),
     ],

@@ -90,19 +90,6 @@ def test_a_resumed_run_drops_the_rows_that_will_come_again(tmp_path, open_record
     assert not (tmp_path / "metrics.tmp").exists()
 
 
-def test_a_line_that_a_death_cut_anywhere_is_dropped(tmp_path, open_recorder):
-    recorder = open_recorder()
-    fill(recorder, 1, 9)
-    recorder.close()
-    table = tmp_path / "metrics.csv"
-    whole = table.read_bytes()
-    last = whole.rindex(b"train,")
-    for cut in range(last, len(whole) - 2):
-        table.write_bytes(whole[:cut])
-        open_recorder(resume_step=9).close()
-        assert table.read_bytes() == whole[:last], whole[last:cut]
-
-
 @pytest.mark.parametrize(
     ("whole", "damaged"),
     [(b"0.5,", b"0.\xff5,"), (b"0.5,", b"\0" * 40), (b"0.5,", b""), (b"0.5,", b"9" * 200_000),
