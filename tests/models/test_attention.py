@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horovod_lm.models.attention import (
     KVCache,
-    LayerCache,
     MultiHeadAttention,
     causal_mask,
     naive_attention,
@@ -25,24 +23,39 @@ def random_heads(n_queries: int, n_keys: int, seed: int = 0) -> tuple[torch.Tens
     )
 
 
-@pytest.mark.parametrize(("n_queries", "n_keys"), [(1, 1), (6, 6), (1, 6), (3, 6)])
-def test_sdpa_equals_naive_without_padding(n_queries, n_keys):
-    heads = random_heads(n_queries, n_keys)
-    torch.testing.assert_close(sdpa_attention(*heads), naive_attention(*heads)[0])
-
-
 @settings(max_examples=50, deadline=None)
 @given(
     padding=st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=2, max_size=2),
     n_queries=st.integers(1, 6),
 )
-def test_sdpa_equals_naive_with_any_padding(padding, n_queries):
+def test_sdpa_equals_naive_without_and_with_any_padding(padding, n_queries):
     heads = random_heads(n_queries, 6)
+    torch.testing.assert_close(sdpa_attention(*heads), naive_attention(*heads)[0])
     mask = causal_mask(n_queries, 6, torch.tensor(padding))
     output, weights = naive_attention(*heads, mask)
     torch.testing.assert_close(sdpa_attention(*heads, mask), output)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, n_queries, dtype=torch.float64))
     assert not weights[~mask.expand_as(weights)].any()
+
+
+def test_bfloat16_on_a_cpu_is_computed_by_products_within_its_precision(monkeypatch):
+    """Values and gradients have the error of bfloat16, as those of torch's kernel have."""
+    heads = [part.bfloat16().requires_grad_() for part in random_heads(6, 6)]
+
+    def errors() -> list[float]:
+        output = sdpa_attention(*heads)
+        gradients = torch.autograd.grad(output.sum(), heads)
+        exact = [part.detach().double().requires_grad_() for part in heads]
+        expected = naive_attention(*exact)[0]
+        expected_gradients = torch.autograd.grad(expected.sum(), exact)
+        pairs = zip((output, *gradients), (expected, *expected_gradients), strict=True)
+        return [float((own - other).norm() / other.norm()) for own, other in pairs]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+        assert max(errors()) < 0.02
+    monkeypatch.setattr("horovod_lm.models.attention.MAX_LENGTH_OF_PRODUCTS", 5)
+    assert max(errors()) < 0.02
 
 
 def test_a_fully_masked_query_gives_zeros_and_finite_gradients():
@@ -73,25 +86,17 @@ def test_causal_mask_by_hand():
     assert left_padding[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
 
 
-def test_the_cache_returns_what_was_appended_from_one_buffer():
-    _, key, value = random_heads(1, 5)
-    cache = LayerCache(capacity=8)
-    cache.append(key[:, :, :3], value[:, :, :3])
-    memory = cache.keys.data_ptr()
-    keys, values = cache.append(key[:, :, 3:], value[:, :, 3:])
-    assert torch.equal(keys, key) and torch.equal(values, value)
-    assert cache.keys.data_ptr() == memory == keys.data_ptr()
-
-
 def test_the_module_with_a_cache_and_its_weights_equal_one_forward_pass():
     torch.manual_seed(0)
     attention = MultiHeadAttention(d_model=24, n_heads=3).double()
     x = torch.randn(2, 7, 24, dtype=torch.float64)
     expected = attention(x)
-    cache = KVCache(n_layers=1, capacity=7)
-    parts = [attention(part, cache=cache.layers[0]) for part in x.split([4, 1, 2], dim=1)]
+    cache, parts, buffers = KVCache(n_layers=1, capacity=7), [], set()
+    for part in x.split([4, 1, 2], dim=1):
+        parts.append(attention(part, cache=cache.layers[0]))
+        buffers.add(cache.layers[0].keys.data_ptr())
     torch.testing.assert_close(torch.cat(parts, dim=1), expected)
-    assert cache.length == 7
+    assert cache.length == 7 and len(buffers) == 1
     cache.clear()
     assert cache.length == 0
 
