@@ -1,6 +1,6 @@
 """Run by horovodrun: train every case of a JSON file, one after the other, on these ranks.
 
-A case is the run's settings; what stands under `resume` is the checkpoint that it goes on from.
+A case has the settings of its run; its key `resume` is the checkpoint to resume from.
 """
 
 import json

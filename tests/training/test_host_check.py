@@ -1,4 +1,4 @@
-"""Hosts that differ in what they train with: training says so before its first step."""
+"""Hosts with different code or data are reported before the first step."""
 
 from __future__ import annotations
 

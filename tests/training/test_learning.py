@@ -1,4 +1,4 @@
-"""A model is not only trained: it learns, and how well is known exactly."""
+"""A trained model reaches a loss near the exact entropy of its data."""
 
 from __future__ import annotations
 

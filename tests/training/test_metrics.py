@@ -1,4 +1,4 @@
-"""What a run records, and that it can be read back to the bit, also after a death."""
+"""Recorded metrics are read back bit for bit, also after a crash or from a damaged file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The learning rate by hand, the groups of parameters, and the precision that is chosen."""
+"""The learning rate schedule, the parameter groups, and the choice of the precision."""
 
 from __future__ import annotations
 

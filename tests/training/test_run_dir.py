@@ -1,4 +1,4 @@
-"""One run, one folder: where it is, what it tells, and that nothing of an earlier one is lost."""
+"""The folder of a run: its paths, its description, its lock, and the renaming of earlier runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run that was interrupted says: the call that goes on with it, where it was."""
+"""The command that resumes an interrupted run on the same hosts."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ NAMED = {"distributed.hosts": [{"name": "node0"}, {"name": "node1", "slots": 2}]
         (["here"] * 2, NAMED, f"horovodrun -np 2 {RESUME}"),  # started on one of them alone
     ],
 )
-def test_a_run_goes_on_where_it_was(hosts, settings, call):
+def test_the_command_resumes_a_run_on_its_hosts(hosts, settings, call):
     assert resume_command(Config().with_overrides(settings), RUN, hosts, elastic=False) == call
 
 
-def test_an_elastic_run_goes_on_by_its_own_call():
+def test_an_elastic_run_is_resumed_by_its_own_call():
     said = resume_command(Config(), RUN, ["localhost", "127.0.0.1"], elastic=True)
     assert said == f"start the same call again with --resume {RUN}"

@@ -1,4 +1,4 @@
-"""A line renewed on a terminal, plain lines in a file or a pipe."""
+"""A status line that is updated on a terminal; plain lines in a file or a pipe."""
 
 from __future__ import annotations
 

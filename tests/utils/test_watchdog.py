@@ -1,4 +1,4 @@
-"""A process that stands still is killed; one that works, ends or dies is left alone."""
+"""A process that hangs is killed; one that works, ends or crashes is left alone."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def assert_ends(watchdog: psutil.Process) -> None:
     assert not watchdog.is_running() or watchdog.status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_process_that_stands_still_is_killed_and_one_that_works_ends_by_itself(program):
+def test_a_hung_process_is_killed_and_one_that_works_ends_by_itself(program):
     (frozen, watchdog), (works, _) = program(60), program(LIMIT + 2)
     time.sleep(1)  # the first beat has come
     stopped = time.monotonic()
