@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from horovod_lm.data.prepare import data_settings, read_metadata
 from horovod_lm.data.split import TRAIN, VAL
 from horovod_lm.models.loss import IGNORE_INDEX
-from horovod_lm.utils.cli import command
 from horovod_lm.utils.config import Config, resolve_path
 from horovod_lm.utils.distributed import choose_device, get_rank, get_world_size
 from horovod_lm.utils.errors import ConfigError, DataError
@@ -47,15 +46,19 @@ class TokenBlockDataset(Dataset[Batch]):
         fill_id: pads the last window.
     """
 
-    _tokens: np.ndarray | None = None  # mapped at first use
-
     def __init__(
         self, path: str | Path, block_length: int, dtype: str = "<u2", fill_id: int = 0
     ) -> None:
         self.path, self.block_length = Path(path), block_length
         self.dtype, self.fill_id = dtype, fill_id
-        self._keep_open(os.open(path, os.O_RDONLY))
-        self.num_tokens = os.stat(self._file).st_size // np.dtype(dtype).itemsize
+        self._map(os.open(path, os.O_RDONLY))
+
+    def _map(self, descriptor: int) -> None:
+        """Map an open file, and close it with this object."""
+        self._file = descriptor
+        weakref.finalize(self, os.close, descriptor)
+        self.tokens = np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), self.dtype)
+        self.num_tokens = len(self.tokens)
 
     def __len__(self) -> int:
         return math.ceil((self.num_tokens - 1) / (self.block_length - 1))
@@ -71,25 +74,13 @@ class TokenBlockDataset(Dataset[Batch]):
         input_ids[: len(tokens)] = labels[: len(tokens)] = tokens
         return {"input_ids": input_ids, "labels": labels}
 
-    @property
-    def tokens(self) -> np.ndarray:
-        """All token ids, memory-mapped; each process maps the file itself."""
-        if self._tokens is None:
-            mapped = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
-            self._tokens = np.frombuffer(mapped, self.dtype)
-        return self._tokens
-
-    def _keep_open(self, descriptor: int) -> None:
-        self._file = descriptor
-        weakref.finalize(self, os.close, descriptor)
-
     def __getstate__(self) -> dict[str, Any]:
         # For a worker process: the open file instead of a copy of the tokens.
-        return {**self.__dict__, "_tokens": None, "_file": DupFd(self._file)}
+        return {**self.__dict__, "tokens": None, "_file": DupFd(self._file)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._keep_open(state["_file"].detach())
+        self._map(state["_file"].detach())
 
 
 class ShardedBatchSampler(Sampler[list[int]]):
@@ -134,7 +125,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.rank, self.world_size = rank, world_size
         self.seed, self.shuffle = seed, shuffle
-        self.epoch, self.start = 0, 0
+        self.epoch = self.start = 0
 
     @property
     def samples_per_step(self) -> int:
@@ -179,7 +170,7 @@ def load_preprocessed_data(
     Raises:
         DataError: the folder has no prepared data.
     """
-    return _datasets(resolve_path(data_dir))[:2]
+    return _open(resolve_path(data_dir))[:2]
 
 
 def get_dataloaders(
@@ -202,15 +193,13 @@ def get_dataloaders(
     """
     rank = get_rank() if rank is None else rank  # Horovod: which shard of each step is ours
     world_size = get_world_size() if world_size is None else world_size  # Horovod: of how many
-    folder = config.resolve(config.data.data_dir)
-    train_data, val_data, metadata = _datasets(folder)
-    _check_settings(config, metadata, folder)
+    train_data, val_data, metadata = _open(config.resolve(config.data.data_dir))
+    _check_settings(config, metadata)
+    _check_shared_memory(config)
     batch, seed = config.training.per_gpu_batch_size, config.seed
     accumulation = config.training.gradient_accumulation_steps
-    train = ShardedBatchSampler(
-        len(train_data), batch, accumulation, rank, world_size, seed, shuffle=True
-    )
-    val = ShardedBatchSampler(len(val_data), batch, 1, rank, world_size, seed, shuffle=False)
+    train = ShardedBatchSampler(len(train_data), batch, accumulation, rank, world_size, seed)
+    val = ShardedBatchSampler(len(val_data), batch, 1, rank, world_size, shuffle=False)
     return _loader(config, train_data, train), _loader(config, val_data, val)
 
 
@@ -226,7 +215,6 @@ def stack_blocks(samples: Sequence[Batch], block_length: int) -> Batch:
 
 def _loader(config: Config, dataset: TokenBlockDataset, sampler: ShardedBatchSampler) -> DataLoader:
     workers = config.data.num_workers
-    _check_shared_memory(config)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -250,8 +238,7 @@ def _check_shared_memory(config: Config) -> None:
         return
     batch = 2 * 8 * config.training.per_gpu_batch_size * config.model.max_seq_len  # bytes
     needed = workers * PREFETCHED_BATCHES * batch + (1 << 20)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    if (free := shutil.disk_usage(folder).free) < needed:
         raise ConfigError(
             f"data.num_workers={workers} needs {needed / 1e6:.1f} MB of shared memory, but"
             f" {folder} has {free / 1e6:.1f} MB: set data.num_workers=0, or give the container more"
@@ -259,29 +246,25 @@ def _check_shared_memory(config: Config) -> None:
         )
 
 
-def _datasets(folder: Path) -> tuple[TokenBlockDataset, TokenBlockDataset, dict[str, Any]]:
+def _open(folder: Path) -> tuple[TokenBlockDataset, TokenBlockDataset, dict[str, Any]]:
     """Return the training and validation windows and the metadata of prepared data."""
     metadata = read_metadata(folder)
     if metadata is None:
-        raise DataError(
-            f"there are no prepared data in {folder}: "
-            f"run {command('horovod_lm.data', '--config', 'FILE')}"
-        )
+        raise DataError(f"there are no prepared data in {folder}: call prepare_data(config) first")
     layout = metadata["block_length"], metadata["dtype"], metadata["tokenizer"]["eot_id"]
     train, val = (TokenBlockDataset(folder / f"{part}.bin", *layout) for part in (TRAIN, VAL))
     return train, val, metadata
 
 
-def _check_settings(config: Config, metadata: dict[str, Any], folder: Path) -> None:
+def _check_settings(config: Config, metadata: dict[str, Any]) -> None:
     """Raise DataError for data that were prepared with other settings."""
-    prepared = metadata["settings"]
+    folder, prepared = config.resolve(config.data.data_dir), metadata["settings"]
     for key, wanted in data_settings(config).items():
         if prepared.get(key) != wanted:
             raise DataError(
                 f"the data in {folder} were prepared with {key}={prepared.get(key, 'unset')}, but "
-                f"the configuration has {wanted}: run"
-                f" {command('horovod_lm.data', '--config', 'FILE')} with this"
-                " configuration, or choose another data.data_dir"
+                f"the configuration has {wanted}: call prepare_data(config) again, or choose "
+                "another data.data_dir"
             )
     tokens = metadata["tokenizer"]["vocab_size"]
     if tokens > config.model.vocab_size:

@@ -93,18 +93,14 @@ def test_resumed_equals_uninterrupted_and_at_another_world_size_uses_the_rest_on
 
 
 def test_each_epoch_has_its_own_order_and_starts_at_its_beginning():
-    first, _ = ranks(100, 4, 1, 1, epoch=0)
-    again, _ = ranks(100, 4, 1, 1, epoch=0)
-    second, _ = ranks(100, 4, 1, 1, epoch=1)
+    first, again, second = (ranks(100, 4, 1, 1, epoch)[0] for epoch in (0, 0, 1))
     assert first == again != second
-    unshuffled, _ = ranks(100, 4, 1, 1, epoch=1, shuffle=False)
-    assert np.concatenate(unshuffled[0]).tolist() == list(range(100))
-
-    sampler = ShardedBatchSampler(10, 2)
-    sampler.set_start(6)
-    assert len(list(sampler)) == len(sampler) == 2
-    sampler.set_epoch(1)
-    assert len(list(sampler)) == len(sampler) == 5
+    [unshuffled], [sampler] = ranks(100, 4, 1, 1, epoch=1, start=60, shuffle=False)
+    assert sum(unshuffled, []) == list(range(60, 100)) and len(sampler) == 10
+    sampler.set_epoch(2)
+    assert len(list(sampler)) == len(sampler) == 25
+    with pytest.raises(ValueError, match="cannot skip 101 of 100"):
+        sampler.set_start(101)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +109,6 @@ def test_each_epoch_has_its_own_order_and_starts_at_its_beginning():
 def test_invalid_samplers_are_refused(wrong):
     with pytest.raises(ValueError, match="must be"):
         ShardedBatchSampler(**{"num_samples": 10, "batch_size": 2, **wrong})
-    with pytest.raises(ValueError, match="cannot skip 11 of 10"):
-        ShardedBatchSampler(10, 2).set_start(11)
 
 
 @settings(deadline=None, max_examples=50)
@@ -140,26 +134,25 @@ def test_every_token_but_the_first_is_predicted_exactly_once(
         dataset[len(dataset)]
 
 
-@pytest.fixture
-def prepared(make_config):
-    config = make_config()
+def test_fault_11_every_rank_has_the_same_split(make_config):
+    config = make_config(val_fraction=0.2)
     prepare_data(config)
-    return config
-
-
-def test_loaders_give_batches_without_using_the_global_generator(prepared):
     state = torch.get_rng_state()
-    train, val = get_dataloaders(prepared)
+    train = get_dataloaders(config)[0]
     assert (train.batch_sampler.rank, train.batch_sampler.world_size) == (0, 1)  # Horovod's answers
     assert train.pin_memory == torch.cuda.is_available()
-    batches = list(train)
-    assert torch.equal(state, torch.get_rng_state())
-    assert set(batches[0]) == {"input_ids", "labels"}
-    assert batches[0]["input_ids"].shape == batches[0]["labels"].shape == (4, 16)
-    last = [list(get_dataloaders(prepared, rank, 4)[0])[-1]["input_ids"] for rank in range(4)]
-    assert sum(map(len, last)) == len(train.dataset) % (4 * 4)
-    sizes = [[len(b["input_ids"]) for b in get_dataloaders(prepared, r, 3)[1]] for r in range(3)]
-    assert sum(map(sum, sizes)) == len(val.dataset)
+    batch = next(iter(train))
+    assert set(batch) == {"input_ids", "labels"}
+    assert batch["input_ids"].shape == batch["labels"].shape == (4, 16)
+
+    loaders = [get_dataloaders(config, rank, 3) for rank in range(3)]
+    datasets = load_preprocessed_data(config.resolve(config.data.data_dir))
+    for part, dataset in enumerate(datasets):
+        batches = [batch["input_ids"] for pair in loaders for batch in pair[part]]
+        seen = sorted(row for batch in batches for row in batch.tolist())
+        windows = [dataset[index]["input_ids"].tolist() for index in range(len(dataset))]
+        assert seen == sorted(windows)
+    assert torch.equal(state, torch.get_rng_state())  # the global generator is not used
 
 
 def test_a_rank_without_samples_gets_an_empty_batch(make_config):
@@ -184,41 +177,24 @@ def test_loaders_keep_their_tokens_when_others_are_prepared_also_in_worker_proce
         assert all(torch.equal(one, other) for one, other in zip(expected, batches, strict=True))
 
 
-def test_without_prepared_data_the_error_has_the_command(make_config, tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="no prepared data in .*python -m horovod_lm.data --config"):
-        get_dataloaders(make_config(), 0, 1)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="notebooks/data/preprocessed/v1: run python -m"):
-        load_preprocessed_data()
-
-
-def test_a_model_with_too_small_a_vocabulary_is_refused(prepared, make_config):
-    with pytest.raises(DataError, match="257 different tokens, but model.vocab_size is 200"):
-        get_dataloaders(make_config(vocab_size=200), 0, 1)
-
-
-def test_fault_8_data_are_read_where_they_were_written_from_any_folder(
+def test_data_are_read_where_they_were_written_from_any_folder_and_fit_the_model(
     make_config, tmp_path, monkeypatch
 ):
+    folder = tmp_path / "notebooks/data/preprocessed/v1"
     (tmp_path / "configs").mkdir()
     (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"no prepared data in {folder}: call prepare_data\(conf"):
+        load_preprocessed_data()
     prepare_data(make_config(data_dir="notebooks/data/preprocessed/v1"))
-    for folder in ("notebooks", "."):
-        monkeypatch.chdir(tmp_path / folder)
+    for working_directory in ("notebooks", "."):
+        monkeypatch.chdir(tmp_path / working_directory)
         train, val = load_preprocessed_data()
-        assert train.path == tmp_path / "notebooks/data/preprocessed/v1/train.bin"
+        assert train.path == folder / "train.bin"
         assert train[0]["input_ids"].shape == val[0]["input_ids"].shape == (16,)
-
-
-def test_fault_11_every_rank_has_the_same_split(make_config):
-    config = make_config(val_fraction=0.2)
-    prepare_data(config)
-    loaders = [get_dataloaders(config, rank, 3) for rank in range(3)]
-    datasets = load_preprocessed_data(config.resolve(config.data.data_dir))
-    for part, expected in enumerate(datasets):
-        batches = [batch["input_ids"] for pair in loaders for batch in pair[part]]
-        seen = {tuple(row) for batch in batches for row in batch.tolist()}
-        assert seen == {tuple(one["input_ids"].tolist()) for one in expected}
+    small = make_config(vocab_size=200, data_dir="notebooks/data/preprocessed/v1")
+    with pytest.raises(DataError, match="257 different tokens, but model.vocab_size is 200"):
+        get_dataloaders(small, 0, 1)
 
 
 LOADERS = """
