@@ -52,27 +52,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     metadata = prepare_data(config, show)
     seconds = time.perf_counter() - started
     line.say(f"prepared in {seconds:.1f} s" if phases else "nothing has changed: the data exist")
-    print(summary(metadata, config.resolve(config.data.data_dir)))
+    print_summary(metadata, config.resolve(config.data.data_dir))
     return 0
 
 
-def summary(metadata: dict[str, Any], data_dir: Path) -> str:
-    """Return a summary of prepared data, in a few lines."""
+def print_summary(metadata: dict[str, Any], data_dir: Path) -> None:
+    """Print the content of prepared data in a few lines."""
     train, val, tokenizer = metadata["train"], metadata["val"], metadata["tokenizer"]
     bytes_per_token = f"{metadata['bytes_per_token']:.2f} bytes per token"
-    lines = [
-        f"corpus      {metadata['corpus']}",
-        f"tokenizer   {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens, {bytes_per_token}",
-        f"training    {train['documents']:,} documents, {train['tokens']:,} tokens",
-        f"validation  {val['documents']:,} documents, {val['tokens']:,} tokens",
-        f"split       {metadata['split']}",
-        f"folder      {data_dir}",
-    ]
+    print(f"corpus      {metadata['corpus']}")
+    print(f"tokenizer   {tokenizer['name']}, {tokenizer['vocab_size']:,} tokens, {bytes_per_token}")
+    print(f"training    {train['documents']:,} documents, {train['tokens']:,} tokens")
+    print(f"validation  {val['documents']:,} documents, {val['tokens']:,} tokens")
+    print(f"split       {metadata['split']}")
+    print(f"folder      {data_dir}")
     if stories := metadata.get("stories"):
         entropy = stories["entropy_nats_per_story"]
         per_token = entropy / stories["tokens_per_story"]
-        lines.append(f"entropy     {entropy:.2f} nats per story, {per_token:.4f} per token")
-    return "\n".join(lines)
+        print(f"entropy     {entropy:.2f} nats per story, {per_token:.4f} per token")
 
 
 if __name__ == "__main__":

@@ -24,15 +24,8 @@ import numpy as np
 from filelock import FileLock
 
 from horovod_lm.data.sources import Corpus, open_corpus
-from horovod_lm.data.split import (
-    TRAIN,
-    VAL,
-    CorpusStats,
-    SplitText,
-    choose_split,
-    split_by_number,
-)
-from horovod_lm.data.synthetic.stories import story_count, story_entropy
+from horovod_lm.data.split import TRAIN, VAL, CorpusStats, SplitText, choose_split, split_by_number
+from horovod_lm.data.synthetic.stories import story_entropy
 from horovod_lm.data.tokenizers import Tokenizer, make_tokenizer, train_bpe
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.errors import DataError
@@ -49,18 +42,12 @@ Progress = Callable[[str, float], None]
 """Called with the current phase and its completed fraction, from 0 to 1."""
 
 
-def prepare_data(config: Config, progress: Progress | None = None) -> dict[str, Any]:
+def prepare_data(config: Config, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Make the token files of `config` in `config.data.data_dir`, unless they exist.
 
     Any number of processes may call this at once: one prepares, the others wait and then find the
-    data. If a preparation is killed, the earlier data remain.
-
-    Args:
-        config: the settings; `data`, `seed`, `model.vocab_size` and `model.max_seq_len` are used.
-        progress: called with the progress.
-
-    Returns:
-        The content of `metadata.json`.
+    data. If a preparation is killed, the earlier data remain. `progress` is called with each phase
+    and its completed fraction. Returns the content of `metadata.json`.
 
     Raises:
         DataError: the text cannot be read, is too small, or does not fit the model's vocabulary.
@@ -80,9 +67,7 @@ def prepare_data(config: Config, progress: Progress | None = None) -> dict[str, 
         data_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(data_dir / ".lock"):
             # Another process may have prepared them while this one waited.
-            return unchanged() or _prepare(
-                config, corpus, digest, data_dir, progress or (lambda *_: None)
-            )
+            return unchanged() or _prepare(config, corpus, digest, data_dir, progress)
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"the data cannot be written to {data_dir}: {reason}") from None
@@ -120,7 +105,7 @@ def read_metadata(data_dir: Path) -> dict[str, Any] | None:
         )
         for part in (TRAIN, VAL):
             size = metadata[part]["tokens"] * np.dtype(metadata["dtype"]).itemsize
-            complete = complete and (data_dir / f"{part}.bin").stat().st_size == size
+            complete = complete and 0 < size == (data_dir / f"{part}.bin").stat().st_size
         return metadata if complete else None
     except PermissionError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
@@ -143,12 +128,7 @@ def publish(partial: Path, data_dir: Path) -> None:
 
 
 class TokenWriter:
-    """A file of token ids that counts and hashes what it gets.
-
-    Args:
-        path: the file.
-        dtype: NumPy dtype of an id.
-    """
+    """A file of token ids of NumPy's type `dtype` that counts and hashes what it gets."""
 
     def __init__(self, path: Path, dtype: str) -> None:
         self.dtype = dtype
@@ -218,8 +198,7 @@ def _prepare(
             **_statistics(config, parts),
         }
         (partial / TOKENIZER).write_bytes(tokenizer_json)
-        content = json.dumps(metadata, indent=2, ensure_ascii=False)
-        (partial / METADATA).write_text(content + "\n", encoding="utf-8")
+        (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
         publish(partial, data_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -230,12 +209,20 @@ def _make_tokenizer(
     config: Config, texts: Iterable[SplitText], total_bytes: int, progress: Progress
 ) -> Tokenizer:
     """Return the tokenizer of `config`; a BPE is trained on training text only."""
+
+    def training_texts() -> Iterator[str]:
+        seen, wanted = 0, min(total_bytes, BPE_TRAINING_BYTES)
+        for text in texts:
+            seen += text.size
+            progress("training the tokenizer", min(1.0, seen / wanted))
+            if text.part == TRAIN:
+                yield text.text
+            if seen >= wanted:
+                return
+
     if config.data.tokenizer == "bpe":
-        wanted = min(total_bytes, BPE_TRAINING_BYTES)
-        training_texts = _training_texts(texts, wanted, progress)
-        tokenizer: Tokenizer = train_bpe(training_texts, config.model.vocab_size)
-    else:
-        tokenizer = make_tokenizer(config.data.tokenizer)
+        return train_bpe(training_texts(), config.model.vocab_size)
+    tokenizer = make_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise DataError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, but "
@@ -243,17 +230,6 @@ def _make_tokenizer(
             f"set model.vocab_size={tokenizer.vocab_size} or more"
         )
     return tokenizer
-
-
-def _training_texts(texts: Iterable[SplitText], wanted: int, progress: Progress) -> Iterator[str]:
-    seen = 0
-    for text in texts:
-        seen += text.size
-        progress("training the tokenizer", min(1.0, seen / wanted))
-        if text.part == TRAIN:
-            yield text.text
-        if seen >= wanted:
-            return
 
 
 def _encode(
@@ -318,7 +294,6 @@ def _statistics(config: Config, parts: dict[str, dict[str, Any]]) -> dict[str, A
     if config.data.source == "stories":
         statistics["stories"] = {
             "entropy_nats_per_story": story_entropy(),
-            "different_stories": story_count(),
             "tokens_per_story": round((tokens - 2) / documents, 4),
         }
     return statistics

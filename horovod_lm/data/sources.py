@@ -45,12 +45,9 @@ class Document:
 class Corpus:
     """A series of documents that can be read repeatedly, in the same order.
 
-    Args:
-        description: a short description.
-        documents: starts reading the documents from the first one.
-        fingerprint: plain values that change when the text changes.
-        validation: starts reading the documents of the source's own validation split, if it has
-            one; `documents` are then for training only.
+    `documents` and `validation` start reading from the first document. `validation` is the source's
+    own validation split: if it is not empty, `documents` are for training only. `fingerprint` holds
+    plain values that change when the text changes.
     """
 
     description: str
@@ -68,8 +65,7 @@ def open_corpus(config: Config) -> Corpus:
     sources = {"stories": _stories, "python": _python, "files": _files, "hub": _hub}
     with _as_data_error():
         corpus = sources[config.data.source](config)
-    limit = config.data.max_bytes
-    if limit is None:
+    if not (limit := config.data.max_bytes):
         return corpus
     val_limit = max(1, round(limit * config.data.val_fraction))
     return replace(
@@ -107,10 +103,6 @@ def _stories(config: Config) -> Corpus:
 def _python(config: Config) -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [file for folder in _folders(root, EXCLUDED_FOLDERS) for file in folder.glob("*.py")]
-    if not files:
-        raise DataError(
-            f"the standard library has no source files in {root}; use data.source=stories instead"
-        )
     description = f"the standard library of Python {sys.version.split()[0]}"
     return _file_corpus(description, sorted(files), root)
 
@@ -201,40 +193,37 @@ def _listing(files: Iterable[Path], root: Path) -> str:
 
 
 def read_text_file(file: Path, piece_bytes: int = PIECE_BYTES) -> Iterator[str]:
-    """Yield the text of a UTF-8 file in pieces that end at the end of a line if possible.
+    """Yield the text of a UTF-8 file in pieces of about `piece_bytes`, cut at line ends.
 
-    Args:
-        file: the file; a byte-order mark at its start is removed.
-        piece_bytes: approximate size of a piece.
+    A byte-order mark at its start is removed.
 
     Raises:
         DataError: a byte is not UTF-8 (the message has the file and the byte's offset), a quarter
             of the beginning is zero bytes, or the file cannot be read.
     """
-    offset, data = 0, b""  # of the file: what precedes `data`, and what is not yet decoded
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    size, rest = 0, ""  # bytes read, and the text after the last line end
     try:
         with _as_data_error(file), file.open("rb") as stream:
             while block := stream.read(piece_bytes):
-                data += block
-                if not offset and 4 * data.count(0) > len(data):
+                if size == 0 and 4 * block.count(0) > len(block):
                     raise DataError(
-                        f"{file} is not UTF-8 text: {data.count(0)} of its first {len(data)} bytes "
-                        f"are 0, as in UTF-16 or a binary file; {SAVE_OR_EXCLUDE}"
+                        f"{file} is not UTF-8 text: {block.count(0)} of its first {len(block)} "
+                        f"bytes are 0, as in UTF-16 or a binary file; {SAVE_OR_EXCLUDE}"
                     )
-                if not offset and data.startswith(codecs.BOM_UTF8):
-                    offset, data = len(codecs.BOM_UTF8), data.removeprefix(codecs.BOM_UTF8)
-                cut = data.rfind(b"\n") + 1 or len(data)
-                # Without a line's end, the cut may be inside a character, which stays in `data`.
-                text, used = codecs.utf_8_decode(data[:cut], "strict", False)
-                if text:
-                    yield text
-                offset, data = offset + used, data[used:]
-            if data:
-                yield data.decode("utf-8")
+                size += len(block)
+                text = rest + decoder.decode(block)
+                cut = text.rfind("\n") + 1 or len(text)
+                if cut:
+                    yield text[:cut]
+                rest = text[cut:]
+        if rest := rest + decoder.decode(b"", final=True):
+            yield rest
     except UnicodeDecodeError as error:
+        offset = size - len(error.object) + error.start
         raise DataError(
-            f"{file} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset "
-            f"{offset + error.start} ({error.reason}); {SAVE_OR_EXCLUDE}"
+            f"{file} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {offset} "
+            f"({error.reason}); {SAVE_OR_EXCLUDE}"
         ) from None
 
 
@@ -279,23 +268,22 @@ def _row_texts(config: Config, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def _join_articles(rows: Iterator[str]) -> Iterator[str]:
-    """Yield one text per document: rows, or the articles of a dataset whose rows are lines.
+    """Yield the rows that are not empty, or articles if the first one is a heading of WikiText.
 
-    In WikiText each row is a line, and an article starts with a row ` = Title = `. A dataset whose
-    first non-empty row is such a heading is joined into articles.
+    In WikiText each row is a line, and an article starts with a row ` = Title = `.
     """
     first = next(filter(None, rows), "")
     rows = itertools.chain([first], rows)
     if not ARTICLE_HEADING.fullmatch(first):
         yield from filter(None, rows)
         return
-    lines: list[str] = []
+    article = ""
     for row in rows:
-        if lines and ARTICLE_HEADING.fullmatch(row):
-            yield "".join(lines)
-            lines = []
-        lines.append(row if row.endswith("\n") else row + "\n")
-    yield "".join(lines)
+        if article and ARTICLE_HEADING.fullmatch(row):
+            yield article
+            article = ""
+        article += row if row.endswith("\n") else row + "\n"
+    yield article
 
 
 def _open_hub_dataset(config: Config) -> dict[str, Iterable[dict[str, Any]]]:

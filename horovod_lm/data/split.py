@@ -10,30 +10,32 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from horovod_lm.data.sources import Document
 
 TRAIN, VAL = "train", "val"
 
 
-@dataclass(frozen=True)
-class SplitText:
-    """A piece of text, its part, its size in UTF-8 bytes, and whether it starts a document."""
+class SplitText(NamedTuple):
+    """A piece of text, its part, and whether it starts a document."""
 
     part: str
     text: str
-    size: int
     starts_document: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes of the text in UTF-8."""
+        return len(self.text.encode("utf-8"))
 
 
 Split = Callable[[Iterable[Document]], Iterator[SplitText]]
 """Yields the text of documents, in order, with its part."""
 
 
-@dataclass(frozen=True)
-class CorpusStats:
+class CorpusStats(NamedTuple):
     """Number of documents, total bytes, and the range of the documents' numbers."""
 
     documents: int
@@ -83,33 +85,21 @@ def split_by_number(
             starts = not part
             if starts:
                 part = VAL if document_number(text, seed) < threshold else TRAIN
-            yield SplitText(part, text, len(text.encode("utf-8")), starts)
+            yield SplitText(part, text, starts)
 
 
 def split_at(documents: Iterable[Document], train_bytes: int) -> Iterator[SplitText]:
-    """Yield documents whose text after about `train_bytes` bytes is for validation.
-
-    The cut is at the end of a nearby line, or else of a word.
-    """
+    """Yield documents whose text after about `train_bytes` bytes is for validation."""
     for document in documents:
         room, part, starts = train_bytes, TRAIN, True
         for text in document.pieces():
-            size = len(text.encode("utf-8"))
-            if part == TRAIN and size > room:
-                if cut := _cut_position(text, room):
-                    yield SplitText(TRAIN, text[:cut], len(text[:cut].encode("utf-8")), starts)
+            data = text.encode("utf-8")
+            if part == TRAIN and len(data) > room:
+                cut = len(data[:room].decode("utf-8", errors="ignore"))
+                # At the end of a line, if one ends nearby.
+                cut = text.rfind("\n", max(0, cut - max(80, cut // 20)), cut) + 1 or cut
+                if cut:
+                    yield SplitText(TRAIN, text[:cut], starts)
                 part, text, starts = VAL, text[cut:], True
-                size = len(text.encode("utf-8"))
-            yield SplitText(part, text, size, starts)
-            room, starts = room - size, False
-
-
-def _cut_position(text: str, size: int) -> int:
-    """Return the end of a line or a word of `text` near `size` bytes."""
-    middle = len(text.encode("utf-8")[:size].decode("utf-8", errors="ignore"))
-    near = max(80, len(text) // 20)
-    for separator in ("\n\n", "\n", " "):
-        position = text.rfind(separator, max(0, middle - near), middle)
-        if position >= 0:
-            return position + len(separator)
-    return middle
+            yield SplitText(part, text, starts)
+            room, starts = room - len(data), False

@@ -113,8 +113,7 @@ class BPETokenizer(Tokenizer):
 def _byte_of_letter() -> dict[str, int]:
     """Return the byte of each letter of a byte-level vocabulary.
 
-    GPT-2's way to write bytes as text: a printable byte is its own character, and the others, in
-    order, are the characters from 256 on.
+    As in GPT-2, a printable byte is its own character, and the others are the characters from 256.
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(NUM_BYTES) if byte not in printable]
@@ -123,11 +122,9 @@ def _byte_of_letter() -> dict[str, int]:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """Train a byte-level BPE tokenizer: merge the most frequent pair, repeatedly.
+    """Train a byte-level BPE tokenizer on pieces of text: merge the most frequent pair, repeatedly.
 
-    Args:
-        texts: the training text, in pieces.
-        vocab_size: number of ids, end-of-text included; a small corpus may have pairs for fewer.
+    `vocab_size` includes end-of-text; a small corpus may have pairs for fewer tokens.
 
     Raises:
         DataError: `vocab_size` is below 257: one per byte and one for end-of-text.
@@ -191,9 +188,9 @@ class GPT2Tokenizer(Tokenizer):
     def __init__(self) -> None:
         import tiktoken
 
+        folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+        folder = folder or os.path.join(tempfile.gettempdir(), "data-gym-cache")
         try:
-            folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-            folder = folder or os.path.join(tempfile.gettempdir(), "data-gym-cache")
             if not Path(folder, hashlib.sha1(GPT2_MERGES.encode()).hexdigest()).exists():
                 check_reachable(GPT2_MERGES)  # tiktoken itself has no timeout
             self._encoding = tiktoken.get_encoding("gpt2")
@@ -212,10 +209,7 @@ class GPT2Tokenizer(Tokenizer):
 
 
 def check_reachable(url: str) -> None:
-    """Raise ConnectionError within seconds if a server does not answer.
-
-    Libraries that download would retry for minutes.
-    """
+    """Raise ConnectionError within seconds if a server does not answer; libraries wait minutes."""
     import requests
 
     try:
@@ -236,10 +230,7 @@ def check_text(text: str, name: str) -> None:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Restore a tokenizer.
-
-    Args:
-        source: the result of `to_json()`, or the path of a file that contains it.
+    """Restore a tokenizer from the result of `to_json()`, or from the path of a file with it.
 
     Raises:
         DataError: `source` is not a tokenizer's JSON, or the file does not exist.

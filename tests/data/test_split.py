@@ -34,11 +34,9 @@ def test_every_text_is_in_one_part_and_each_part_has_one_if_possible(texts, seed
     if len(set(texts)) > 1:
         assert description == "by document"
         assert [piece.text for piece in pieces] == texts
-        sides = {
-            part: {piece.text for piece in pieces if piece.part == part} for part in (TRAIN, VAL)
-        }
-        assert not sides[TRAIN] & sides[VAL]  # two copies of a text are in the same part
-        assert sides[TRAIN] and sides[VAL]
+        train, val = ({one.text for one in pieces if one.part == part} for part in (TRAIN, VAL))
+        assert train and val
+        assert not train & val  # two copies of a text are in the same part
 
 
 def test_a_document_keeps_its_part_when_others_are_added_and_another_seed_is_another_split():
@@ -75,16 +73,12 @@ def test_one_document_is_cut_once_at_the_end_of_a_line(document):
     assert [pieces[index].part for index in starts] == [TRAIN, VAL] and starts[0] == 0
 
 
-def test_a_cut_between_two_pieces_starts_the_second_part():
-    _, pieces = assign([in_pieces("a" * 50, "b" * 50)], seed=0, val_fraction=0.5)
-    assert [(piece.part, piece.text[0], piece.starts_document) for piece in pieces] == [
-        (TRAIN, "a", True), (VAL, "b", True),
-    ]  # fmt: skip
-
-
-def test_a_line_without_spaces_is_cut_between_characters():
-    _, pieces = assign(["ä" * 1000], seed=0, val_fraction=0.1)
-    assert [piece.text for piece in pieces] == ["ä" * 900, "ä" * 100]
+def test_a_cut_is_between_pieces_or_characters_where_no_line_ends():
+    for document in (in_pieces("a" * 50, "b" * 50), "ä" * 1000):
+        _, [train, val] = assign([document], seed=0, val_fraction=0.5)
+        assert len(train.text) == len(val.text)
+        assert (train.part, val.part) == (TRAIN, VAL)
+        assert train.starts_document and val.starts_document
 
 
 def test_the_pieces_of_a_long_document_stay_together():

@@ -27,9 +27,7 @@ TOKENIZERS = {
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 
-@pytest.fixture(params=sorted(TOKENIZERS))
-def tokenizer(request):
-    return TOKENIZERS[request.param]
+any_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 
 
 @settings(deadline=None)
@@ -39,9 +37,8 @@ def tokenizer(request):
 @example(text=f"one{END_OF_TEXT}{END_OF_TEXT} two")
 @example(text="")
 @example(text="".join(map(chr, range(0x800))))  # all characters of one and two bytes
-@pytest.mark.parametrize("name", sorted(TOKENIZERS))
-def test_any_text_is_decoded_exactly_and_contains_no_end_of_text(name, text):
-    tokenizer = TOKENIZERS[name]
+@any_tokenizer
+def test_any_text_is_decoded_exactly_and_contains_no_end_of_text(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.eot_id not in ids
@@ -50,14 +47,7 @@ def test_any_text_is_decoded_exactly_and_contains_no_end_of_text(name, text):
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
 
 
-@settings(deadline=None)
-@given(data=st.binary())
-@pytest.mark.parametrize("name", sorted(TOKENIZERS))
-def test_any_ids_decode_to_some_text(name, data):
-    tokenizer = TOKENIZERS[name]
-    assert isinstance(tokenizer.decode([3 * byte for byte in data]), str)
-
-
+@any_tokenizer
 def test_end_of_text_and_invalid_ids_can_be_decoded(tokenizer):
     [a], [b] = tokenizer.encode_batch(["a", "b"])
     ids = [a, tokenizer.eot_id, b, tokenizer.vocab_size, -1]
@@ -66,6 +56,7 @@ def test_end_of_text_and_invalid_ids_can_be_decoded(tokenizer):
     assert tokenizer.token_bytes(99_999).decode() == UNKNOWN
 
 
+@any_tokenizer
 def test_json_restores_the_same_tokenizer_without_any_file(tokenizer, tmp_path):
     text = "Once upon a time, naïve 🦉"
     plain, windows = tmp_path / "tokenizer.json", tmp_path / "windows.json"
@@ -73,9 +64,7 @@ def test_json_restores_the_same_tokenizer_without_any_file(tokenizer, tmp_path):
     windows.write_text(tokenizer.to_json(), encoding="utf-8-sig")  # with a byte-order mark
     for source in (tokenizer.to_json(), plain, str(plain), windows):
         restored = load_tokenizer(source)
-        assert (restored.name, restored.vocab_size, restored.eot_id) == (
-            tokenizer.name, tokenizer.vocab_size, tokenizer.eot_id,
-        )  # fmt: skip
+        assert repr(restored) == repr(tokenizer) and restored.eot_id == tokenizer.eot_id
         assert restored.encode(text) == tokenizer.encode(text)
         assert restored.to_json() == tokenizer.to_json()
 
