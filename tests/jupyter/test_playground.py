@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import re
-import time
 
 import pytest
 import torch
@@ -106,10 +105,8 @@ def test_an_improbable_token_is_a_candidate_too():
     assert (greedy.after, greedy.n_kept, len(greedy.candidates)) == (1.0, 1, N_CANDIDATES)
 
 
-def test_end_of_text_is_a_token_and_no_text(model):
-    how = GenerationConfig(
-        max_new_tokens=200, seed=0, temperature=5.0, top_k=0, top_p=1.0, num_samples=16
-    )
+def test_end_of_text_is_the_last_token_and_no_text(model):
+    how = UNFILTERED.model_copy(update={"temperature": 5.0, "num_samples": 16, "seed": 0})
     continuation = trace_text(model, TOKENIZER, "", how)
     end = TOKENIZER.eot_id
     assert any(sample[-1].token_id == end for sample in continuation.samples)
@@ -151,12 +148,9 @@ def test_a_table_has_every_number_and_marks_the_sampled_token(model):
     assert sum(shown[1::2]) == pytest.approx(1, abs=0.005)
 
 
-@pytest.mark.parametrize(
-    ("probability", "opacity"),
-    [(1, 0), (0.1, 0.2), (0.01, 0.4), (0.001, 0.6), (1e-9, 0.6), (0, 0.6)],
-)
-def test_the_colour_grows_with_each_power_of_ten(probability, opacity):
-    assert colour_of(probability) == f"rgba(230, 159, 0, {opacity:.3f})"
+def test_the_colour_grows_with_each_power_of_ten():
+    for probability, opacity in ((1, 0), (0.1, 0.2), (0.01, 0.4), (0.001, 0.6), (0, 0.6)):
+        assert colour_of(probability) == f"rgba(230, 159, 0, {opacity:.3f})"
 
 
 # ---- the widget ----------------------------------------------------------------------------------
@@ -205,6 +199,12 @@ def test_the_same_seed_writes_what_generate_text_writes(playground, model):
     assert playground.continuation.texts == chosen.texts
 
 
+def test_without_an_event_loop_a_click_returns_with_the_text(playground):
+    playground.generate.click()
+    assert playground.message.value.startswith("done: 30 tokens, ")
+    assert not playground.generate.disabled
+
+
 def test_values_are_read_when_the_button_is_clicked(playground, model):
     playground.prompt.value, playground.seed.value = "Then", "-12345678901234567890"
     playground.temperature.value, playground.top_k.value, playground.top_p.value = 0.5, 3, 0.9
@@ -220,22 +220,6 @@ def test_values_are_read_when_the_button_is_clicked(playground, model):
     assert len(playground.view.samples) == 3 and playground.view.prompt == "Then"
 
 
-def test_tokens_come_one_after_another_and_others_have_their_turn(playground):
-    playground.tokens.value = 2000
-    lengths, turns = [], []
-
-    async def watch() -> None:
-        while playground.is_busy:
-            lengths.append(len(playground.view.samples[0]) if playground.view.samples else 0)
-            turns.append(time.perf_counter())
-            await asyncio.sleep(0)
-
-    write(playground, watch)
-    assert len(set(lengths)) > 4 and lengths == sorted(lengths) and 1 in lengths
-    gaps = sorted(after - before for before, after in zip(turns, turns[1:], strict=False))
-    assert gaps[len(gaps) // 2] < 0.2
-
-
 def test_stop_keeps_the_text_so_far_and_a_second_click_on_generate_starts_nothing(playground):
     playground.tokens.value = 100_000
 
@@ -244,8 +228,11 @@ def test_stop_keeps_the_text_so_far_and_a_second_click_on_generate_starts_nothin
         task = playground._task
         playground.start()
         assert playground._task is task
-        while not playground.view.samples or len(playground.view.samples[0]) < 50:
+        lengths = [0]
+        while lengths[-1] < 50:  # tokens come one after another, and others have their turn
+            lengths.append(len(playground.view.samples[0]) if playground.view.samples else 0)
             await asyncio.sleep(0)
+        assert 1 in lengths and len(set(lengths)) > 3 and lengths == sorted(lengths)
         playground.stop_button.click()
 
     write(playground, stop)
@@ -274,7 +261,7 @@ def test_a_text_can_be_stopped_before_it_begins(playground):
 @pytest.mark.parametrize("how", ["close", "view"])
 def test_generating_ends_when_no_page_shows_it(playground, how):
     playground.tokens.value = 100_000
-    hear = playground._tracker._handle_custom_msg
+    hear = playground.view._handle_custom_msg
     for kind in ("opened", "opened", "closed"):  # seen at two places, then at one
         hear(kind, [])
 
@@ -299,13 +286,13 @@ def test_a_selected_token_is_explained_until_the_next_text(playground):
     assert playground.view.selected == [] and playground.detail.value.startswith("Click a token")
 
 
-@pytest.mark.parametrize("prompt", ["", "<b>&amp;</b>", "\x1b[2J\x00", "🙂 שלום \u202e", "x" * 500])
+@pytest.mark.parametrize("prompt", ["", "\x1b[2J\x00 🙂 שלום \u202e" * 9])
 def test_any_prompt_is_continued_and_shown_as_itself(playground, prompt):
     playground.prompt.value = prompt
     write(playground)
     assert "done: 30 tokens" in playground.message.value
     assert ("only its end is used" in playground.message.value) == (len(prompt) > 24)
-    assert "\x1b" not in playground.view.prompt and "\u202e" not in playground.view.prompt
+    assert not {"\x1b", "\x00", "\u202e"} & set(playground.view.prompt)
 
 
 def test_errors_are_shown_and_the_buttons_work_again(playground, monkeypatch):

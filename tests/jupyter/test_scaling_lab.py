@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from horovod_lm.analysis.scaling import Network, step
+from horovod_lm.jupyter.widgets import scaling_lab
 from horovod_lm.jupyter.widgets.scaling_lab import (
     GPT2_SMALL,
     SLIDERS,
@@ -72,6 +73,7 @@ def test_every_end_of_every_slider_can_be_predicted_and_all_of_them_drawn(monkey
     lab = ScalingLab()
     draw = lab.draw
     monkeypatch.setattr(lab, "draw", lambda: None)
+    monkeypatch.setattr(scaling_lab, "DRAWING_DELAY", 0)
     for end in (0, -1):
         for name, slider in lab.sliders.items():
             if hasattr(slider, "options"):

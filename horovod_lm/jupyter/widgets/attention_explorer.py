@@ -27,7 +27,6 @@ from horovod_lm.jupyter.widgets.widget_parts import (
     BaseWidget,
     frontend,
     labelled,
-    row,
     visible_token,
 )
 from horovod_lm.utils.errors import DataError
@@ -120,9 +119,9 @@ class AttentionView(anywidget.AnyWidget):
 
     def show_head(self, attention: AttentionMap, layer: int, head: int) -> None:
         """Select another head of the same map."""
+        weights = attention.weights[layer, head].contiguous().numpy().tobytes()
         with self.hold_sync():
-            self.layer, self.head = layer, head
-            self.weights = attention.weights[layer, head].contiguous().numpy().tobytes()
+            self.layer, self.head, self.weights = layer, head, weights
 
 
 class AttentionExplorer(BaseWidget):
@@ -150,12 +149,9 @@ class AttentionExplorer(BaseWidget):
         self.read = self.button(
             "Show", "eye", "read the sentence and show its attention weights", self.start
         )
-        n_layers, n_heads = self.attention.weights.shape[:2]
-        self.layer, self.head = self._chooser("Layer", n_layers), self._chooser("Head", n_heads)
         self.view = AttentionView()
         self.view.on_msg(self.guarded(lambda _, place, buffers: self.choose(*place)))
-        controls = row(self.read, self.layer, self.head)
-        self.children = [self.sentence, controls, self.message, self.view]
+        self.children = [self.sentence, self.read, self.message, self.view]
         self._show()
 
     def start(self) -> None:
@@ -167,8 +163,6 @@ class AttentionExplorer(BaseWidget):
 
     def choose(self, layer: int, head: int) -> None:
         """Select a head; both numbers count from 0."""
-        if (self.layer.value, self.head.value) != (layer, head):
-            self.layer.value, self.head.value = layer, head
         self.view.show_head(self.attention, layer, head)
         self._describe_head()
 
@@ -192,20 +186,13 @@ class AttentionExplorer(BaseWidget):
             self.read.disabled = False
 
     def _show(self) -> None:
-        self.view.show(self.attention, self.layer.value, self.head.value)
+        self.view.show(self.attention, self.view.layer, self.view.head)
         self._describe_head()
 
     def _describe_head(self) -> None:
-        layer, head = self.layer.value, self.head.value
+        layer, head = self.view.layer, self.view.head
         bits = self.attention.entropy_bits[layer, head].item()
         self.say(
             f"layer {layer + 1}, head {head + 1}: mean entropy {bits:.3f} bits, as for "
             f"{2**bits:.1f} tokens with equal weights; {len(self.attention.tokens)} tokens"
-        )
-
-    def _chooser(self, name: str, count: int) -> Any:
-        options = [(str(index + 1), index) for index in range(count)]
-        return self.on_change(
-            labelled(widgets.Dropdown, name, "9em", options=options),
-            lambda: self.choose(self.layer.value, self.head.value),
         )

@@ -313,7 +313,6 @@ class TokenView(anywidget.AnyWidget):
     number = traitlets.Int(0, help="changes with each new continuation").tag(sync=True)
     prompt = traitlets.Unicode("").tag(sync=True)
     samples: traitlets.List[Any] = traitlets.List(help="of `shown_tokens`").tag(sync=True)
-    texts = traitlets.List(traitlets.Unicode()).tag(sync=True)
     selected: traitlets.List[Any] = traitlets.List(help="[sample, index], or empty").tag(sync=True)
     legend = traitlets.List([[name, colour_of(one)] for name, one in LEGEND.items()]).tag(sync=True)
 
@@ -321,11 +320,9 @@ class TokenView(anywidget.AnyWidget):
         """Show the current state of a continuation."""
         with self.hold_sync():
             if is_new:
-                self.number, self.selected, self.texts = self.number + 1, [], []
+                self.number, self.selected = self.number + 1, []
                 self.prompt = visible(continuation.prompt)
             self.samples = continuation.shown_tokens()
-            if continuation.state != "writing":
-                self.texts = [visible(text).replace("↵", "") for text in continuation.texts]
 
 
 class Playground(BaseWidget):

@@ -23,10 +23,8 @@ from horovod_lm.analysis.ring import (
 )
 from horovod_lm.jupyter.plots import name_of_sum, plot_ring_steps
 from horovod_lm.jupyter.widgets.widget_parts import BaseWidget, labelled, row, with_picture
-from horovod_lm.utils.errors import ConfigError
 
 STEP_INTERVAL = 1.0  # seconds
-RANGES = {"workers": (2, 8), "numbers": (1, 1_000_000)}
 BYTES_PER_NUMBER = 4  # float32
 DESCRIPTIONS = {
     START: "each worker holds its own numbers, divided into chunks",
@@ -47,23 +45,17 @@ class RingStepper(BaseWidget):
         workers: number of workers, 2 to 8.
         numbers: number of float32 values of each worker, 1 to 1,000,000.
 
-    Raises:
-        ConfigError: an argument is outside its range.
+    A value outside of its range becomes the nearest one inside.
     """
 
     def __init__(self, workers: int = 4, numbers: int = 24) -> None:
-        for name, value in (("workers", workers), ("numbers", numbers)):
-            low, high = RANGES[name]
-            if not low <= value <= high:
-                raise ConfigError(f"RingStepper({name}={value}): {name} must be {low} to {high:,}")
         super().__init__()
-        (w_min, w_max), (n_min, n_max) = RANGES.values()
         number = widgets.BoundedIntText
-        self.workers = labelled(number, "workers", "130px", value=workers, min=w_min, max=w_max)
+        self.workers = labelled(number, "workers", "130px", value=workers, min=2, max=8)
         self.numbers = labelled(
-            number, "numbers of each", "220px", value=numbers, min=n_min, max=n_max
+            number, "numbers of each", "220px", value=numbers, min=1, max=1_000_000
         )
-        self.step = labelled(widgets.IntSlider, "step", "280px", max=2 * (workers - 1))
+        self.step = labelled(widgets.IntSlider, "step", "280px")
         make, wide = self.button, {"width": "110px"}
         self.back = make("Back", "step-backward", "one step back", lambda: self._move(-1), **wide)
         self.forward = make(

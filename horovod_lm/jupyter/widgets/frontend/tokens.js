@@ -18,9 +18,7 @@ function render({ model, el }) {
     legend.append(swatch, " ");
   }
   const samples = element("div", "lm-samples");
-  const plain = element("details", "lm-details");
-  plain.append(element("summary", "", "plain text"), element("div", "lm-texts"));
-  el.append(legend, samples, plain);
+  el.append(legend, samples);
   const identity = Math.random().toString(36).slice(2); // unique among views
   let shown = null; // number of the continuation that is drawn
 
@@ -81,17 +79,9 @@ function render({ model, el }) {
     });
   }
 
-  function drawPlain() {
-    const texts = model.get("texts");
-    const lines = texts.map((text) => element("div", "lm-plain", text, { dir: "auto" }));
-    plain.lastChild.replaceChildren(...lines);
-    plain.hidden = !texts.length;
-  }
-
-  const listeners = { samples: draw, number: draw, selected: mark, texts: drawPlain };
+  const listeners = { samples: draw, number: draw, selected: mark };
   for (const [name, act] of Object.entries(listeners)) model.on(`change:${name}`, act);
   draw();
-  drawPlain();
   model.send("opened");
   return () => {
     model.send("closed");
