@@ -26,19 +26,23 @@ from horovod_lm.jupyter.widgets.playground import Playground
 play = Playground(model, tokenizer, config)
 play
 """
-LEAVE = {
-    "cleared output": "() => { window.jupyterapp.commands.execute('notebook:clear-cell-output'); }",
-    "closed tab": "() => { const { commands } = window.jupyterapp; commands"
-    ".execute('docmanager:save').then(() => commands.execute('application:close')); }",
-}
+INTERACTIVE = """
+from horovod_lm.generate import interactive_generation
+interactive_generation(model=model, tokenizer=tokenizer, config=config, device='cpu')
+"""
+CLEAR = "notebook:clear-all-cell-outputs"
+CLOSE_TAB = """() => {
+    const { commands } = window.jupyterapp;
+    commands.execute('docmanager:save').then(() => commands.execute('application:close'));
+}"""
 
 
 @pytest.fixture
 def page(open_notebook, storyteller):
-    def open_playground(first: str = SHOW, *others: str):
-        code = (MODEL + first).replace("STORYTELLER", str(storyteller))
-        page = open_notebook(code, *others)
-        page.run_all()
+    def open_playground(*cells: str):
+        page = open_notebook(MODEL.replace("STORYTELLER", str(storyteller)), *cells)
+        page.run_cell(0)
+        page.run_cell(1)
         page.button("Generate").wait_for()
         return page
 
@@ -56,8 +60,19 @@ def fill(page, label: str, text: str) -> None:
     box.press("Tab")
 
 
-def test_a_text_is_written_and_looked_into(page):
-    page = page()
+def write_endlessly(page) -> None:
+    fill(page, "Tokens", "90000")
+    page.button("Generate").click()
+    tokens(page).nth(5).wait_for()
+
+
+def has_ended(page) -> bool:
+    return page.ask_kernel("print(play.is_busy)") == "False"
+
+
+def test_a_text_is_written_and_looked_into_and_ends_when_it_is_stopped_or_left(page):
+    page = page(INTERACTIVE, ENDLESS + SHOW, "print('the kernel', 'is free')")
+    page.wait_for("It needs a kernel")
     fill(page, "Tokens", "40")
     page.button("Generate").click()
     page.wait_for("done: ")
@@ -71,20 +86,19 @@ def test_a_text_is_written_and_looked_into(page):
         page.page.wait_for_selector(f"[aria-selected=true][data-index='{place}']")
     tokens(page).nth(6).click()
     page.page.wait_for_selector("[aria-selected=true][data-index='6']")
-    page.screenshot("playground")
+    page.screenshot("playground", 1)
     prompt = "<b>Once</b> \N{SLIGHTLY SMILING FACE} שלום"
     fill(page, "Prompt", prompt)
     page.button("Generate").focus()
     page.page.keyboard.press("Space")
     page.page.locator(".lm-prompt").get_by_text(prompt).wait_for()
-    assert page.complaints == []
 
-
-def test_stop_ends_a_text_and_other_cells_run_meanwhile(page):
-    page = page(ENDLESS + SHOW, "print('the kernel', 'is free')")
+    page.command(CLEAR)
+    page.page.locator(".lm-tokens").wait_for(state="detached")
+    page.run_cell(2)
     write_endlessly(page)
     assert page.button("Generate").is_disabled()
-    page.run_cell(1)
+    page.run_cell(3)
     page.wait_for("the kernel is free")
     before = tokens(page).count()
     page.page.wait_for_function(
@@ -93,21 +107,15 @@ def test_stop_ends_a_text_and_other_cells_run_meanwhile(page):
     page.button("Stop").click()
     page.wait_for("stopped: ")
     assert page.button("Stop").is_disabled() and not page.button("Generate").is_disabled()
-    assert page.complaints == []
-
-
-def write_endlessly(page) -> None:
-    fill(page, "Tokens", "90000")
-    page.button("Generate").click()
-    tokens(page).nth(5).wait_for()
-
-
-@pytest.mark.parametrize("how", ["cleared output", "closed tab"])
-def test_leaving_the_widget_ends_its_text_and_the_kernel_stays(page, how):
-    page = page(ENDLESS + SHOW)
     write_endlessly(page)
-    page.page.evaluate(LEAVE[how])
-    wait_until(lambda: page.ask_kernel("print(play.is_busy)") == "False", 60, "the text's end")
+    assert not has_ended(page)
+    page.command(CLEAR)
+    wait_until(lambda: has_ended(page), 60, "the text's end")
+    page.run_cell(2)
+    write_endlessly(page)
+    assert page.complaints == []
+    page.page.evaluate(CLOSE_TAB)
+    wait_until(lambda: has_ended(page), 60, "the text's end")
 
 
 @pytest.mark.parametrize("how", ["restart", "kill"])
@@ -131,14 +139,3 @@ def test_a_kernel_that_ends_while_it_writes_leaves_nothing_and_the_page_shows_it
     time.sleep(1)
     assert sum(new.cpu_times()[:2]) - busy < 0.3  # nothing runs in it
     assert tokens(page).count() == written
-
-
-def test_interactive_generation_shows_it(page):
-    page = page(
-        "from horovod_lm.generate import interactive_generation\n"
-        "interactive_generation(model=model, tokenizer=tokenizer, config=config, device='cpu')"
-    )
-    page.wait_for("It needs a kernel")
-    page.button("Generate").click()
-    page.wait_for("done: ")
-    assert page.complaints == []
