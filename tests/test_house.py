@@ -22,7 +22,7 @@ LAYERS = (
 # elastic.py subclasses Horovod's elastic state; the others run in processes that have Horovod.
 USERS_OF_HOROVOD = {
     "utils/distributed.py", "training/elastic.py", "jupyter/live/rank_loop.py",
-    "jupyter/live/rendezvous.py", "jupyter/run_cell/framed_horovodrun.py", "launch/slurm.py",
+    "jupyter/live/cluster.py", "jupyter/run_cell/framed_horovodrun.py", "launch/slurm.py",
 }  # fmt: skip
 # Methods of the public contract that need a higher layer.
 IMPORTS_UPWARDS = {
