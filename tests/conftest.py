@@ -261,6 +261,8 @@ MAKE_HOSTS = (
     "test_simulated_hosts",
     "test_doctor_hosts",
     "test_job_files",
+    "test_slurm",
+    "test_ray",
     "test_links",
     "test_readme",
 )

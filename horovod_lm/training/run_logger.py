@@ -251,7 +251,7 @@ def resume_command(
     options: list[str | Path] = ["--resume", checkpoint or run_dir]
     if checkpoint and checkpoint.parent.parent != run_dir:
         options += ["--config", run_dir / "config.yaml", "--run-name", run_dir.name]
-    if elastic or "SLURM_STEP_ID" in os.environ:  # only the user knows the call
+    if elastic or "SLURM_STEP_NUM_TASKS" in os.environ:  # only the user knows the call
         words = shlex.join(shown(one) if isinstance(one, Path) else one for one in options)
         return f"start the same call again with {words}"
     horovodrun = [program("horovodrun"), "-np", str(len(hosts))]
