@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import mmap
+import multiprocessing
 import os
 import shutil
+import signal
 import weakref
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
@@ -215,6 +219,8 @@ def stack_blocks(samples: Sequence[Batch], block_length: int) -> Batch:
 
 def _loader(config: Config, dataset: TokenBlockDataset, sampler: ShardedBatchSampler) -> DataLoader:
     workers = config.data.num_workers
+    if workers:
+        _start_fork_server()
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -229,6 +235,27 @@ def _loader(config: Config, dataset: TokenBlockDataset, sampler: ShardedBatchSam
         # run would differ.
         generator=torch.Generator().manual_seed(config.seed),
     )
+
+
+@cache
+def _start_fork_server() -> None:
+    """Start the parent of worker processes with SIGTERM blocked, which the workers inherit.
+
+    Slurm and horovodrun send SIGTERM to every process of a job, and a rank that is told to stop
+    needs its workers until the end of the step.
+    """
+    resource_tracker.ensure_running()  # if it starts later, it unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    # At its exit, Python would send SIGTERM to the workers and wait for them.
+    atexit.register(_kill_workers)
+
+
+def _kill_workers() -> None:
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _check_shared_memory(config: Config) -> None:

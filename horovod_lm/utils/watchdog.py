@@ -71,7 +71,10 @@ class Watchdog:
 def watch(seconds: float, name: str) -> None:
     """Kill the parent process if it sends no byte for `seconds`, or does not end when told to."""
     parent, last, told_to_end = os.getppid(), time.monotonic(), float("inf")
-    by_horovodrun = "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it to every process of a job
+    by_horovodrun = (
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ and "SLURM_STEP_NUM_TASKS" not in os.environ
+    )
     events = select.poll()
     events.register(sys.stdin, select.POLLIN)
     if by_horovodrun:
