@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import shlex
 import sys
 from collections.abc import Generator, Iterable, Mapping
 from itertools import count
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+from horovod_lm.jupyter.run_cell import slurm_job
 from horovod_lm.jupyter.run_cell.horovodrun_job import (
+    HOROVODRUN,
     JobProcess,
     JobSpec,
     require_horovod,
@@ -65,6 +68,7 @@ def launch(
     resume: bool = False,
     elastic: bool = False,
     threads: int | None = None,
+    scheduler: str | None = None,
 ) -> TrainingJob:
     """Start `horovodrun -np N python -m horovod_lm.train` and return at once.
 
@@ -77,9 +81,12 @@ def launch(
         elastic: continue when ranks die, and let others join (`job.add_worker()`); on this host
             only, where each worker gets a host name of its own.
         threads: CPU threads of each rank; default: an equal share of the host's cores.
+        scheduler: "slurm", followed by options of `sbatch`, as in "slurm --nodes=2": submit the
+            ranks as a Slurm job of `np` tasks, which the end of the kernel stops as well.
 
     Raises:
-        ConfigError: a setting is wrong, the run is training already, or there is nothing to resume.
+        ConfigError: a setting is wrong, the run is training already, there is nothing to resume, or
+            Slurm refuses the job.
         DistributedError: Horovod is not installed, or a host cannot be reached.
     """
     require_horovod()
@@ -99,27 +106,34 @@ def launch(
             f"run {run.name!r} has no checkpoint to resume from in {run.checkpoint_dir}: leave out"
             " resume=True to start it"
         )
-    hosts = {} if elastic else {host.name: host.slots for host in config.distributed.hosts}
+    if scheduler is not None and (elastic or scheduler.split()[:1] != ["slurm"]):
+        raise ConfigError(f"scheduler={scheduler!r}: write slurm and options of sbatch, no elastic")
+    of_user = [] if elastic or scheduler else config.distributed.hosts
+    hosts = {host.name: host.slots for host in of_user}
     size = _size(np, sum(hosts.values()))
     if hosts:
         check_names(config)
     given = config.distributed.threads_per_rank
     wanted = threads or (None if given == "auto" else given)
-    share = threads_per_rank(max(hosts.values(), default=size), wanted)
+    share = wanted if scheduler else threads_per_rank(max(hosts.values(), default=size), wanted)
     try:
         if not resume:
             run.archive_existing_run()
             save_config(config, run.run_dir / "config.yaml")
-        call = _call(config, run, size, resume, elastic)
+        if scheduler:
+            call = _slurm_call(config, run, size, resume, share, scheduler)
+        else:
+            call = _call(config, run, size, resume, elastic)
     except OSError as error:
         raise ConfigError(
             f"the run's folder {run.run_dir} cannot be written: {error.strerror}"
         ) from None
     # Elastic ranks divide the cores themselves whenever their number changes.
-    env = {} if elastic and not threads else {"OMP_NUM_THREADS": str(share)}
+    env = {} if scheduler or elastic and not threads else {"OMP_NUM_THREADS": str(share)}
     spec = JobSpec(
         size, call, env, what=f"run {run.name}", elastic=elastic, log_dir=run.log_dir,
-        grace_period=GRACE_PERIOD, cwd=str(config.project_root),
+        grace_period=slurm_job.GRACE_PERIOD if scheduler else GRACE_PERIOD,
+        cwd=str(config.project_root), launcher=slurm_job.__name__ if scheduler else HOROVODRUN,
     )  # fmt: skip
     job = _JOBS[run.run_dir] = TrainingJob(run, spec)
     return job
@@ -296,13 +310,29 @@ class TrainingJob:
             self._view.update()  # for the last time: a later run of this name takes the folder
 
 
-def _call(config: Config, run: RunFolder, size: int, resume: bool, elastic: bool) -> list[str]:
-    """Return the call of horovodrun for a run whose configuration is in its folder."""
+def _training(run: RunFolder, resume: bool) -> list[str]:
+    """Return what each rank runs, for a run whose configuration is in its folder."""
     training = [sys.executable, "-m", "horovod_lm.train"]
     if resume:
-        training += ["--resume", str(run.run_dir)]
-    else:
-        training += ["--config", str(run.run_dir / "config.yaml"), "--run-name", run.name]
+        return [*training, "--resume", str(run.run_dir)]
+    return [*training, "--config", str(run.run_dir / "config.yaml"), "--run-name", run.name]
+
+
+def _slurm_call(
+    config: Config, run: RunFolder, size: int, resume: bool, threads: int | None, scheduler: str
+) -> list[str]:
+    """Submit a run whose configuration is in its folder; return the call that watches the job."""
+    hostfile = run.run_dir / "hostfile"
+    write_environment(config, hostfile)
+    training = with_environment(config, hostfile, _training(run, resume))
+    options = [f"--cpus-per-task={threads}"] if threads else []
+    options += shlex.split(scheduler)[1:]
+    return slurm_job.submit(training, run, size, options, config.project_root)
+
+
+def _call(config: Config, run: RunFolder, size: int, resume: bool, elastic: bool) -> list[str]:
+    """Return the call of horovodrun for a run whose configuration is in its folder."""
+    training = _training(run, resume)
     if elastic:
         names = [f"{loopback_name(number)}:1" for number in range(size)]
         hosts_file = write_hosts(run.run_dir / HOSTS_FILE, names)

@@ -38,6 +38,7 @@ class JobSpec:
         grace_period: seconds between SIGTERM and SIGKILL when it is stopped.
         log_dir: where each rank's output is kept, as `console-rankN.log`; None: nowhere.
         cwd: the working directory.
+        launcher: the module that takes the place of the call's first word, and reports events.
     """
 
     size: int
@@ -49,6 +50,7 @@ class JobSpec:
     grace_period: float = 2.0
     log_dir: Path | None = None
     cwd: str = field(default_factory=os.getcwd)
+    launcher: str = HOROVODRUN
 
 
 class JobProcess:
@@ -79,7 +81,7 @@ class JobProcess:
         self._logs: dict[int, TextIO] = {}
         cell = {rank_cell.VARIABLE: str(spec.cell_folder)} if spec.cell_folder else {}
         self._process = SupervisedProcess(
-            [sys.executable, "-m", HOROVODRUN, *spec.call[1:]], self._hear, {**spec.env, **cell},
+            [sys.executable, "-m", spec.launcher, *spec.call[1:]], self._hear, {**spec.env, **cell},
             cwd=spec.cwd, grace_period=spec.grace_period, ranks=0 if spec.elastic else spec.size,
         )  # fmt: skip
 
