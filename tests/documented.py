@@ -38,7 +38,7 @@ NOT_EXECUTED = {
     r"pytest |(\w+=\S+ )?python tests/|ruff ": "tests, measurements, changes of the working copy",
     r"source ": "test_readme.py begins with it",
     r"sudo |apt-get |pip install|conda |python -m pip": "installs packages",
-    r"kubectl |sbatch |ray ": "needs a scheduler; test_job_files.py executes what is submitted",
+    r"kubectl |sbatch |ray ": "needs a scheduler; tests/launch executes what is submitted",
     r"python -m horovod_lm\.jupyter\.run_cell": "only the package itself starts it",
     r".* train\.py|horovodrun -np N|.*…": "stands for the reader's own program",
     r".*install_horovod --target": "compiles for minutes; `make gpu` executes it",
