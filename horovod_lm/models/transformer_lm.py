@@ -54,11 +54,10 @@ class TransformerBlock(nn.Module):
         self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """Map (B, T, C) to (B, T, C); `mask` and `cache` as for `MultiHeadAttention`."""
-        x = x + self._drop(self.attention(self.attention_norm(x), mask, cache))
-        return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+        attended = self.attention(self.attention_norm(x), mask, cache)
+        x = x + F.dropout(attended, self.dropout, self.training)
+        transformed = self.feed_forward(self.feed_forward_norm(x))
+        return x + F.dropout(transformed, self.dropout, self.training)
 
 
 class TransformerLM(nn.Module):
@@ -287,7 +286,7 @@ class TransformerLM(nn.Module):
             positions = self.position_embedding(position_ids[:, start:])  # (B, T, C)
             mask = causal_mask(length, start + length, attention_mask)  # (B, 1, T, S)
         x = self.token_embedding(input_ids) + positions  # (B, T, C)
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x, mask
+        return F.dropout(x, self.dropout, self.training), mask
 
     def check_inputs(
         self,

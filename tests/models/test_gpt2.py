@@ -18,7 +18,7 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=SHAPES, ids=lambda shape: f"shape{shape[0]}")
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: f"shape{shape[0]}")
 def pair(request):
     """A `transformers` GPT-2 with random weights, and ours with the same."""
     seed, vocab_size, n_embd, n_head, n_layer, n_inner, n_positions = request.param
@@ -65,6 +65,8 @@ def test_logits_and_loss_are_gpt2s(pair, side):
 def test_gradients_are_gpt2s(pair):
     theirs, ours = pair
     ids = random_ids(theirs)
+    theirs.zero_grad()
+    ours.zero_grad()
     theirs(ids, labels=ids).loss.backward()
     ours(ids, labels=ids, return_logits=False)[1].backward()
     expected = gpt2_state_dict({name: p.grad for name, p in theirs.named_parameters()})
@@ -89,6 +91,11 @@ def test_greedy_text_is_gpt2s_padded_and_stopped(pair):
                                          attention_mask=mask), expected)  # fmt: skip
 
 
+def small_gpt2(**settings):
+    sizes = {"vocab_size": 20, "n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 8}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | settings))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -102,11 +109,8 @@ def test_greedy_text_is_gpt2s_padded_and_stopped(pair):
     ],
 )
 def test_settings_that_compute_something_else_are_refused_by_name(name, value):
-    config = transformers.GPT2Config(
-        vocab_size=20, n_embd=8, n_head=2, n_layer=1, n_positions=8, **{name: value}
-    )
     with pytest.raises(CheckpointError, match=f"this GPT-2 has {name}={value!r}; .* only "):
-        from_gpt2(transformers.GPT2LMHeadModel(config))
+        from_gpt2(small_gpt2(**{name: value}))
 
 
 def test_weights_that_cannot_be_loaded_are_one_sentence(tmp_path):
@@ -115,8 +119,7 @@ def test_weights_that_cannot_be_loaded_are_one_sentence(tmp_path):
     untied = {"transformer.wte.weight": torch.zeros(2, 2), "lm_head.weight": torch.ones(2, 2)}
     with pytest.raises(CheckpointError, match="lm_head.weight differs from transformer.wte"):
         gpt2_state_dict(untied)
-    config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_head=2, n_layer=1, n_positions=8)
-    resized = transformers.GPT2LMHeadModel(config)
+    resized = small_gpt2()
     resized.transformer.wpe = torch.nn.Embedding(4, 8)
     with pytest.raises(CheckpointError, match="weights do not fit its config: .*position_embed"):
         from_gpt2(resized)
@@ -125,9 +128,9 @@ def test_weights_that_cannot_be_loaded_are_one_sentence(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_with_weights_loads(pair, tmp_path):
-    theirs, ours = pair
+def test_a_folder_with_weights_loads(tmp_path):
+    theirs = small_gpt2()
     theirs.save_pretrained(tmp_path)
-    loaded = load_gpt2(str(tmp_path))
-    for name, tensor in ours.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor)
+    torch.testing.assert_close(
+        load_gpt2(str(tmp_path)).state_dict(), from_gpt2(theirs).state_dict(), rtol=0, atol=0
+    )

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from horovod_lm.models.attention import KVCache
-from horovod_lm.models.transformer_lm import TransformerBlock, TransformerLM
+from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.errors import ConfigError, DataError
 
 
@@ -56,15 +57,13 @@ def test_changing_a_future_token_changes_no_past_logit(changed, padding):
 def test_the_content_of_padding_changes_nothing(make_model, side):
     model = make_model(dropout=0.5).eval()
     ids = random_ids(1, 7)
+    widths = (5, 0) if side == "left" else (0, 5)
     with torch.no_grad():
         alone, loss_alone = model(ids, labels=ids)
         assert torch.equal(model(ids, torch.ones_like(ids))[0], alone)
+        mask = F.pad(torch.ones_like(ids), widths)
         for filler in (0, 31):
-            padding = torch.full((1, 5), filler)
-            blocks, ones = [padding, ids], [torch.zeros_like(padding), torch.ones_like(ids)]
-            if side == "right":
-                blocks, ones = blocks[::-1], ones[::-1]
-            padded, mask = torch.cat(blocks, 1), torch.cat(ones, 1)
+            padded = F.pad(ids, widths, value=filler)
             logits, loss = model(padded, mask, padded)
             torch.testing.assert_close(logits[mask.bool()], alone[0], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(loss, loss_alone)
@@ -72,16 +71,14 @@ def test_the_content_of_padding_changes_nothing(make_model, side):
 
 
 def test_attention_weights_sum_to_one_and_are_causal(make_model, left_padded):
-    model = make_model()
-    ids, mask = left_padded
-    weights = model.attention_weights(ids, mask)
+    weights = make_model().attention_weights(*left_padded)
     assert weights.shape == (3, 3, 4, 7, 7)  # layers, B, H, T, T
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 3, 4, 7))
     assert not weights.triu(1).any()
     assert not weights[:, 1, :, 3:, :3].any()  # the padding of the second row
 
 
-@pytest.mark.parametrize("parts", [[12], [5, 7], [1] * 12, [4, 1, 7]])
+@pytest.mark.parametrize("parts", [[12], [1] * 12, [4, 1, 7]])
 def test_parts_with_a_cache_equal_one_forward_pass(make_model, parts):
     model = make_model().double().eval()
     ids = random_ids()
@@ -107,30 +104,27 @@ def test_the_initial_loss_is_about_log_of_the_vocabulary():
     assert model(ids, labels=ids)[1].item() == pytest.approx(expected, abs=0.05)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_loss_without_logits_equals_loss_with_them(make_model, left_padded, dtype):
-    model = make_model().to(dtype)
+def test_loss_without_logits_equals_loss_with_them(make_model, left_padded):
+    model = make_model().double()
     ids, mask = left_padded
     labels = ids.clone()
     labels[0, 3] = -100
     whole = gradients(model, ids, mask, labels)
     chunked = gradients(model, ids, mask, labels, return_logits=False)
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(chunked, whole, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-12)
     assert model(ids, mask, labels, return_logits=False)[0] is None
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("return_logits", [False, True])
 def test_an_empty_batch_gives_zero_loss_and_a_zero_gradient_to_every_parameter(
-    make_model, checkpointing, return_logits
+    make_model, checkpointing
 ):
     model = make_model(dropout=0.1, gradient_checkpointing=checkpointing).train()
     ids = random_ids()[:0]
-    loss, grads = gradients(model, ids, labels=ids, return_logits=return_logits)
-    assert loss == 0.0
-    assert len(grads) == len(list(model.parameters()))
-    assert not any(gradient.any() for gradient in grads.values())
+    for return_logits in (False, True):
+        loss, grads = gradients(model, ids, labels=ids, return_logits=return_logits)
+        assert loss == 0.0 and len(grads) == len(list(model.parameters()))
+        assert not any(gradient.any() for gradient in grads.values())
 
 
 # Gradient checkpointing was wrong once (fault 5): a lambda in the loop used the last block.
@@ -145,19 +139,13 @@ def test_gradient_checkpointing_changes_no_bit(make_model, left_padded, dropout,
         model = make_model(dropout=dropout, gradient_checkpointing=checkpointing).train()
         torch.manual_seed(1)
         results.append(gradients(model, ids, mask if padded else None, ids, return_logits=False))
-    (plain_loss, plain), (loss, recomputed) = results
-    assert torch.equal(plain_loss, loss)
-    for name, gradient in plain.items():
-        assert torch.equal(gradient, recomputed[name]), name
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-def test_gradient_checkpointing_recomputes_every_block_once(make_model, monkeypatch):
-    model, calls = make_model(gradient_checkpointing=True).train(), []
-    forward = TransformerBlock.forward
-    monkeypatch.setattr(
-        TransformerBlock, "forward", lambda block, *a: (calls.append(block), forward(block, *a))[1]
-    )
-    ids = random_ids()
+def test_gradient_checkpointing_recomputes_every_block_once(make_model):
+    model, calls, ids = make_model(gradient_checkpointing=True).train(), [], random_ids()
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda block, _: calls.append(block))
     model(ids, labels=ids)[1].backward()
     assert calls == [*model.blocks, *reversed(model.blocks)]
 
