@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -18,9 +19,8 @@ Answer = Callable[[str, GenerationConfig], Iterator[str]]
 def chat(answer: Answer, config: Config) -> None:
     """Read prompts from standard input and print each with its continuation.
 
-    Args:
-        answer: takes a prompt and settings, yields the pieces of a continuation.
-        config: its `generation` section gives the initial settings.
+    `answer` takes a prompt and settings, and yields the pieces of a continuation; `config` gives
+    the initial settings.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() a history and line editing
@@ -37,21 +37,15 @@ def chat(answer: Answer, config: Config) -> None:
             return
         if line.startswith(":"):
             config = change_setting(line, config)
-        else:
-            _show(line, answer(line, config.generation))
-
-
-def _show(prompt: str, pieces: Iterator[str]) -> None:
-    """Print the prompt and the pieces that follow it; Ctrl-C stops only this text."""
-    try:
-        print(printable(prompt), end="", flush=True)
-        for piece in pieces:
-            print(printable(piece), end="", flush=True)
-        print("\n")
-    except KeyboardInterrupt:
-        print(" [stopped]\n")
-    except UserError as error:
-        print(f"\n{error}\n")
+            continue
+        try:
+            for piece in itertools.chain([line], answer(line, config.generation)):
+                print(printable(piece), end="", flush=True)
+            print("\n")
+        except KeyboardInterrupt:
+            print(" [stopped]\n")  # Ctrl-C stops only this text
+        except UserError as error:
+            print(f"\n{error}\n")
 
 
 def change_setting(line: str, config: Config) -> Config:

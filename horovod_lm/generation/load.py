@@ -68,7 +68,7 @@ def to_column_major(model: TransformerLM) -> TransformerLM:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return `path` if it is a file; for a run's folder, the best checkpoint, else the newest."""
+    """Return the best checkpoint of a run's folder, else its newest; a file's path as it is."""
     path = Path(path).expanduser()
     if not path.is_dir():
         return path  # `read_checkpoint` reports a missing file

@@ -65,8 +65,7 @@ def stream_text(
 ) -> Iterator[str]:
     """Continue a prompt once and yield the text as soon as its characters are complete.
 
-    Yields:
-        Pieces of the continuation; joined, they are what `generate_text` adds to the prompt.
+    Joined, the pieces are what `generate_text` adds to the prompt.
     """
     settings = settings.model_copy(update={"num_samples": 1})
     with closing(continue_prompt(model, tokenizer, prompt, settings, device)) as steps:

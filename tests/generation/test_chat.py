@@ -13,15 +13,17 @@ from horovod_lm.utils.errors import DataError
 CONFIG = config_from_dict({})
 
 
-def talk(monkeypatch, capsys, lines: str, answer=None) -> tuple[list, str]:
+def talk(monkeypatch, capsys, lines: str) -> tuple[list, str]:
     asked = []
 
-    def echo(prompt, settings):
+    def answer(prompt, settings):
         asked.append((prompt, settings))
+        if prompt == "bad":
+            raise DataError("that cannot be read")
         yield from "…!"
 
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    chat(answer or echo, CONFIG)
+    chat(answer, CONFIG)
     return asked, capsys.readouterr().out
 
 
@@ -40,13 +42,8 @@ def test_ctrl_c_at_the_prompt_ends_it(monkeypatch, capsys):
 
 
 def test_a_user_error_is_printed_and_the_chat_continues(monkeypatch, capsys):
-    def answer(prompt, settings):
-        if prompt == "bad":
-            raise DataError("that cannot be read")
-        yield "fine"
-
-    _, output = talk(monkeypatch, capsys, "bad\ngood\nq\n", answer)
-    assert "that cannot be read" in output and "goodfine" in output
+    _, output = talk(monkeypatch, capsys, "bad\ngood\nq\n")
+    assert "that cannot be read" in output and "good…!" in output
 
 
 def test_settings_apply_to_later_prompts(monkeypatch, capsys):

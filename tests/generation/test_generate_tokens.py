@@ -55,13 +55,13 @@ def test_ended_rows_are_filled_and_generation_stops_when_all_have_ended(make_mod
     assert len(set(ended_at)) > 1  # rows ended at different steps
 
 
-@pytest.mark.parametrize("pad_token_id", [None, 50256])
-def test_without_a_usable_padding_token_rows_are_filled_with_end_of_text(make_model, pad_token_id):
-    model = make_model(pad_token_id=pad_token_id)
+def test_without_a_usable_padding_token_rows_are_filled_with_end_of_text(make_model):
     ids = torch.randint(1, 50, (4, 3))
-    eos = model.generate(ids, 1, 0.0, eos_token_id=None)[0, -1].item()
-    text = model.generate(ids, 8, 0.0, eos_token_id=eos)
-    assert set(text[0, 3:].tolist()) == {eos}
+    for pad_token_id in (None, 50256):
+        model = make_model(pad_token_id=pad_token_id)
+        eos = model.generate(ids, 1, 0.0, eos_token_id=None)[0, -1].item()
+        text = model.generate(ids, 8, 0.0, eos_token_id=eos)
+        assert set(text[0, 3:].tolist()) == {eos}
 
 
 def test_seeds_generators_and_the_global_generator(make_model):
@@ -84,9 +84,8 @@ def test_a_prompt_longer_than_the_context_is_cut_on_the_left_with_a_warning(make
     with pytest.warns(UserWarning, match="prompt has 25 tokens, more than .*context of 16"):
         text = model.generate(ids, 5, 0.0, eos_token_id=None)
     assert torch.equal(text[:, :25], ids)
-    assert torch.equal(
-        text[:, 25:], model.generate(ids[:, -16:], 5, 0.0, eos_token_id=None)[:, 16:]
-    )
+    end = model.generate(ids[:, -16:], 5, 0.0, eos_token_id=None)
+    assert torch.equal(text[:, 25:], end[:, 16:])
     mask = (torch.arange(25) >= 12).long()[None]  # 13 tokens: padding does not count
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -124,10 +123,9 @@ def test_cached_equals_uncached_for_any_prompts_and_settings(
 
 def test_dropout_is_off_and_the_mode_is_restored_even_when_closed_early(make_model):
     model = make_model(dropout=0.5).train()
-    ids = torch.tensor([[1, 2]])
+    ids, seen = torch.tensor([[1, 2]]), []
     first, second = (model.generate(ids, 9, 0.0, eos_token_id=None) for _ in range(2))
     assert torch.equal(first, second) and model.training
-    seen = []
     steps = generate_tokens(
         model, ids, GREEDY, generator=make_generator(0, "cpu"), on_logits=seen.append
     )
@@ -137,13 +135,9 @@ def test_dropout_is_off_and_the_mode_is_restored_even_when_closed_early(make_mod
     model(ids, labels=ids)[1].backward()  # inference mode has ended too
 
 
-def test_generation_processes_each_token_once(make_model, monkeypatch):
-    model = make_model()
-    read = []
-    real = model.hidden_states
-    monkeypatch.setattr(
-        model, "hidden_states", lambda ids, *a: (read.append(ids.shape[1]), real(ids, *a))[1]
-    )
+def test_generation_processes_each_token_once(make_model):
+    model, read = make_model(), []
+    model.token_embedding.register_forward_hook(lambda _, ids, __: read.append(ids[0].shape[1]))
     model.generate(torch.randint(1, 50, (2, 6)), 8, eos_token_id=None)
     assert read == [6] + [1] * 7
 

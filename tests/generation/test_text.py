@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horovod_lm.data.tokenizers import ByteTokenizer, train_bpe
@@ -31,6 +31,7 @@ CONFIG = config_from_dict(
     {"model": MODEL, "generation": {"max_new_tokens": 12, "seed": 1, "temperature": 1.0}}
 )
 SENTENCE = "Once upon a time, ünï €uro 🙂 שלום\n"
+BPE = train_bpe([SENTENCE * 3, "日本日本 🙂🙂🙃"], 300)
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +62,12 @@ def run_folder(model, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("part", ["", "checkpoints", "checkpoints/best_model.pt"])
-def test_a_checkpoint_alone_is_enough(model, run_folder, part):
-    loaded, tokenizer, config = load_model_for_generation(run_folder / part)
-    assert config.to_dict() == CONFIG.to_dict() and tokenizer.name == "byte"
-    assert not loaded.training
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, loaded.state_dict()[name])
+def test_a_checkpoint_alone_is_enough(model, run_folder):
+    for part in ("", "checkpoints", "checkpoints/best_model.pt"):
+        loaded, tokenizer, config = load_model_for_generation(run_folder / part)
+        assert config.to_dict() == CONFIG.to_dict() and tokenizer.name == "byte"
+        assert not loaded.training
+        torch.testing.assert_close(loaded.cpu().state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 def test_the_weights_determine_the_sizes_not_the_configuration(model, run_folder, tmp_path):
@@ -122,12 +122,13 @@ def test_only_weights_with_as_many_outputs_as_inputs_are_stored_by_column(model,
 
 
 def test_texts_begin_with_the_prompt_and_a_seed_repeats_them(model):
-    tokenizer = ByteTokenizer()
-    texts = generate_text(model, tokenizer, "Once", 20, 5.0, num_samples=3, seed=5)
+    texts, again, other = (
+        generate_text(model, ByteTokenizer(), "Once", 20, 5.0, num_samples=3, seed=seed)
+        for seed in (5, 5, 6)
+    )
     assert len(texts) == 3 == len(set(texts))
     assert all(text.startswith("Once") and len(text) > 4 for text in texts)
-    assert texts == generate_text(model, tokenizer, "Once", 20, 5.0, num_samples=3, seed=5)
-    assert texts != generate_text(model, tokenizer, "Once", 20, 5.0, num_samples=3, seed=6)
+    assert texts == again != other
 
 
 @pytest.mark.parametrize("prompt", ["", "Once upon", SENTENCE])
@@ -139,9 +140,7 @@ def test_a_memorized_text_is_continued_to_its_end(model, prompt):
     assert pieces == list(SENTENCE.removeprefix(prompt))  # character by character
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, deadline=None)
 @given(prompt=st.text(max_size=30), seed=st.integers(), temperature=st.sampled_from([0, 0.7, 3.0]))
 @pytest.mark.filterwarnings("ignore:the prompt has")
 def test_streamed_text_is_the_text_for_any_prompt(model, prompt, seed, temperature):
@@ -170,11 +169,9 @@ def test_invalid_arguments_are_one_sentence(model, change, error, sentence):
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=24) | st.text(max_size=12).map(str.encode))
 def test_a_decoded_stream_loses_nothing_and_yields_whole_characters(data):
-    tokenizer = ByteTokenizer()
-    pieces = list(decode_stream(tokenizer, data))
-    assert "".join(pieces) == data.decode(errors="replace")
-    if data.decode(errors="ignore").encode() == data:  # whole characters only: each comes whole
-        assert "".join(pieces).encode() == data
+    assert "".join(decode_stream(ByteTokenizer(), data)) == data.decode(errors="replace")
+    ids = BPE.encode(data.decode(errors="ignore"))
+    assert "".join(decode_stream(BPE, ids)) == data.decode(errors="ignore")
 
 
 def test_characters_are_yielded_as_soon_as_they_are_complete():
@@ -182,14 +179,6 @@ def test_characters_are_yielded_as_soon_as_they_are_complete():
     pieces = decode_stream(ByteTokenizer(), tokens)
     assert next(pieces) == "a" and next(pieces) == "€"
     assert list(tokens) == [ord("b")]  # not one byte more was taken to show the euro sign
-
-
-def test_a_stream_of_a_trained_bpe_is_decoded():
-    tokenizer = train_bpe([SENTENCE * 3, "日本日本 🙂🙂🙃"], 300)
-    text = "🙃 日本 Once €"
-    ids = tokenizer.encode(text)
-    pieces = list(decode_stream(tokenizer, ids))
-    assert "".join(pieces) == text and len(pieces) > 5
 
 
 def test_the_command_line_prints_the_text(run_folder, capsys):
