@@ -80,8 +80,8 @@ def replace_file(path: Path, text: str, mode: int = 0o644) -> None:
 def write_environment(config: Config, hosts_file: Path) -> None:
     """Write the configuration's environment variables into a file beside a file of hosts.
 
-    Each rank reads it, and only its owner can. horovodrun writes its own variables into the command
-    lines of all ranks, which every user sees in the list of processes.
+    Each rank reads it, and only its owner can. In the command that is printed, every user of the
+    host would see them.
 
     Raises:
         ConfigError: the file cannot be written.

@@ -62,7 +62,6 @@ class Toolchain:
     def key(self) -> str:
         """Twelve hexadecimal digits, different for every toolchain."""
         fields = {name: value for name, value in asdict(self).items() if name not in NOT_IN_KEY}
-        fields["mpi"] = None  # in the keys of earlier builds
         described = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()[:12]
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import psutil
 import pytest
 
 from horovod_lm.analysis.timeline import NEGOTIATION, REDUCTION, read_timeline, reduction
+from horovod_lm.setup.install_horovod import installed_version, key_of
+from horovod_lm.setup.toolchain import inspect_toolchain
 from tests.conftest import Command, Finished
 
 pytestmark = [
@@ -25,6 +26,12 @@ pytestmark = [
     ),
 ]
 HOROVODRUN = str(Path(sys.executable).with_name("horovodrun"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built_with_these_patches():
+    if key_of(installed_version()) != inspect_toolchain().key:
+        pytest.skip("Horovod was built with other patches or options: make setup")
 
 
 @pytest.fixture
@@ -165,33 +172,47 @@ def test_idle_ranks_of_horovod_run_do_not_use_a_whole_core(tmp_path, run):
     assert sum(share for _, share in ranks) < 0.5, ranks
 
 
-def test_a_rank_in_the_place_of_its_shell_can_save_when_it_is_stopped(tmp_path):
+SAVE_WHEN_STOPPED = """
+import pathlib, signal, sys, time
+
+def save(*_):
+    time.sleep(1)
+    pathlib.Path("saved").touch()
+    sys.exit()
+
+signal.signal(signal.SIGTERM, save)
+pathlib.Path("ready").touch()
+time.sleep(60)
+"""
+STOP_WHEN_READY = """
+import pathlib, shlex, sys, threading, time
+from horovod.runner.common.util import safe_shell_exec
+
+def stop_when_ready():
+    while not pathlib.Path("ready").exists():
+        time.sleep(0.1)
+    stop.set()
+
+if __name__ == "__main__":
+    stop = threading.Event()
+    threading.Thread(target=stop_when_ready, daemon=True).start()
+    command = f"{sys.argv[1]} {shlex.quote(sys.executable)} rank.py"
+    safe_shell_exec.execute(command, events=[stop])
+    print(safe_shell_exec.GRACEFUL_TERMINATION_TIME_S)
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "limit", "saved"), [("exec", "", True), ("true;", "4", True), ("true;", "0.3", False)]
+)
+def test_a_rank_that_is_stopped_has_time_to_save(tmp_path, run, start, limit, saved):
     """08-terminate-before-stop. With `exec`, every shell does what bash does by itself."""
-    (tmp_path / "rank.py").write_text(
-        "import pathlib, signal, sys, time\n"
-        "def save(*_):\n"
-        "    time.sleep(1)\n"
-        "    pathlib.Path('saved').touch()\n"
-        "    sys.exit()\n"
-        "signal.signal(signal.SIGTERM, save)\n"
-        "pathlib.Path('ready').touch()\n"
-        "time.sleep(60)\n"
-    )
-    (tmp_path / "launcher.py").write_text(
-        "import pathlib, shlex, sys, threading, time\n"
-        "from horovod.runner.common.util import safe_shell_exec\n"
-        "if __name__ == '__main__':\n"
-        "    stop = threading.Event()\n"
-        "    def stop_when_ready():\n"
-        "        while not pathlib.Path('ready').exists():\n"
-        "            time.sleep(0.1)\n"
-        "        stop.set()\n"
-        "    threading.Thread(target=stop_when_ready, daemon=True).start()\n"
-        "    command = f'exec {shlex.quote(sys.executable)} rank.py'\n"
-        "    safe_shell_exec.execute(command, events=[stop])\n"
-    )
-    subprocess.run([sys.executable, "launcher.py"], cwd=tmp_path, check=True, timeout=60)
-    assert (tmp_path / "saved").exists()
+    (tmp_path / "rank.py").write_text(SAVE_WHEN_STOPPED)
+    (tmp_path / "stop.py").write_text(STOP_WHEN_READY)
+    variables = {"HOROVOD_GRACEFUL_TERMINATION_SECONDS": limit} if limit else {}
+    done = run(sys.executable, "stop.py", start, **variables)
+    assert float(done.output) == float(limit or 30)
+    assert (tmp_path / "saved").exists() is saved and done.seconds < 8
 
 
 SECOND_INIT = """
@@ -304,11 +325,16 @@ def test_a_failed_job_ends_with_one_sentence_and_all_output(run_ranks):
         ("--check-build", 0, "[X] Gloo"),
         ("-np 3 -H localhost:2 true", 1, "horovodrun: Requested more processes (3)"),
         ("-np 1 --hostfile no-such-file true", 1, "horovodrun: [Errno 2] No such file"),
+        ("-np 1 -H localhost:1,localhost:1 true", 1, "horovodrun: localhost is named twice: name"),
+        ("-np 1 --hostfile empty true", 1, "horovodrun: empty names no host: write a line NAME"),
+        ("-np 1 --hostfile wrong true", 1, r"line 3: 'h\\xf6st' is not a host: write NAME slots="),
         ("-np 3 -H localhost:2 --log-level DEBUG true", 1, "Traceback (most recent call last)"),
     ],
 )
-def test_horovodrun_says_why_it_cannot_start_a_job(run, options, code, said):
-    # 14-one-sentence.
+def test_horovodrun_says_why_it_cannot_start_a_job(tmp_path, run, options, code, said):
+    # 14-one-sentence, 28-hostfile.
+    (tmp_path / "empty").write_text("# nobody yet\n")
+    (tmp_path / "wrong").write_bytes(b"\xef\xbb\xbflocalhost slots=1  # mine\n\nh\xf6st\n")
     done = run(HOROVODRUN, *options.split())
     assert done.code == code and said in done.output
     assert ("Traceback" in done.output) == ("DEBUG" in options)
@@ -373,3 +399,46 @@ def test_the_extension_finds_its_libraries_in_any_environment():
     found = importlib.util.find_spec("horovod")
     library = next(Path(found.submodule_search_locations[0], "torch").glob("mpi_lib_v2*.so"))
     assert b"\0$ORIGIN/../../torch/lib:" in library.read_bytes()
+
+
+RANK_THAT_LOOKS_FOR_A_SECRET = """
+import os
+import horovod.torch as hvd
+import psutil
+import torch
+
+hvd.init()
+assert hvd.allreduce(torch.ones(1), op=hvd.Sum, name="here").item() == 2
+shown = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+print("RANK", hvd.rank(), os.path.basename(os.getcwd()), os.environ["TOKEN"] == "it's a secret",
+      any("a secret" in line for line in shown), "HOROVOD_COMMAND" in os.environ, flush=True)
+"""
+SSH = """#!/bin/sh
+echo "$*" >> ssh.log
+while :; do
+    case $1 in
+        -*) shift 2 ;;
+        192.0.2.7) shift ;;
+        *) break ;;
+    esac
+done
+unset TOKEN HOROVOD_COMMAND
+cd /
+exec sh -c "$*"
+"""
+
+
+def test_no_command_line_shows_the_environment(tmp_path, run_ranks):
+    """25-quoted-folder, 26-host-keys, 27-private-environment, with an ssh that goes nowhere."""
+    ssh = tmp_path / "bin" / "ssh"
+    ssh.parent.mkdir()
+    ssh.write_text(SSH)
+    ssh.chmod(0o755)
+    variables = {"PATH": f"{ssh.parent}:{os.environ['PATH']}", "TOKEN": "it's a secret"}
+    options = "-H localhost:1,192.0.2.7:1 --network-interfaces lo --disable-cache".split()
+    done = run_ranks(RANK_THAT_LOOKS_FOR_A_SECRET, *options, **variables)
+    assert done.code == 0, done.output
+    said = sorted(re.findall("RANK .*", done.output))
+    assert said == [f"RANK {rank} {tmp_path.name} True False False" for rank in (0, 1)]
+    calls = (tmp_path / "ssh.log").read_text().splitlines()
+    assert calls and all("StrictHostKeyChecking=accept-new" in call for call in calls)

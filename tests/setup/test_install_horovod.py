@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from horovod_lm.setup import install_horovod
+from horovod_lm.setup.build import try_build
 from horovod_lm.setup.install_horovod import cache_folder, installed_version, key_of, why_not_right
+from horovod_lm.setup.toolchain import inspect_toolchain
 from horovod_lm.utils.errors import UserError
 
 needs_horovod = pytest.mark.skipif(
@@ -38,6 +40,8 @@ def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
 @pytest.mark.horovod
 @needs_horovod
 def test_a_right_build_is_recognised_installed_or_in_a_target(tmp_path, main, capsys):
+    if key_of(installed_version()) != inspect_toolchain().key:  # it would be replaced
+        pytest.skip("Horovod was built with other patches or options: make setup")
     command = [sys.executable, "-m", "horovod_lm.setup.install_horovod"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -69,15 +73,14 @@ def test_another_build_is_told_apart(tmp_path, version, key, said):
 
 @pytest.mark.horovod
 @needs_horovod
-def test_a_build_that_does_not_load_is_found_out(tmp_path, main, monkeypatch):
+def test_a_build_that_does_not_load_is_found_out(tmp_path):
     package = tmp_path / "horovod" / "torch"
     package.mkdir(parents=True)
     (tmp_path / "horovod" / "__init__.py").write_text("")
     (package / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     reason = r"^Horovod is built but .* \(ImportError: undefined symbol: .* options and --force$"
     with pytest.raises(UserError, match=reason):
-        main([])
+        try_build(inspect_toolchain(), tmp_path)
 
 
 @pytest.mark.parametrize(
