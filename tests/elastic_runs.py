@@ -45,7 +45,6 @@ class ElasticRun:
         name: the run's name.
         workers: ranks at the start.
         settings: override `SETTINGS`.
-        hurry: train at full speed, without time for other ranks to join.
         late: seconds that each rank waits before it initialises Horovod.
         staged: reduce gradients in CPU memory, as for ranks that share a GPU.
         hosts: names of hosts; None: one name of this machine for each worker.
@@ -59,7 +58,6 @@ class ElasticRun:
         name: str,
         workers: int,
         settings: dict[str, Any] | None = None,
-        hurry: bool = False,
         late: float = 0,
         staged: bool = False,
         hosts: Sequence[str] | None = None,
@@ -72,8 +70,6 @@ class ElasticRun:
         self._hosts_ever = workers
         self._hosts_file = write_hosts(project / f"{name}.hosts", self.hosts)
         rank = [sys.executable, str(ROOT / "tests" / "ranks_elastic.py"), "--elastic"]
-        if hurry:
-            rank = [sys.executable, "-m", "horovod_lm.train", "--elastic"]
         rank += ["--config", "configs/tiny.yaml", "--run-name", name]
         for key, value in {**SETTINGS, **(settings or {})}.items():
             rank += ["--set", f"{key}={value}"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from horovod_lm import generate
 from horovod_lm.train import main, run_distributed_training
 from horovod_lm.training.checkpoint import read_checkpoint, save_checkpoint
 from horovod_lm.training.metrics import read_metrics
@@ -64,18 +65,6 @@ def test_compile_is_refused_where_torch_cannot_link(monkeypatch):
     monkeypatch.setattr(torch, "__file__", "/home/a student/torch/__init__.py")
     with pytest.raises(ConfigError, match="torch is in /home/a student/torch and .*compile=false"):
         check_can_compile(torch.device("cpu"))
-
-
-def test_the_users_own_text_trains_and_talks(tiny_project, train, start):
-    text = "".join(f"The {n}th goose went over the hill, and it was high.\n" for n in range(400))
-    (tiny_project / "my_book.txt").write_text(text, encoding="utf-8")
-    train(*RUN, "--set", "data.source=files", "--set", "data.path=my_book.txt",
-          "--set", "data.data_dir=my_data", "--run-name", "mine")  # fmt: skip
-    assert losses(tiny_project / "runs" / "mine")[-1] < losses(tiny_project / "runs" / "mine")[0]
-    arguments = ["--checkpoint", "runs/mine", "--prompt", "The", "--max-new-tokens", "20"]
-    talk = start(["-m", "horovod_lm.generate", *arguments]).wait(60)
-    assert talk.code == 0, talk.output
-    assert "The" in talk.output and len(talk.output.strip()) > len("The")
 
 
 @pytest.mark.parametrize(
@@ -139,12 +128,18 @@ def test_a_model_whose_validation_loss_is_not_finite_is_not_saved(tiny_project, 
     assert not [*tiny_project.glob("runs/faster/checkpoints/*.pt")]
 
 
-def test_a_resumed_run_keeps_its_tokens_or_says_what_changed(tiny_project, monkeypatch, capsys):
+def test_a_run_of_the_users_own_text_generates_and_resumes_with_its_tokens(
+    tiny_project, monkeypatch, capsys
+):
     monkeypatch.chdir(tiny_project)
     text = "".join(f"The {n}th goose went over the hill, and it was high.\n" for n in range(400))
     (tiny_project / "growing.txt").write_text(text)
     own = flags(["data.source=files", "data.path=growing.txt", "data.data_dir=growing"])
     main([*RUN, *own, "--run-name", "growing", "--set", "training.max_steps=6"])
+    assert losses(tiny_project / "runs/growing")[-1] < losses(tiny_project / "runs/growing")[0]
+    assert "6 steps in" in capsys.readouterr().out
+    generate.main(["--checkpoint", "runs/growing", "--prompt", "The", "--max-new-tokens", "9"])
+    assert re.match("The.", capsys.readouterr().out, re.DOTALL)
     metadata = tiny_project / "growing" / "metadata.json"
     before = metadata.read_bytes()
     (tiny_project / "growing.txt").write_text(text + text.upper())
@@ -152,6 +147,7 @@ def test_a_resumed_run_keeps_its_tokens_or_says_what_changed(tiny_project, monke
     assert main(again) == 0
     assert metadata.read_bytes() == before
     main([*RUN, *own, "--run-name", "another", "--set", "training.max_steps=1"])  # prepares it
+    assert "1 step in" in capsys.readouterr().out
     differ = r"\(training tokens, validation tokens, tokenizer differ\)"
     with pytest.raises(CheckpointError, match=f"with other data than .* {differ}"):
         main(again)
@@ -205,13 +201,14 @@ def test_only_rank_0_needs_the_files_of_a_run(tiny_project, monkeypatch, start):
 
 @pytest.mark.horovod
 def test_on_two_ranks_a_users_error_is_printed_once_and_nothing_is_overwritten(
-    tiny_project, train, start
+    tiny_project, monkeypatch, capsys, start
 ):
+    monkeypatch.chdir(tiny_project)
     folder = tiny_project / "runs" / "wide"
     folder.mkdir(parents=True)
     (folder / "run.json").write_text("an earlier run")
-    finished = train(*RUN, "--run-name", "wide")
-    assert "an earlier run of this name is now runs/wide.1" in finished.output
+    main([*RUN, "--run-name", "wide"])
+    assert "an earlier run of this name is now runs/wide.1" in capsys.readouterr().out
     assert (tiny_project / "runs" / "wide.1" / "run.json").read_text() == "an earlier run"
     checkpoint = folder / "checkpoints" / "final_model.pt"
     arguments = ["--resume", str(checkpoint), "--set", "model.d_model=32"]
@@ -273,15 +270,15 @@ def test_a_checkpoint_that_knows_only_what_the_contract_names_can_be_resumed(
     assert b"per_gpu_batch_size" in result.checkpoint.read_bytes()  # not compressed
 
 
-def test_intervals_count_optimizer_steps(tiny_project, train):
-    finished = train(
-        "--config", "configs/tiny.yaml", "--run-name", "intervals",
-        "--set", "training.gradient_accumulation_steps=2", "--set", "training.max_steps=10",
-        "--set", "training.eval_interval=4", "--set", "training.log_interval=5",
-        "--set", "training.checkpoint_interval=3", "--set", "training.keep_last_checkpoints=2",
-    )  # fmt: skip
+def test_intervals_count_optimizer_steps(tiny_project, monkeypatch, capsys):
+    monkeypatch.chdir(tiny_project)
+    settings = {"gradient_accumulation_steps": 2, "max_steps": 10, "eval_interval": 4,
+                "log_interval": 5, "checkpoint_interval": 3,
+                "keep_last_checkpoints": 2}  # fmt: skip
+    given = flags([f"training.{name}={value}" for name, value in settings.items()])
+    assert main(["--config", "configs/tiny.yaml", "--run-name", "intervals", *given]) == 0
     folder = tiny_project / "runs" / "intervals"
-    assert re.findall(r"^step (\d+)/10 ", finished.output, re.MULTILINE) == ["1", "5", "10"]
+    assert re.findall(r"^step (\d+)/10 ", capsys.readouterr().out, re.MULTILINE) == ["1", "5", "10"]
     assert [row["step"] for row in read_metrics(folder, "validation")] == [4, 8, 10]
     kept = {path.name for path in folder.glob("checkpoints/*.pt")}
     assert kept == {

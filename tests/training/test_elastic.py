@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from horovod_lm.training.metrics import read_metrics
+from tests.conftest import FULL
 from tests.elastic_runs import (
     COMMIT_INTERVAL,
     FAULTS,
@@ -61,15 +61,15 @@ def assert_equal_to_a_static_resume(run: ElasticRun, at: int, ranks: int, train)
     assert_same_run(run.folder, twin)
 
 
-@pytest.mark.parametrize(
-    ("fault", "victim", "optimizer"),
-    [
-        ("killed", 0, "adamw"),
-        ("killed", 1, "sgd float16"),  # whose gradients are scaled
-        ("exception", 1, "sgd"),
-        ("stopped", 0, "adamw"),
-    ],
-)
+LOST = [
+    ("killed", 1, "sgd float16"),  # whose gradients are scaled
+    ("stopped", 0, "adamw"),
+    ("killed", 0, "adamw"),
+    ("exception", 1, "sgd"),
+]
+
+
+@pytest.mark.parametrize(("fault", "victim", "optimizer"), LOST[: None if FULL else 2])
 def test_a_run_goes_on_exactly_without_a_lost_rank(
     elastic, tiny_project, train, fault, victim, optimizer, note_fault
 ):
@@ -124,6 +124,7 @@ def test_a_rank_joins_and_another_leaves(elastic, tiny_project):
     assert_nothing_was_lost(run, tiny_project)
 
 
+@pytest.mark.skipif(not FULL, reason="make faults kills one of three ranks")
 def test_three_ranks_become_two(elastic, tiny_project, train, note_fault):
     run = elastic("three-two", 3)
     run.wait_for_step(12)
@@ -157,18 +158,6 @@ def test_too_few_ranks_end_with_a_checkpoint_and_one_sentence(elastic, train, no
     resumed = train("--resume", *shlex.split(said.group(2)), ranks=2)
     step = re.search(r"resuming at step (\d+)", resumed.output).group(1)
     assert f"_step{step}.pt" in said.group(1)
-
-
-def test_elastic_and_nothing_happens_equals_static(elastic, tiny_project, train):
-    run = elastic("calm", 2, hurry=True)
-    finished = run.command.wait(120)
-    assert finished.code == 0, finished.output[-4000:]
-    overrides = list(run.command.process.args)
-    first = overrides.index("--config")
-    arguments = [part.replace("calm", "calm-static") for part in overrides[first:]]
-    train(*arguments, ranks=2)
-    assert_same_run(run.folder, run.folder.with_name("calm-static"))
-    assert read_metrics(run.folder, "train")[-1]["steps_replayed"] == 0
 
 
 def test_a_rank_that_comes_after_the_others_gave_up_waiting_still_joins(elastic):
