@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -57,16 +56,9 @@ def main() -> None:
     if "runtime_resources" in PROJECT.parts:
         sys.exit("error: leave out --working-dir, and give the path of this file in the project")
     ray.init(address="auto")
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
     group = place(given.ranks, {"CPU": given.cpus, "GPU": given.gpus}, given.wait)
     train = [sys.executable, "-m", "horovod_lm.train", "--config", "configs/cluster.yaml"]
     run(group, [*train, "--run-name", given.run_name, "--resume", "auto", *others])
-
-
-def stop(*_: object) -> None:
-    """End this process, and with it the workers and their ranks."""
-    sys.exit(f"stopped: every rank saves a checkpoint and ends; {AGAIN}")
 
 
 def place(ranks: int, resources: dict[str, int], seconds: int) -> PlacementGroup:
