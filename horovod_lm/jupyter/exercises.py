@@ -78,9 +78,9 @@ def solutions(notebook: NotebookNode) -> dict[str, str]:
     for index, cell in enumerate(cells):
         if STUB_TAG not in cell.metadata.get("tags", []):
             continue
-        following = cells[index + 1 : index + 3]
-        solution = SOLUTION.search(following[1].source) if len(following) == 2 else None
-        if solution is None or "check(" not in following[0].source:
+        below = cells[index + 1 : index + 3]
+        solution = SOLUTION.search(below[1].source) if len(below) == 2 else None
+        if solution is None or "check(" not in below[0].source:
             raise ExerciseError(
                 f"exercise {cell.id}: put a cell with check(...) and then one with its"
                 " <details><summary>Solution</summary> directly below the stub"
@@ -140,18 +140,14 @@ def _difference(given: Any, expected: Any) -> str:
         return "is still None"
     if isinstance(expected, torch.Tensor):
         return _tensor_difference(given, expected)
-    if isinstance(expected, Mapping):
-        if not isinstance(given, Mapping) or given.keys() != expected.keys():
-            return f"must have the keys {list(expected)}, and is {_describe(given)}"
-        keys: Iterable[Any] = expected
-    elif isinstance(expected, Sequence) and not isinstance(expected, str):
-        if not isinstance(given, Sequence) or len(given) != len(expected):
-            return f"must have {len(expected)} items, and is {_describe(given)}"
-        keys = range(len(expected))
-    else:
+    if not isinstance(expected, Sequence) or isinstance(expected, str):
         return _scalar_difference(given, expected)
-    problems = ((key, _difference(given[key], expected[key])) for key in keys)
-    return next((f"at [{key!r}] {problem}" for key, problem in problems if problem), "")
+    if not isinstance(given, Sequence) or len(given) != len(expected):
+        return f"must have {len(expected)} items, and is {_describe(given)}"
+    for number, pair in enumerate(zip(given, expected, strict=True)):
+        if problem := _difference(*pair):
+            return f"at [{number}] {problem}"
+    return ""
 
 
 def _tensor_difference(given: Any, expected: torch.Tensor) -> str:

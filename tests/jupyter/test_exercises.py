@@ -37,7 +37,7 @@ def said(capsys, *arguments) -> str:
 
 
 @pytest.mark.parametrize(
-    "value", [3, 2.5, "word", True, [1, 2], {"a": [1.0]}, torch.eye(2), torch.tensor([True, False])]
+    "value", [3, 2.5, "word", True, [1, [2]], torch.eye(2), torch.tensor([True, False])]
 )
 def test_a_value_is_right_by_itself_and_not_yet_when_it_is_unfinished(value, capsys):
     assert said(capsys, value, value) == "right: it"
@@ -62,7 +62,6 @@ def test_a_value_is_right_by_itself_and_not_yet_when_it_is_unfinished(value, cap
         ([1.0], torch.ones(1), "must be a tensor, and is of type list"),
         ([1, 2], [1, 3], "at [1] is 2, and must be 3"),
         ([1], [1, 3], "must have 2 items, and is [1]"),
-        ({"a": 1}, {"b": 1}, "must have the keys ['b'], and is {'a': 1}"),
         ("three", 3, "is 'three', and must be 3"),
         (0.5, 0.25, "is 0.5, and must be 0.25: 2 times the right number"),
     ],
