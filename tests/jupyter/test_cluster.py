@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 from pathlib import Path
 
 import psutil
@@ -157,22 +156,6 @@ def test_mistakes_are_said_before_anything_is_sent(px, cluster):
         HorovodCluster(n=1).run("1")
 
 
-# ---- ranks that lose their notebook --------------------------------------------------------------
-
-
-def test_a_killed_kernel_takes_its_ranks_along(kernel):
-    kernel.run("from horovod_lm.jupyter.live.cluster import HorovodCluster")
-    for _ in range(2):  # a cell that is run again does not leave the first two ranks
-        kernel.run("cluster = HorovodCluster(n=2).start()")
-    process_tree = psutil.Process(kernel.pid).children(recursive=True)
-    supervisors = psutil.Process(kernel.pid).children()
-    assert len(supervisors) == 2
-    supervisors[0].children()[0].suspend()
-    os.kill(kernel.pid, signal.SIGKILL)
-    _, alive = psutil.wait_procs(process_tree, timeout=10)
-    assert not alive
-
-
 def test_a_restart_takes_settings_of_horovod(cluster, tmp_path):
     """Without fusion no tensor of a pair is copied into a buffer; by default both share one."""
 
@@ -206,8 +189,8 @@ def test_starts_and_stops_leave_nothing(nothing_left, tmp_path, monkeypatch):
     with HorovodCluster(n=1):
         pass  # what is made once and kept: imports
     before = held()
-    for _ in range(2):
-        with HorovodCluster(n=2) as cluster:
-            assert cluster.run("hvd.size()") == [2, 2]
+    HorovodCluster(n=1).start()  # ended by the next one, as when a cell is run again
+    with HorovodCluster(n=2) as cluster:
+        assert cluster.run("hvd.size()") == [2, 2]
     assert held() == before
     assert list(tmp_path.iterdir()) == []

@@ -6,8 +6,6 @@ import asyncio
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
@@ -18,7 +16,7 @@ from horovod_lm.jupyter.run_cell.job_result import RankError
 from horovod_lm.jupyter.widgets.dashboard_view import RunView
 from horovod_lm.training.checkpoint import read_checkpoint
 from horovod_lm.utils.errors import ConfigError, DistributedError
-from tests.conftest import FULL, ROOT
+from tests.conftest import FULL
 from tests.jupyter.conftest import (
     children,
     is_left_over,
@@ -114,7 +112,7 @@ def test_a_stopped_job_has_saved_goes_on_and_is_kept_when_its_name_is_taken_anew
         launch(CONFIG, 0, run_name="stopped_twice")
     assert f"resuming at step {saved['global_step']} of" in again.log()
     table = (again.run.run_dir / "metrics.csv").read_text()
-    running(run_name="stopped_twice")
+    launch(CONFIG, run_name="stopped_twice").stop()
     assert (again.run.run_dir.with_name("stopped_twice.1") / "metrics.csv").read_text() == table
 
 
@@ -162,32 +160,6 @@ def test_an_interrupt_of_await_ends_the_job_and_says_so(kernel):
     assert kernel.error["ename"] in ("CancelledError", "KeyboardInterrupt")
     assert "stopped by you after step" in kernel.text
     assert psutil.Process(kernel.pid).children(recursive=True) == []
-
-
-KERNEL = """
-import time
-from horovod_lm.jupyter.launch import launch
-job = launch("CONFIG", 2, overrides=LONG, run_name="orphan")
-while "step" not in job.status:
-    assert job.is_running, job.status
-    time.sleep(0.1)
-print(*job.processes.values(), flush=True)
-"""
-
-
-def test_a_job_ends_with_its_kernel(tiny_project):
-    # tests/faults kills a kernel; this one ends by itself.
-    process = subprocess.Popen(
-        [sys.executable, "-c", KERNEL.replace("CONFIG", CONFIG).replace("LONG", repr(LONG))],
-        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    ranks = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
-    assert len(ranks) == 2
-    process_tree = [*psutil.Process(process.pid).children(recursive=True), *ranks]
-    wait_until(
-        lambda: not any(p.is_running() for p in process_tree), SECONDS_TO_DETECT, "their end"
-    )
-    process.communicate(timeout=30)
 
 
 def test_ranks_end_when_the_supervisor_itself_is_killed(running):

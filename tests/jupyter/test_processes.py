@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 
 from horovod_lm.jupyter.run_cell.horovodrun_job import JobProcess, JobSpec
 from horovod_lm.jupyter.run_cell.processes import SupervisedProcess
-from tests.jupyter.conftest import needs_horovod
+from tests.jupyter.conftest import needs_horovod, wait_until
 
 # A grandchild in a session of its own, whose parent has ended: no process group finds it.
 DAEMON = """
@@ -27,6 +28,16 @@ if os.fork() == 0:
         time.sleep(100)
     os._exit(0)
 os.wait()
+"""
+
+
+KERNEL = """
+import os, sys, time
+from horovod_lm.jupyter.run_cell.processes import SupervisedProcess
+process = SupervisedProcess(["sleep", "100"], lambda event: None)
+while process.pid is None:
+    time.sleep(0.01)
+print(process.pid, flush=True)
 """
 
 
@@ -95,6 +106,13 @@ def test_a_rank_stopped_for_a_moment_is_waited_for_and_killed_after_a_while(supe
     frozen = until("frozen")
     assert (frozen["rank"], frozen["seconds"]) == (1, 3)
     assert until("ended")["code"] == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize("end", ["", "os.kill(process.pid, 19)\nos.kill(os.getpid(), 9)"])
+def test_a_command_ends_with_its_kernel_also_one_that_is_frozen(end):
+    kernel = [sys.executable, "-c", KERNEL + end]
+    command = subprocess.run(kernel, stdout=subprocess.PIPE, text=True).stdout
+    wait_until(lambda: not psutil.pid_exists(int(command)), 10, "its end")
 
 
 def test_a_command_that_does_not_exist_has_ended(supervised):
