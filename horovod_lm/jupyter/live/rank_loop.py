@@ -64,12 +64,7 @@ def end_rank() -> None:
 
 
 def run_cell(source: str, wanted: bool) -> bytes:
-    """Run a cell's body; return its last value, pickled.
-
-    Args:
-        source: Python.
-        wanted: whether the last value is returned instead of being printed.
-    """
+    """Run a cell's body; return its last value, pickled, if it is `wanted`, else print it."""
     return rank_cell.pickled_value(rank_cell.execute(source, namespace(), "%%px", wanted))
 
 
@@ -92,7 +87,7 @@ OPERATIONS: dict[str, Callable[..., bytes]] = {
 
 
 def _execute(operation: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """Return `{"value": bytes}`, or `{"error": {...}}` as `rank_cell.describe` returns it."""
+    """Return a report as that of a cell: see `rank_cell`."""
     global _running
     try:
         _running = next(_numbers)

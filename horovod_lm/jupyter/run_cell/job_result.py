@@ -181,7 +181,7 @@ class JobResult:
             return None
         rank, error = min(own.items())
         keys = ("name", "text", "line")
-        same = [n for n, one in sorted(own.items()) if all(one[key] == error[key] for key in keys)]
+        same = [n for n, one in sorted(own.items()) if all(one[k] == error[k] for k in keys)]
         where = f" (line {error['line']} of the cell)" if error["line"] else ""
         text = f"{error['name']}: {error['text']}" if error["text"] else error["name"]
         name = "every rank" if len(same) == self.size > 1 else rank_list(same)
