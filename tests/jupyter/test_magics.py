@@ -201,12 +201,12 @@ def test_an_exception_has_the_rank_s_own_traceback_with_the_cell_s_lines(run, no
 
 def test_a_rank_that_stays_away_is_named_by_the_stall_check(run, note_fault):
     body = READY + "if hvd.rank() == 1:\n    time.sleep(120)\n" + REDUCE
-    sentence = r"rank 1 did not come to 'together', where rank 0 waited for 4 s: every rank must"
+    sentence = r"rank 1 did not come to 'together', where rank 0 waited for 2 s: every rank must"
     with pytest.raises(RankError, match=sentence) as caught:
-        run("-np 2 --stall 4", body)
+        run("-np 2 --stall 2", body)
     seconds = seconds_since_ready(caught.value.shown)
     note_fault(seconds, caught.value)
-    assert seconds < 4 + SECONDS_TO_DETECT
+    assert seconds < 2 + SECONDS_TO_DETECT
     # Times, places in Horovod's source and the number of its reports would differ each time.
     report = caught.value.shown[caught.value.shown.index("[0] Horovod") :].splitlines()
     assert sum(line.startswith("[0]") for line in report) == 3
