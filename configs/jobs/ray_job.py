@@ -4,18 +4,16 @@
     ray job submit -- python "$PWD/configs/jobs/ray_job.py" --ranks 2 --config configs/tiny.yaml
 
 The other arguments go to `python -m horovod_lm.train`. Submitted again, the job resumes its run
-from the newest checkpoint. `ray job stop` ends the job at once; every rank then saves a checkpoint
-and ends, which the log in the run's folder shows.
+from the newest checkpoint. `ray job stop` ends the job at once; the steps since the last checkpoint
+are lost, so set `training.checkpoint_interval` accordingly.
 
 Every node needs this project and its environment in the same folder, and a disk that the nodes
 share for `runs/`. Ray starts the ranks: `distributed.hosts` and `distributed.environment` are not
 used. Do not give `--working-dir`, with which the run would be in Ray's copy of the project.
 
-Each rank is a process of its own, and not one of Ray's workers as with `horovod.ray`: it can save
-when Ray has ended its worker.
-
 What of it was run: a job that trains on two hosts made of network namespaces until it is stopped,
-and one too large for them, with a tiny model without GPUs, on Ray 2.60.
+and one too large for them, with a tiny model without GPUs, on Ray 2.60. The stopped ranks ended, but
+did not save, although SIGTERM_WITH_PARENT is meant for that. Not run: resuming, a killed rank, GPUs.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from horovod_lm.utils.errors import how_it_ended
 
 PROJECT = Path(__file__).resolve().parents[2]
-# Ray kills the child processes of a worker that ends. The ranks get SIGTERM instead, and save.
+# Ray kills the child processes of a worker that ends; the ranks are to get SIGTERM instead.
 LET_RANKS_SAVE = {"env_vars": {"RAY_kill_child_processes_on_worker_exit": "0"}}
 SIGTERM_WITH_PARENT = ["setpriv", "--pdeathsig", "TERM"]
 SECONDS_AFTER_FAILURE = 30  # for the other ranks to notice it and to save
