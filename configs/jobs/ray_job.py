@@ -12,8 +12,9 @@ share for `runs/`. Ray starts the ranks: `distributed.hosts` and `distributed.en
 used. Do not give `--working-dir`, with which the run would be in Ray's copy of the project.
 
 What of it was run: a job that trains on two hosts made of network namespaces until it is stopped,
-and one too large for them, with a tiny model without GPUs, on Ray 2.60. The stopped ranks ended, but
-did not save, although SIGTERM_WITH_PARENT is meant for that. Not run: resuming, a killed rank, GPUs.
+and one too large for them, with a tiny model without GPUs, on Ray 2.60. The stopped ranks ended
+without saving, although SIGTERM_WITH_PARENT is meant to let them. Not run: resuming, a killed rank,
+GPUs.
 """
 
 from __future__ import annotations
