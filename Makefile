@@ -15,7 +15,7 @@ BOOTSTRAP = $(if $(shell command -v "$(PYTHON)"),"$(PYTHON)" horovod_lm/setup/bo
 SETUP = $(BOOTSTRAP) --venv "$(VENV)" --horovod-options="$(HOROVOD_OPTIONS)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup example lab notebooks test faults fuzz bench doctor machines gpu clean
+.PHONY: help setup example lab notebooks book test faults fuzz bench doctor machines gpu clean
 
 help:  ## list the commands
 	@echo "make COMMAND, one of:"
@@ -37,6 +37,11 @@ lab: setup  ## open JupyterLab on the course
 notebooks: setup  ## execute every notebook and store its outputs
 	@$(RUN) -m horovod_lm.teaching.notebooks --in-place \
 		$(sort $(wildcard *.ipynb)) $(sort $(wildcard notebooks/*.ipynb))
+
+book: setup  ## make a static site of the pages in build/book, from their stored outputs
+	@$(RUN) -c "import furo, myst_nb" 2>/dev/null || $(RUN) -m pip install --quiet --editable ".[book]"
+	@$(RUN) -m sphinx -q -E -W --keep-going -c docs/book . build/book
+	@echo "Open build/book/index.html in a browser."
 
 test: setup  ## run every test
 	@$(RUN) -m ruff check .
