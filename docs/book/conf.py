@@ -70,6 +70,20 @@ class NamesOfFiles(SphinxTransform):
             link += code
 
 
+class TextsOfPictures(SphinxTransform):
+    """Describe each figure by the text that is stored beside it."""
+
+    default_priority = 500
+
+    def apply(self) -> None:
+        for output in self.document.findall(nodes.container):
+            if output.get("nb_element") == "mime_bundle":
+                forms = {form.get("mime_type"): form for form in output.children}
+                if {"image/png", "text/plain"} <= forms.keys():
+                    for image in forms["image/png"].findall(nodes.image):
+                        image["alt"] = forms["text/plain"].astext()
+
+
 def formula(self: nodes.NodeVisitor, node: nodes.math | nodes.math_block) -> None:
     """Write a formula as MathML, which browsers show without a script."""
     block = isinstance(node, nodes.math_block)
@@ -88,5 +102,6 @@ def front_page(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> None:
     app.add_lexer("python", find_lexer_class_by_name("ipython3"))  # knows `!command`
     app.add_transform(NamesOfFiles)
+    app.add_transform(TextsOfPictures)
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))
     app.connect("build-finished", front_page)

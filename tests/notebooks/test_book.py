@@ -18,17 +18,19 @@ pytest.importorskip("furo", reason="the extra `book` is not installed: make book
 
 
 class Page(HTMLParser):
-    """The ids of a page, what it loads, and where it leads."""
+    """The ids of a page, what it loads, where it leads, and its pictures without a text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.ids, self.loads, self.leads = {""}, set(), set()
+        self.ids, self.loads, self.leads, self.undescribed = {""}, set(), set(), []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
         self.ids.add(values.get("id") or "")
         address = values.get("src") or values.get("href")
+        if tag == "img" and values.get("alt") in {None, "", address}:
+            self.undescribed.append(address)
         if address:
             (self.leads if tag == "a" else self.loads).add(address)
 
@@ -45,6 +47,7 @@ def test_links_and_pictures_exist_and_nothing_is_loaded_from_a_network(tmp_path)
     broken = []
     for path, page in pages.items():
         assert [address for address in page.loads if urlsplit(address).netloc] == [], path.name
+        assert page.undescribed == [], path.name
         for address in page.loads | page.leads:
             url = urlsplit(address)
             if url.scheme or url.netloc:
