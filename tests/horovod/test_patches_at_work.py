@@ -81,6 +81,29 @@ def test_a_missing_rank_is_named_and_ends_the_job(run_ranks):
     assert "is stalled for longer than 2 seconds. Will shutdown." in done.output, done.output
 
 
+WAIT_FOR_RANK_1 = """
+import time
+import horovod.torch as hvd
+import torch
+
+hvd.init()
+hvd.allreduce(torch.ones(1), name="both are here")
+if hvd.rank() == 1:
+    time.sleep(2)
+started = time.thread_time()
+hvd.allreduce(torch.ones(1), name="rank 0 waits")
+if hvd.rank() == 0:
+    print(f"waited with {time.thread_time() - started:.3f} s of CPU time")
+"""
+
+
+def test_a_rank_that_waits_leaves_the_core_to_others(run_ranks):
+    # 29-sleep-while-waiting: without it the waiting thread is busy for the two seconds.
+    done = run_ranks(WAIT_FOR_RANK_1)
+    [busy] = re.findall("waited with (.*) s of CPU time", done.output)
+    assert float(busy) < 0.2, done.output
+
+
 SOCKETS_OF_THIS_RANK = """
 import json
 import os
