@@ -98,7 +98,7 @@ def run_distributed_training(
     resume = None if resume_checkpoint is None else read_on_rank_0(resume_checkpoint)
     prepare_data_once_per_host(config, progress, resume)
     # Horovod: horovodrun is slow to kill a hung rank, and cannot on another host.
-    with StopRequest() as stop, distributed.hang_watchdog():
+    with StopRequest() as stop, distributed.hang_watchdog(stop):
         run = RunFolder.of(config, run_name)
         trainer = Trainer(
             config, run, rank, world_size, device, progress, stop, resume, resume_checkpoint

@@ -24,6 +24,7 @@ import torch
 from horovod_lm.utils.cli import command, program
 from horovod_lm.utils.config import DistributedConfig
 from horovod_lm.utils.errors import ConfigError, DistributedError, UserError
+from horovod_lm.utils.interrupts import StopRequest
 from horovod_lm.utils.machine import available_cores
 from horovod_lm.utils.progress import plural
 from horovod_lm.utils.watchdog import Watchdog
@@ -257,12 +258,17 @@ def elastic_launcher() -> bool:
     return os.environ.get("HOROVOD_ELASTIC") == "1"
 
 
-def hang_watchdog() -> AbstractContextManager[Any]:
-    """Return a context in which this rank is killed if it hangs; a process alone is not."""
+def hang_watchdog(stop: StopRequest) -> AbstractContextManager[Any]:
+    """Return a context in which this rank is killed if it hangs; a process alone is not.
+
+    Args:
+        stop: tells whether the rank has reacted to SIGTERM, and so does not hang.
+    """
     if get_world_size() == 1:
         return nullcontext()
     limit = float(os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", _GLOO_TIMEOUT))
-    return Watchdog(limit + _SECONDS_AFTER_GLOO_TIMEOUT, f"rank {get_rank()}")
+    limit += _SECONDS_AFTER_GLOO_TIMEOUT
+    return Watchdog(limit, f"rank {get_rank()}", lambda: stop.requested)
 
 
 def shutdown() -> None:

@@ -3,12 +3,14 @@
 The other ranks detect a dead rank at once, because its connections close. They detect a hung one
 (stopped by a signal, swapped out, waiting for a disk) after the Gloo timeout. Elastic training then
 still waits for it: horovodrun counts it among the next ranks until its process ends. A job with
-fixed ranks ends, but horovodrun needs 10 s more to kill a hung rank, and cannot on another host.
+fixed ranks ends, but horovodrun waits 30 s more for a hung rank, and cannot kill one on another
+host.
 Hence this process: the rank sends it bytes, and is killed if none arrives within the time limit.
 
 It also kills a rank that hangs in one call, while its other threads work, and does not react when
-it is told to end. On its own host, horovodrun sends it SIGTERM, and would need 10 s to kill it and
-its shell. On another host it closes the connection, and nobody reads the rank's output any more.
+it is told to end. On its own host, horovodrun sends it SIGTERM, and would wait 30 s before it kills
+it. On another host it closes the connection, and nobody reads the rank's output any more. A rank
+that has reacted to SIGTERM is not killed: it saves.
 """
 
 from __future__ import annotations
@@ -20,11 +22,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 HEARTBEATS_PER_LIMIT = 10
 SECONDS_BETWEEN_CHECKS = 0.5
-SECONDS_TO_END = 4.0  # horovodrun kills the rank after 5, and waits 5 more for its shell
+MAX_SECONDS_BETWEEN_HEARTBEATS = 1.0
+SECONDS_TO_REACT = 4.0  # to SIGTERM
+HEARTBEAT, REACTED = b".", b"!"
 
 
 class Watchdog:
@@ -33,10 +38,13 @@ class Watchdog:
     Args:
         seconds: the time limit.
         name: the name of this process in the message.
+        reacted: returns whether the main thread has reacted to SIGTERM.
     """
 
-    def __init__(self, seconds: float, name: str) -> None:
-        self._seconds, self._name = seconds, name
+    def __init__(
+        self, seconds: float, name: str, reacted: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._seconds, self._name, self._reacted = seconds, name, reacted
         self._ended = threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -61,15 +69,16 @@ class Watchdog:
         self._process.wait()
 
     def _beat(self) -> None:
-        while not self._ended.wait(self._seconds / HEARTBEATS_PER_LIMIT):
+        pause = min(self._seconds / HEARTBEATS_PER_LIMIT, MAX_SECONDS_BETWEEN_HEARTBEATS)
+        while not self._ended.wait(pause):
             try:
-                os.write(self._pipe.fileno(), b".")
+                os.write(self._pipe.fileno(), REACTED if self._reacted() else HEARTBEAT)
             except OSError:  # the watchdog was killed
                 return
 
 
 def watch(seconds: float, name: str) -> None:
-    """Kill the parent process if it sends no byte for `seconds`, or does not end when told to."""
+    """Kill the parent if it sends no byte for `seconds`, or does not react when told to end."""
     parent, last, told_to_end = os.getppid(), time.monotonic(), float("inf")
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it to every process of a job
     by_horovodrun = (
@@ -90,12 +99,14 @@ def watch(seconds: float, name: str) -> None:
             if not received:
                 return  # the parent has closed its end
             last = now
-            if signal.SIGTERM in received and by_horovodrun:
+            if REACTED in received:
+                by_horovodrun, told_to_end = False, float("inf")
+            elif signal.SIGTERM in received and by_horovodrun:
                 told_to_end = min(told_to_end, now)
         if now - last > seconds:
             why = f"stood still for {seconds:g} s"
-        elif now - told_to_end > SECONDS_TO_END:
-            why = f"did not end within {SECONDS_TO_END:g} s of SIGTERM"
+        elif now - told_to_end > SECONDS_TO_REACT:
+            why = f"did not react to SIGTERM within {SECONDS_TO_REACT:g} s"
         else:
             continue
         os.kill(parent, signal.SIGKILL)

@@ -11,14 +11,16 @@ import time
 import psutil
 import pytest
 
-from horovod_lm.utils.watchdog import SECONDS_TO_END
+from horovod_lm.utils.watchdog import SECONDS_TO_REACT
 
 LIMIT = 3  # seconds
 PROGRAM = f"""
 import signal, sys, time
 from horovod_lm.utils.watchdog import Watchdog
-signal.signal(signal.SIGTERM, lambda *_: None)
-with Watchdog({LIMIT}, "rank 7"):
+from horovod_lm.utils.interrupts import StopRequest
+with StopRequest() as stop, Watchdog({LIMIT}, "rank 7", lambda: stop.requested):
+    if "deaf" in sys.argv:
+        signal.signal(signal.SIGTERM, lambda *_: None)
     print("working", flush=True)
     time.sleep(float(sys.argv[1]))
 """
@@ -29,9 +31,9 @@ def program():
     """Start the program; return it once its watchdog is there, and the watchdog."""
     started = []
 
-    def start(seconds: float) -> tuple[subprocess.Popen, psutil.Process]:
+    def start(seconds: float, *options: str) -> tuple[subprocess.Popen, psutil.Process]:
         process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(seconds)],
+            [sys.executable, "-c", PROGRAM, str(seconds), *options],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "HOROVOD_GLOO_RENDEZVOUS_ADDR": "localhost"},
         )  # fmt: skip
@@ -62,13 +64,15 @@ def test_a_hung_process_is_killed_and_one_that_works_ends_by_itself(program):
     assert works.wait(30) == 0
 
 
-def test_a_process_that_does_not_end_when_it_is_told_to_is_killed(program):
-    (told, _), (unread, _) = program(60), program(60)
+def test_a_process_that_does_not_react_when_it_is_told_to_end_is_killed(program):
+    (told, _), (unread, _), (saves, _) = program(60, "deaf"), program(60), program(9)
     told.terminate()
+    saves.terminate()
     unread.stderr.close()  # as horovodrun on another host does
     for process in (told, unread):
-        assert process.wait(SECONDS_TO_END + 5) == -signal.SIGKILL
-    assert f"rank 7 (process {told.pid}) did not end within" in told.stderr.read()
+        assert process.wait(SECONDS_TO_REACT + 5) == -signal.SIGKILL
+    assert f"rank 7 (process {told.pid}) did not react to SIGTERM" in told.stderr.read()
+    assert saves.wait(30) == 0
 
 
 def test_the_watchdog_of_a_process_that_died_ends(program):

@@ -79,9 +79,11 @@ class JobProcess:
         self.seconds = 0.0
         self._started = time.monotonic()
         self._logs: dict[int, TextIO] = {}
-        cell = {rank_cell.VARIABLE: str(spec.cell_folder)} if spec.cell_folder else {}
+        env = {**spec.env, "HOROVOD_GRACEFUL_TERMINATION_SECONDS": str(spec.grace_period)}
+        if spec.cell_folder:
+            env[rank_cell.VARIABLE] = str(spec.cell_folder)
         self._process = SupervisedProcess(
-            [sys.executable, "-m", spec.launcher, *spec.call[1:]], self._hear, {**spec.env, **cell},
+            [sys.executable, "-m", spec.launcher, *spec.call[1:]], self._hear, env,
             cwd=spec.cwd, grace_period=spec.grace_period, ranks=0 if spec.elastic else spec.size,
         )  # fmt: skip
 

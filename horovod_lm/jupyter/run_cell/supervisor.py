@@ -51,8 +51,8 @@ def supervise(
             find_ranks(ranks, report)
         kill_frozen(ranks, frozen_since, report)
     find_ranks(ranks, report)
-    # Ranks that save need the signal themselves: horovodrun gives them 5 s only. Those on other
-    # hosts can be reached only through horovodrun.
+    # Ranks that save need the signal themselves: horovodrun kills what is left after the grace
+    # period. Those on other hosts can be reached only through horovodrun.
     alive = [process for process in ranks.values() if process.is_running()]
     for process in alive if alive and len(alive) >= expected else [command]:
         with contextlib.suppress(psutil.NoSuchProcess):
