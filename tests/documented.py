@@ -46,7 +46,7 @@ NOT_EXECUTED = {
     r"horovodrun .*/etc/mpi": "the first line of a command that test_job_files.py executes",
     r"python -m horovod_lm\.generate .*--interactive": "a conversation; test_chat.py has one",
     r"python -m horovod_lm\.(train|generate|data|launch\.hosts)( --run)?$": "a name, no call",
-    r"python -m horovod_lm\.setup\.doctor --hosts$": "a name, no call",
+    r"python -m horovod_lm\.(setup\.doctor --hosts|launch\.slurm)$": "a name, no call",
 }
 
 
