@@ -38,7 +38,10 @@ from horovod_lm.utils.errors import how_it_ended
 PROJECT = Path(__file__).resolve().parents[2]
 # Ray kills the child processes of a worker that ends; the ranks are to get SIGTERM instead.
 LET_RANKS_SAVE = {"env_vars": {"RAY_kill_child_processes_on_worker_exit": "0"}}
-SIGTERM_WITH_PARENT = ["setpriv", "--pdeathsig", "TERM"]
+# The kernel sends this signal when each thread of the parent ends, and a rank does not save after a
+# second SIGTERM: the parent is a shell, which has one thread, and is killed with the worker.
+SIGTERM_WITH_WORKER = ["setpriv", "--pdeathsig", "KILL", "sh", "-c"]
+SIGTERM_WITH_WORKER += ['setpriv --pdeathsig TERM "$@"; exit $?', "sh"]
 SECONDS_AFTER_FAILURE = 30  # for the other ranks to notice it and to save
 AGAIN = "the same job resumes when it is submitted again"
 
@@ -127,11 +130,14 @@ def run_rank(command: list[str], address: str, port: int, slot: dict[str, str]) 
         if mine in {each.address for each in all_of}
     )
     variables = {**create_run_env_vars(address, [interface], port), **slot}
-    code = subprocess.call(
-        [*SIGTERM_WITH_PARENT, *command],
+    rank = subprocess.Popen(
+        [*SIGTERM_WITH_WORKER, *command],
         cwd=PROJECT,
         env={**os.environ, **{name: str(value) for name, value in variables.items()}},
+        start_new_session=True,
     )
+    # Not `subprocess.call`, which kills its process when Ray ends this worker with SIGTERM.
+    code = rank.wait()
     return code if code >= 0 else 128 - code
 
 

@@ -1,4 +1,4 @@
-"""Jobs of a real Ray on two simulated hosts: train, stop, too few nodes."""
+"""Jobs of a real Ray on two simulated hosts: train, stop, resume, a killed rank, too few nodes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from horovod_lm.teaching.simulated_hosts import Hosts, InHost, why_not_here
+from horovod_lm.training.checkpoint import checkpoint_step, find_checkpoints, read_checkpoint
 from horovod_lm.training.metrics import read_metrics
 from tests.conftest import ROOT
 
@@ -23,6 +26,7 @@ WHY_NOT = why_not_here()
 if importlib.util.find_spec("ray") is None:
     WHY_NOT = 'Ray is not installed: python -m pip install -e ".[ray]"'
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=str(WHY_NOT))
+STEPS = ["--set", "training.max_steps=400", "--set", "training.num_epochs=200"]
 STOP = """
 import sys
 from ray.job_submission import JobSubmissionClient
@@ -39,6 +43,7 @@ class Cluster:
     def __init__(self, hosts: Hosts, folder: Path, project: Path) -> None:
         self.hosts, self.folder, self.project = hosts, folder, project
         self.job = str(project / "configs" / "jobs" / "ray_job.py")
+        self.run_dir = project / "runs" / "chain"
         usage = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_DOCKER_CPU_WARNING": "1"}
         self.env = {**os.environ, "PYTHONPATH": str(ROOT), **usage}
         head, other = hosts.addresses.values()
@@ -56,15 +61,26 @@ class Cluster:
             options |= {"stdout": log, "stderr": subprocess.STDOUT, "env": self.env, "cwd": "/"}
             return self.hosts.popen(call, host, **options)
 
-    def submit(self) -> InHost:
-        """Submit a job with one rank on each host; `log("first")` returns its output."""
-        python = [sys.executable, self.job, "--gpus", "1", "--config", "configs/tiny.yaml"]
-        steps = ["--set", "training.max_steps=400", "--set", "training.num_epochs=200"]
-        call = [RAY, "job", "submit", "--submission-id=first", "--", *python, *steps]
-        return self.popen("first", *call)
+    def train(self, name: str, *launcher: str) -> InHost:
+        """Start a job of the run "chain", with one rank on each host."""
+        python = [sys.executable, self.job, "--gpus", "1", "--run-name", "chain"]
+        return self.popen(name, *launcher, *python, "--config", "configs/tiny.yaml", *STEPS)
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
+
+    def steps(self) -> int:
+        """Return the last step that the run has recorded."""
+        if not (self.run_dir / "metrics.csv").is_file():
+            return 0
+        return max((row["step"] for row in read_metrics(self.run_dir)), default=0)
+
+    def wait_for_steps(self, name: str) -> None:
+        target = self.steps() + 20
+        wait_until(lambda: self.steps() >= target, 60, lambda: self.log(name))
+
+    def wait_for_end(self, name: str) -> None:
+        wait_until(lambda: not processes(self.project), 30, lambda: self.log(name))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, said: Callable[[], str]) -> None:
@@ -74,16 +90,21 @@ def wait_until(condition: Callable[[], bool], seconds: float, said: Callable[[],
         time.sleep(0.1)
 
 
-def ranks(project: Path) -> list[psutil.Process]:
-    """Return the ranks that train in a project, the last rank first."""
-    found = {}
+def processes(project: Path) -> list[psutil.Process]:
+    """Return what runs in a project: the ranks, and the shell and the watchdog of each."""
+    found = []
     for process in psutil.process_iter():
-        try:
+        with suppress(psutil.Error):
             if process.cwd() == str(project):
-                found[process.environ().get("HOROVOD_RANK", "")] = process
-        except psutil.Error:
-            continue
-    return [process for _, process in sorted(found.items(), reverse=True)]
+                found.append(process)
+    return found
+
+
+def is_rank_1(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        train = [sys.executable, "-m", "horovod_lm.train"]
+        return process.cmdline()[:3] == train and process.environ().get("HOROVOD_RANK") == "1"
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -97,22 +118,43 @@ def cluster(tiny_project: Path, tmp_path_factory) -> Iterator[Cluster]:
         yield Cluster(hosts, project.parent, project)
 
 
-def test_a_submitted_job_trains_on_both_hosts_and_leaves_no_rank_when_it_is_stopped(cluster):
-    job = cluster.submit()
+def test_jobs_that_are_stopped_killed_and_submitted_again_equal_a_run_of_horovodrun(cluster, start):
+    command = ["-m", "horovod_lm.train", "--config", "configs/tiny.yaml"]
+    whole = start([*command, "--run-name", "whole", *STEPS], ranks=2)
+    first = cluster.train("first", RAY, "job", "submit", "--submission-id=first", "--")
     # As `ray job stop first`, which takes seconds to start.
     stop = cluster.popen("stop", sys.executable, "-c", STOP, stdin=subprocess.PIPE)
-    metrics = cluster.project / "runs" / "ray" / "metrics.csv"
-    wait_until(
-        lambda: metrics.is_file() and len(read_metrics(metrics.parent)) >= 20,
-        60,
-        lambda: cluster.log("first"),
-    )
-    assert len(ranks(cluster.project)) == 2
+    cluster.wait_for_steps("first")
     assert stop.stdin is not None
     stop.stdin.close()
-    wait_until(lambda: not ranks(cluster.project), 30, lambda: cluster.log("first"))
-    assert job.wait(30) == stop.wait(30) == 0
+    cluster.wait_for_end("first")
+    assert first.wait(30) == stop.wait(30) == 0
     assert "2 ranks on the CPU, 1 thread each" in cluster.log("first")
+    stopped_at = cluster.steps()
+    newest = find_checkpoints(cluster.run_dir / "checkpoints")[0]
+    assert checkpoint_step(newest) == stopped_at
+
+    second = cluster.train("second")
+    cluster.wait_for_steps("second")
+    [rank_1] = filter(is_rank_1, processes(cluster.project))
+    rank_1.kill()
+    assert second.wait(60) == 1
+    assert f"resuming at step {stopped_at}" in cluster.log("second")
+    assert cluster.log("second").splitlines()[-1] == (
+        "error: rank 1 was killed by SIGKILL, exit code 137 (by somebody, or by the system when"
+        " memory ran out); the same job resumes when it is submitted again"
+    )
+    cluster.wait_for_end("second")
+
+    third = cluster.train("third")
+    assert third.wait(60) == 0, cluster.log("third")
+    assert "resuming at step" in cluster.log("third")
+    assert whole.wait(60).code == 0
+    runs = whole.log.parent / "runs" / "whole", cluster.run_dir
+    losses = [[(row["step"], row["loss"]) for row in read_metrics(run)] for run in runs]
+    assert losses[0] == losses[1]
+    one, two = (read_checkpoint(run / "checkpoints" / "final_model.pt")["model"] for run in runs)
+    assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
 
 
 def test_too_small_a_cluster_is_named(cluster):
