@@ -4,23 +4,25 @@
     ray job submit -- python "$PWD/configs/jobs/ray_job.py" --ranks 2 --config configs/tiny.yaml
 
 The other arguments go to `python -m horovod_lm.train`. Submitted again, the job resumes its run
-from the newest checkpoint. `ray job stop` ends the job at once; the steps since the last checkpoint
-are lost, so set `training.checkpoint_interval` accordingly.
+from the newest checkpoint. After `ray job stop`, Ctrl-C or the loss of a rank, the other ranks save
+a checkpoint and end. The job ends before them, and Ray does not limit their time: on a disk without
+locks, let them end before you submit again. Their last lines are in Ray's log of the task "rank 0".
 
 Every node needs this project and its environment in the same folder, and a disk that the nodes
 share for `runs/`. Ray starts the ranks: `distributed.hosts` and `distributed.environment` are not
 used. Do not give `--working-dir`, with which the run would be in Ray's copy of the project.
 
-What of it was run: a job that trains on two hosts made of network namespaces until it is stopped,
-and one too large for them, with a tiny model without GPUs, on Ray 2.60. The stopped ranks ended
-without saving, although SIGTERM_WITH_PARENT is meant to let them. Not run: resuming, a killed rank,
-GPUs.
+What of it was run: on two hosts made of network namespaces, a tiny model without GPUs, on Ray 2.60:
+a job that is stopped, one in which a rank is killed, and one that ends, which together give the
+losses and parameters of `horovodrun -np 2` to the last bit; and one too large for the cluster. Not
+run: GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -57,10 +59,16 @@ def main() -> None:
     given, others = parser.parse_known_args()
     if "runtime_resources" in PROJECT.parts:
         sys.exit("error: leave out --working-dir, and give the path of this file in the project")
-    ray.init(address="auto")
-    group = place(given.ranks, {"CPU": given.cpus, "GPU": given.gpus}, given.wait)
-    train = [sys.executable, "-m", "horovod_lm.train", "--config", "configs/cluster.yaml"]
-    run(group, [*train, "--run-name", given.run_name, "--resume", "auto", *others])
+    try:
+        ray.init(address="auto")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's handler aborts
+        group = place(given.ranks, {"CPU": given.cpus, "GPU": given.gpus}, given.wait)
+        train = [sys.executable, "-m", "horovod_lm.train", "--config", "configs/cluster.yaml"]
+        run(group, [*train, "--run-name", given.run_name, "--resume", "auto", *others])
+    except ConnectionError:
+        sys.exit("error: no Ray cluster runs on this machine: start one with `ray start --head`")
+    except KeyboardInterrupt:
+        sys.exit(f"stopped: the ranks save and end; {AGAIN}")
 
 
 def place(ranks: int, resources: dict[str, int], seconds: int) -> PlacementGroup:

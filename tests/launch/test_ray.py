@@ -26,7 +26,7 @@ WHY_NOT = why_not_here()
 if importlib.util.find_spec("ray") is None:
     WHY_NOT = 'Ray is not installed: python -m pip install -e ".[ray]"'
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=str(WHY_NOT))
-STEPS = ["--set", "training.max_steps=400", "--set", "training.num_epochs=200"]
+STEPS = ["--set", "training.max_steps=250", "--set", "training.num_epochs=200"]
 STOP = """
 import sys
 from ray.job_submission import JobSubmissionClient
@@ -76,11 +76,11 @@ class Cluster:
         return max((row["step"] for row in read_metrics(self.run_dir)), default=0)
 
     def wait_for_steps(self, name: str) -> None:
-        target = self.steps() + 20
-        wait_until(lambda: self.steps() >= target, 60, lambda: self.log(name))
+        target = self.steps() + 5
+        wait_until(lambda: self.steps() >= target, 120, lambda: self.log(name))
 
     def wait_for_end(self, name: str) -> None:
-        wait_until(lambda: not processes(self.project), 30, lambda: self.log(name))
+        wait_until(lambda: not processes(self.project), 60, lambda: self.log(name))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, said: Callable[[], str]) -> None:
@@ -128,7 +128,7 @@ def test_jobs_that_are_stopped_killed_and_submitted_again_equal_a_run_of_horovod
     assert stop.stdin is not None
     stop.stdin.close()
     cluster.wait_for_end("first")
-    assert first.wait(30) == stop.wait(30) == 0
+    assert first.wait(60) == stop.wait(60) == 0
     assert "2 ranks on the CPU, 1 thread each" in cluster.log("first")
     stopped_at = cluster.steps()
     newest = find_checkpoints(cluster.run_dir / "checkpoints")[0]
@@ -138,7 +138,7 @@ def test_jobs_that_are_stopped_killed_and_submitted_again_equal_a_run_of_horovod
     cluster.wait_for_steps("second")
     [rank_1] = filter(is_rank_1, processes(cluster.project))
     rank_1.kill()
-    assert second.wait(60) == 1
+    assert second.wait(120) == 1
     assert f"resuming at step {stopped_at}" in cluster.log("second")
     assert cluster.log("second").splitlines()[-1] == (
         "error: rank 1 was killed by SIGKILL, exit code 137 (by somebody, or by the system when"
@@ -147,11 +147,15 @@ def test_jobs_that_are_stopped_killed_and_submitted_again_equal_a_run_of_horovod
     cluster.wait_for_end("second")
 
     third = cluster.train("third")
-    assert third.wait(60) == 0, cluster.log("third")
+    assert third.wait(120) == 0, cluster.log("third")
     assert "resuming at step" in cluster.log("third")
-    assert whole.wait(60).code == 0
+    assert whole.wait(120).code == 0
     runs = whole.log.parent / "runs" / "whole", cluster.run_dir
-    losses = [[(row["step"], row["loss"]) for row in read_metrics(run)] for run in runs]
+    # The validation of the step after which the rank was killed may be missing.
+    losses = [
+        [(row["step"], row["loss"]) for row in read_metrics(run) if row["phase"] == "train"]
+        for run in runs
+    ]
     assert losses[0] == losses[1]
     one, two = (read_checkpoint(run / "checkpoints" / "final_model.pt")["model"] for run in runs)
     assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
