@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 HOROVOD_OPTIONS ?=
-JOBS ?= 1
+JOBS ?= 2
 
 # A relative VENV is meant from this folder, also when make is called from another one. Functions
 # such as $(abspath) would split a path at its blanks.
@@ -15,13 +15,13 @@ BOOTSTRAP = $(if $(shell command -v "$(PYTHON)"),"$(PYTHON)" horovod_lm/setup/bo
 SETUP = $(BOOTSTRAP) --venv "$(VENV)" --horovod-options="$(HOROVOD_OPTIONS)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup example lab notebooks book test faults fuzz bench doctor machines gpu clean
+.PHONY: help setup example lab notebooks book test release faults fuzz bench doctor machines gpu clean
 
 help:  ## list the commands
 	@echo "make COMMAND, one of:"
 	@sed -n 's/^\([a-z]*\):.*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 	@echo "Options: VENV=PATH (an environment, for example \$$VIRTUAL_ENV or \$$CONDA_PREFIX; default .venv),"
-	@echo "JOBS=2 (tests at a time), PYTHON=python3.12, TORCH_INDEX_URL=URL (an index with torch), HOROVOD_OPTIONS=--no-nccl"
+	@echo "JOBS=1 (tests at a time; default 2), PYTHON=python3.12, TORCH_INDEX_URL=URL (an index with torch), HOROVOD_OPTIONS=--no-nccl"
 
 setup:  ## make the environment: torch, this package, Horovod built for it
 	@$(SETUP) $(if $(filter setup,$(MAKECMDGOALS)),--next)
@@ -47,6 +47,9 @@ test: setup  ## run every test
 	@$(RUN) -m ruff check .
 	@$(RUN) -m mypy
 	@$(RUN) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadgroup)
+
+release:  ## run before a release: make test with what it leaves out for time, make faults, make fuzz
+	@FULL=1 $(MAKE) test faults fuzz
 
 faults: setup  ## kill, freeze and fill disks, and write the table of tests/faults/README.md
 	@FAULTS_TABLE=tests/faults/README.md $(RUN) -m pytest -m fault

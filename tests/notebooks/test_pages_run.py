@@ -26,6 +26,7 @@ EXAMPLE = ROOT / "horovod_transformer.example.ipynb"
 # The example's losses at its first and 20th step where its page was stored, as `first_losses` gives
 # them. Its text is this Python's own library and its arithmetic bfloat16: elsewhere they differ.
 FIRST_LOSSES = (7.764364719390869, 6.456048965454102)
+FULL = os.environ.get("FULL") == "1"  # make release
 NOT_YET = "not yet:"  # a check's answer to anything but a solution
 # Hides a file from one process and its children.
 HIDE = ["unshare", "--mount", "sh", "-c", 'mount --bind /dev/null "$0" && exec "$@"']
@@ -51,14 +52,14 @@ def test_a_page_gives_its_stored_outputs_again(path):
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.skipif(bool(why_not_here()), reason="the test above has shown it")
+@pytest.mark.skipif(not FULL or bool(why_not_here()), reason="make release runs it")
 def test_page_09_gives_its_stored_outputs_where_hosts_cannot_be_simulated():
     sshd = os.path.realpath(shutil.which("sshd", path=ADMIN_PATH))
     compare(COURSE[8], seconds_for_a_cell=200, prefix=[*HIDE, sshd])
 
 
 @pytest.mark.timeout(1800)
-def test_the_example_gives_its_stored_outputs_again_or_runs_where_they_differ(tmp_path):
+def test_the_example_runs_and_gives_its_stored_outputs_again_where_it_can(tmp_path):
     stored = "".join(
         output.get("text", "")
         for cell in read_notebook(EXAMPLE).cells
@@ -67,7 +68,7 @@ def test_the_example_gives_its_stored_outputs_again_or_runs_where_they_differ(tm
     assert f"step 1/600  loss {FIRST_LOSSES[0]:.4f}" in stored, "renew FIRST_LOSSES with the page"
     shutil.copy(EXAMPLE, tmp_path)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    if first_losses(tmp_path) == FIRST_LOSSES:
+    if FULL and first_losses(tmp_path) == FIRST_LOSSES:
         compare(tmp_path / EXAMPLE.name, seconds_for_a_cell=900)
     else:
         run_with_a_smaller_model(tmp_path / EXAMPLE.name)
