@@ -187,7 +187,7 @@ LOSSES: dict[str, tuple[Callable[[Hosts], object], str]] = {
     "link": (lambda hosts: hosts.unplug("host1"), "cannot reach host1 ("),
     "killed": (
         lambda hosts: hosts.run(["pkill", "-KILL", "-x", "python"], "host1"),
-        "rank 1 on host1 failed first: it was killed, for example because",
+        "rank 1 on host1 failed first: it was killed by SIGKILL, exit code 137",
     ),
     "frozen": (
         lambda hosts: hosts.run(["pkill", "-STOP", "-f", TRAINING], "host1"),
