@@ -395,7 +395,11 @@ class Trainer:
         if self.rank != 0:
             return
         path = self.run_folder.checkpoint_dir / filename
-        self.last_checkpoint = write_checkpoint(self.content(), path)
+        self.stop.saving = True
+        try:
+            self.last_checkpoint = write_checkpoint(self.content(), path)
+        finally:
+            self.stop.saving = False
         self._can_remove = True
 
     def _remove_old_checkpoints(self) -> None:

@@ -262,13 +262,13 @@ def hang_watchdog(stop: StopRequest) -> AbstractContextManager[Any]:
     """Return a context in which this rank is killed if it hangs; a process alone is not.
 
     Args:
-        stop: tells whether the rank has reacted to SIGTERM, and so does not hang.
+        stop: tells whether the rank writes a checkpoint, and so does not hang.
     """
     if get_world_size() == 1:
         return nullcontext()
     limit = float(os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", _GLOO_TIMEOUT))
     limit += _SECONDS_AFTER_GLOO_TIMEOUT
-    return Watchdog(limit, f"rank {get_rank()}", lambda: stop.requested)
+    return Watchdog(limit, f"rank {get_rank()}", lambda: stop.saving)
 
 
 def shutdown() -> None:

@@ -18,6 +18,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self.saving = False  # set by whoever writes a checkpoint
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:

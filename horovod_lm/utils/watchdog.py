@@ -10,7 +10,7 @@ Hence this process: the rank sends it bytes, and is killed if none arrives withi
 It also kills a rank that hangs in one call, while its other threads work, and does not react when
 it is told to end. On its own host, horovodrun sends it SIGTERM, and would wait 30 s before it kills
 it. On another host it closes the connection, and nobody reads the rank's output any more. A rank
-that has reacted to SIGTERM is not killed: it saves.
+that saves is not killed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from contextlib import suppress
 HEARTBEATS_PER_LIMIT = 10
 SECONDS_BETWEEN_CHECKS = 0.5
 MAX_SECONDS_BETWEEN_HEARTBEATS = 1.0
-SECONDS_TO_REACT = 4.0  # to SIGTERM
-HEARTBEAT, REACTED = b".", b"!"
+SECONDS_TO_END = 4.0  # after SIGTERM, or to begin to save
+HEARTBEAT, SAVING = b".", b"!"
 
 
 class Watchdog:
@@ -38,13 +38,13 @@ class Watchdog:
     Args:
         seconds: the time limit.
         name: the name of this process in the message.
-        reacted: returns whether the main thread has reacted to SIGTERM.
+        is_saving: returns whether the process writes a checkpoint.
     """
 
     def __init__(
-        self, seconds: float, name: str, reacted: Callable[[], bool] = lambda: False
+        self, seconds: float, name: str, is_saving: Callable[[], bool] = lambda: False
     ) -> None:
-        self._seconds, self._name, self._reacted = seconds, name, reacted
+        self._seconds, self._name, self._is_saving = seconds, name, is_saving
         self._ended = threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -72,13 +72,13 @@ class Watchdog:
         pause = min(self._seconds / HEARTBEATS_PER_LIMIT, MAX_SECONDS_BETWEEN_HEARTBEATS)
         while not self._ended.wait(pause):
             try:
-                os.write(self._pipe.fileno(), REACTED if self._reacted() else HEARTBEAT)
+                os.write(self._pipe.fileno(), SAVING if self._is_saving() else HEARTBEAT)
             except OSError:  # the watchdog was killed
                 return
 
 
 def watch(seconds: float, name: str) -> None:
-    """Kill the parent if it sends no byte for `seconds`, or does not react when told to end."""
+    """Kill the parent if it sends no byte for `seconds`, or does not end when told to."""
     parent, last, told_to_end = os.getppid(), time.monotonic(), float("inf")
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it to every process of a job
     by_horovodrun = (
@@ -99,14 +99,14 @@ def watch(seconds: float, name: str) -> None:
             if not received:
                 return  # the parent has closed its end
             last = now
-            if REACTED in received:
-                by_horovodrun, told_to_end = False, float("inf")
+            if SAVING in received:
+                told_to_end = float("inf")
             elif signal.SIGTERM in received and by_horovodrun:
                 told_to_end = min(told_to_end, now)
         if now - last > seconds:
             why = f"stood still for {seconds:g} s"
-        elif now - told_to_end > SECONDS_TO_REACT:
-            why = f"did not react to SIGTERM within {SECONDS_TO_REACT:g} s"
+        elif now - told_to_end > SECONDS_TO_END:
+            why = f"did not end within {SECONDS_TO_END:g} s of SIGTERM"
         else:
             continue
         os.kill(parent, signal.SIGKILL)

@@ -56,7 +56,7 @@ FAULTS = {
     "rank 1 frozen": (GLOO_TIMEOUT, rf"rank 1 \(process \d+\) {STOOD_STILL}"),
     "kernel killed": (0, ""),
     "rank 1 raises": (0, r"\[1\]<stderr>:RuntimeError: the goose is loose"),
-    "rank 1 hangs": (STALL_SHUTDOWN, r"rank 1 .* did not react to SIGTERM within 4 s"),
+    "rank 1 hangs": (STALL_SHUTDOWN, r"rank 1 .* did not end within 4 s of SIGTERM"),
     "horovodrun killed": (0, ""),
     "rank 0 killed": (0, "process 0 was the first to fail, with exit code 137"),
     "rank 0 frozen": (GLOO_TIMEOUT, rf"rank 0 \(process \d+\) {STOOD_STILL}"),
