@@ -15,7 +15,7 @@ BOOTSTRAP = $(if $(shell command -v "$(PYTHON)"),"$(PYTHON)" horovod_lm/setup/bo
 SETUP = $(BOOTSTRAP) --venv "$(VENV)" --horovod-options="$(HOROVOD_OPTIONS)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup example lab notebooks book test release faults fuzz bench doctor machines gpu clean
+.PHONY: help setup example lab notebooks book test ray release faults fuzz bench doctor machines gpu clean
 
 help:  ## list the commands
 	@echo "make COMMAND, one of:"
@@ -48,8 +48,12 @@ test: setup  ## run every test
 	@$(RUN) -m mypy
 	@$(RUN) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadgroup)
 
-release:  ## run before a release: make test with what it leaves out for time, make faults, make fuzz
-	@FULL=1 $(MAKE) test faults fuzz
+ray: setup  ## test the job of Ray on a cluster of two simulated hosts: a minute
+	@$(RUN) -c "import ray" 2>/dev/null || $(RUN) -m pip install --quiet --editable ".[ray]"
+	@$(RUN) -m pytest tests/launch/test_ray.py
+
+release:  ## run before a release: make test with what it leaves out for time, and ray, faults, fuzz
+	@FULL=1 $(MAKE) test ray faults fuzz
 
 faults: setup  ## kill, freeze and fill disks, and write the table of tests/faults/README.md
 	@FAULTS_TABLE=tests/faults/README.md $(RUN) -m pytest -m fault

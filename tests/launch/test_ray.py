@@ -24,7 +24,7 @@ from tests.conftest import ROOT
 
 WHY_NOT = why_not_here()
 if importlib.util.find_spec("ray") is None:
-    WHY_NOT = 'Ray is not installed: python -m pip install -e ".[ray]"'
+    WHY_NOT = "Ray is not installed: make ray"
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=str(WHY_NOT))
 STEPS = ["--set", "training.max_steps=250", "--set", "training.num_epochs=200"]
 STOP = """
