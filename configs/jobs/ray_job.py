@@ -27,7 +27,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import ray
 from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
 from horovod.runner.gloo_run import create_run_env_vars, create_slot_env_vars
@@ -36,6 +35,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from horovod_lm.utils.errors import how_it_ended
+from horovod_lm.utils.machine import interface_of
 
 PROJECT = Path(__file__).resolve().parents[2]
 # Ray kills the child processes of a worker that ends; the ranks are to get SIGTERM instead.
@@ -131,12 +131,7 @@ def why_failed(rank: int, task: ray.ObjectRef) -> str:
 @ray.remote(max_retries=0, runtime_env=LET_RANKS_SAVE)
 def run_rank(command: list[str], address: str, port: int, slot: dict[str, str]) -> int:
     """Run one rank in a process of its own, and return its exit code."""
-    mine = ray.util.get_node_ip_address()
-    interface = next(
-        name
-        for name, all_of in psutil.net_if_addrs().items()
-        if mine in {each.address for each in all_of}
-    )
+    interface = interface_of(ray.util.get_node_ip_address())
     variables = {**create_run_env_vars(address, [interface], port), **slot}
     rank = subprocess.Popen(
         [*SIGTERM_WITH_WORKER, *command],

@@ -31,7 +31,7 @@ from horovod_lm.utils.config import Config
 from horovod_lm.utils.errors import DataError
 from horovod_lm.utils.machine import sync_folder
 
-FORMAT = 2  # to be incremented when the same inputs give other files
+FORMAT = 3  # to be incremented when the same inputs give other files
 METADATA, TOKENIZER = "metadata.json", "tokenizer.json"
 FILES = (f"{TRAIN}.bin", f"{VAL}.bin", TOKENIZER, METADATA)  # in the order of publication
 DTYPES = ("<u2", "<u4")  # of a token id: two bytes, or four for a large vocabulary

@@ -21,10 +21,9 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-import psutil
-
 from horovod_lm.utils.cli import EXIT_INTERRUPTED, command, run_cli
 from horovod_lm.utils.errors import DistributedError
+from horovod_lm.utils.machine import interface_of
 
 MODULE = "horovod_lm.launch.slurm"
 AGAIN = "a job of configs/jobs/slurm.sbatch resumes when it is submitted again"
@@ -78,7 +77,7 @@ def run(call: Sequence[str]) -> int:
     slots = tasks_per_node(os.environ["SLURM_TASKS_PER_NODE"])
     gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", 0))
     if gpus > slots[0]:
-        print(f"note: {slots[0]} of {gpus} GPUs is used: --ntasks-per-node={gpus} is for all")
+        print(f"note: each host uses {slots[0]} of {gpus} GPUs: --ntasks-per-node={gpus} uses all")
     plan = ",".join(f"{host}:{tasks}" for host, tasks in zip(hosts, slots, strict=True))
     rendezvous = RendezvousServer()
     variables = {
@@ -163,11 +162,10 @@ def route(hosts: Sequence[str]) -> tuple[str, str]:
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as trial:
             trial.connect((name, 9))  # of a datagram socket: nothing is sent
-            mine = trial.getsockname()[0]
+            address = trial.getsockname()[0]
     except OSError as error:
         raise DistributedError(f"{me} does not find {name}: {error}") from None
-    all_of = psutil.net_if_addrs().items()
-    return mine, next(name for name, own in all_of if mine in {each.address for each in own})
+    return address, interface_of(address)
 
 
 if __name__ == "__main__":

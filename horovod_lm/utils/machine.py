@@ -69,6 +69,16 @@ def container_memory(root: Path = CGROUP, membership: Path = MEMBERSHIP) -> int 
     return min(free, default=None)
 
 
+def interface_of(address: str) -> str:
+    """Return the name of this machine's network interface that has an IP address."""
+    import psutil  # absent while the installer runs
+
+    for name, entries in psutil.net_if_addrs().items():
+        if address in {entry.address for entry in entries}:
+            return name
+    raise ValueError(f"no interface of this machine has the address {address}")
+
+
 def has_gpu_driver() -> bool:
     """Return whether NVIDIA's driver is installed: its library loads, or `nvidia-smi` is on PATH.
 

@@ -136,7 +136,7 @@ def test_a_run_of_cancelled_requeued_and_killed_jobs_equals_one_of_horovodrun(
     cluster.wait_for_steps("chain")
     cluster.run("scancel", first)
     log = cluster.wait(first, "CANCELLED")
-    assert "note: 1 of 2 GPUs is used: --ntasks-per-node=2 is for all\n" in log
+    assert "note: each host uses 1 of 2 GPUs: --ntasks-per-node=2 uses all\n" in log
     assert "2 ranks on the CPU, 1 thread each\n" in log
     assert log.endswith(f"stopped before the end: {AGAIN}\n")
 
