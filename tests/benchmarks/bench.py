@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from horovod_lm.models.attention import sdpa_attention
 from horovod_lm.utils.cli import program
 from horovod_lm.utils.machine import available_cores
 from tests.benchmarks import generation
@@ -147,7 +148,7 @@ def step(options: argparse.Namespace) -> Iterator[Row]:
                 for peer in ["ours", *peers]
             }
             if options.compiled:
-                for peer in ["ours", *peers[1:]]:
+                for peer in peers[1:]:
                     runs[f"{peer}, compiled"] = steps.make_step(
                         peer, SHAPES[name], options.nanogpt, dtype, compiled=True
                     )
@@ -155,6 +156,26 @@ def step(options: argparse.Namespace) -> Iterator[Row]:
             tokens = SHAPES[name][-1] * SHAPES[name][-2]
             goals = {peer: 1.1 for peer in runs if peer not in ("ours", "plain")} | {"plain": 1.0}
             yield from compare(f"step, {name}, {dtype_name}", seconds, tokens, "tokens/s", goals)
+
+
+def attention(options: argparse.Namespace) -> Iterator[Row]:
+    """Attention in bfloat16, forward and backward, beside torch's fused kernel."""
+    for shape in ((4, 8, 256, 64), (8, 6, 256, 40), (2, 12, 512, 64)):  # (B, H, T, D)
+        heads = [torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+        fused = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
+        runs = {
+            name: partial(_forward_and_backward, compute, heads)
+            for name, compute in (("ours", sdpa_attention), ("torch's kernel", fused))
+        }
+        seconds = in_turns(runs, 5 * options.rounds, warm_up=3)
+        goals = {"torch's kernel": 1.0}
+        yield from compare(
+            f"attention {shape}, bf16", seconds, shape[0] * shape[2], "tokens/s", goals
+        )
+
+
+def _forward_and_backward(compute: Callable[..., torch.Tensor], heads: list[torch.Tensor]) -> None:
+    compute(*heads).sum().backward()
 
 
 def ranks(options: argparse.Namespace) -> Iterator[Row]:
@@ -209,11 +230,11 @@ def _two_ranks(
 
 
 def generate(options: argparse.Namespace) -> Iterator[Row]:
-    """Generation with the cache, one thread and two."""
+    """Generation with the cache."""
     new_tokens = 60 if options.quick else 200
     for size in generation.SIZES:
         for case in list(generation.CASES)[: 2 if options.quick else None]:
-            ours, theirs, tokens, _ = generation.pair(size, case, new_tokens)
+            ours, theirs, tokens = generation.pair(size, case, new_tokens)
             seconds = in_turns({"ours": ours, "transformers": theirs}, options.rounds)
             goal = {"5M": 2.0, "30M": 1.6}[size]
             yield from compare(
@@ -274,7 +295,13 @@ def _bare_tokenizer(text: Path, vocab_size: int, folder: Path) -> None:
     np.concatenate(ids).tofile(folder / "bare.bin")
 
 
-SECTIONS = {"step": step, "ranks": ranks, "generate": generate, "prepare": prepare}
+SECTIONS = {
+    "step": step,
+    "attention": attention,
+    "ranks": ranks,
+    "generate": generate,
+    "prepare": prepare,
+}
 
 
 # ---- the results ---------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Models of `bench.py` and their training step: ours, `transformers`' GPT-2, nanoGPT's.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/step.py   # peak memory at vocabulary 50257
+    OMP_NUM_THREADS=1 python tests/benchmarks/step.py       # peak memory at vocabulary 50257
+    python tests/benchmarks/step.py profile ours 30M        # the operators of a step, by their time
 
 All have the same shapes and dropout 0, and each its own optimizer: ours and `transformers` train
 with torch's fused AdamW, nanoGPT with what its `configure_optimizers` returns. nanoGPT's `model.py`
@@ -148,6 +149,14 @@ def peak(name: str, shape_name: str) -> float:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["profile"]:
+        take_step = make_step(sys.argv[2], SHAPES[sys.argv[3]])
+        take_step()
+        with torch.profiler.profile() as found:
+            for _ in range(3):
+                take_step()
+        print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
+        return
     if sys.argv[1:]:
         take_step = make_step(sys.argv[1], MEMORY_SHAPES[sys.argv[2]])
         for _ in range(2):  # the second has the optimizer's states from its start
