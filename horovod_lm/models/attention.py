@@ -74,7 +74,7 @@ def _attention_by_products(query: Tensor, key: Tensor, value: Tensor, dropout: f
     torch's fused CPU kernel computes bfloat16 products in float32: a forward and backward pass
     takes 1.4 to 3 times as long as this.
     """
-    n_sequences, _, length, head_size = query.shape
+    n_sequences, n_heads, length, head_size = query.shape
     query, key, value = (part.flatten(0, 1) for part in (query, key, value))  # (B H, T, D)
     # Added to the scores: 0 where a query may attend, -inf in its future.
     future = torch.full((length, length), -math.inf, dtype=query.dtype).triu(1)  # (T, T)
@@ -84,7 +84,7 @@ def _attention_by_products(query: Tensor, key: Tensor, value: Tensor, dropout: f
     weights = scores.softmax(dim=-1)
     if dropout:
         weights = F.dropout(weights, dropout)
-    return (weights @ value).unflatten(0, (n_sequences, -1))  # (B H, T, D) -> (B, H, T, D)
+    return (weights @ value).unflatten(0, (n_sequences, n_heads))  # (B H, T, D) -> (B, H, T, D)
 
 
 def causal_mask(

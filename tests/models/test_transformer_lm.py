@@ -115,14 +115,16 @@ def test_loss_without_logits_equals_loss_with_them(make_model, left_padded):
     assert model(ids, mask, labels, return_logits=False)[0] is None
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_empty_batch_gives_zero_loss_and_a_zero_gradient_to_every_parameter(
-    make_model, checkpointing
+    make_model, checkpointing, bfloat16
 ):
     model = make_model(dropout=0.1, gradient_checkpointing=checkpointing).train()
     ids = random_ids()[:0]
     for return_logits in (False, True):
-        loss, grads = gradients(model, ids, labels=ids, return_logits=return_logits)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss, grads = gradients(model, ids, labels=ids, return_logits=return_logits)
         assert loss == 0.0 and len(grads) == len(list(model.parameters()))
         assert not any(gradient.any() for gradient in grads.values())
 
