@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from horovod_lm.utils.errors import DataError
 
 COLUMNS = (
@@ -124,33 +126,58 @@ class MetricsRecorder:
             return None
 
 
+class CPUEvent:
+    """A moment, with the methods of `torch.cuda.Event`."""
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Return at once: the CPU has done the work that it was given."""
+
+    def elapsed_time(self, end: CPUEvent) -> float:
+        """Return the milliseconds until `end`."""
+        return 1e3 * (end.seconds - self.seconds)
+
+
 class StepTimer:
     """Measures the parts of a step, in seconds.
 
+    A GPU works asynchronously, so its clock is read by CUDA events: a part lasts from the end of
+    the work before it to the end of its own.
+
     Args:
-        synchronize: called before each reading of the clock; `torch.cuda.synchronize` for a GPU,
-            whose work is asynchronous.
+        device: where the step is computed.
     """
 
-    def __init__(self, synchronize: Callable[[], object] | None = None) -> None:
-        self._synchronize = synchronize or (lambda: None)
-        self._started = time.perf_counter()
-        self.seconds = dict.fromkeys(PARTS_OF_A_STEP, 0.0)
-        self.elapsed = 0.0
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._parts: list[tuple[str, Any, Any]] = []  # name, first and last event
+        self._started = self._ended = self._now()
+
+    def _now(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True) if self._on_gpu else CPUEvent()
+        event.record()
+        return event
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Add the time of the block to `seconds_<name>`."""
-        self._synchronize()
-        start = time.perf_counter()
+        start = self._now()
         yield
-        self._synchronize()
-        self.seconds[f"seconds_{name}"] += time.perf_counter() - start
+        self._parts.append((f"seconds_{name}", start, self._now()))
 
     def stop(self) -> None:
-        """Set `elapsed` to the seconds since the timer was created."""
-        self._synchronize()
-        self.elapsed = time.perf_counter() - self._started
+        """Note the end of the step."""
+        self._ended = self._now()
+
+    def wait(self) -> tuple[float, dict[str, float]]:
+        """Wait for the end of the step; return its seconds, and those of its parts."""
+        self._ended.synchronize()
+        seconds = dict.fromkeys(PARTS_OF_A_STEP, 0.0)
+        for name, start, end in self._parts:
+            seconds[name] += start.elapsed_time(end) / 1e3
+        return self._started.elapsed_time(self._ended) / 1e3, seconds
 
 
 def read_metrics(run_dir: str | Path, phase: str | None = None) -> list[dict[str, Any]]:

@@ -84,6 +84,21 @@ def build_scheduler(
     )
 
 
+def step_if_finite(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, gradient_norm: torch.Tensor
+) -> None:
+    """Update the parameters, unless the norm of the gradients is not finite.
+
+    AdamW's fused kernel reads `found_inf` on the device, so that the CPU does not wait for a GPU.
+    """
+    is_fused = isinstance(optimizer, torch.optim.AdamW)
+    if is_fused:
+        optimizer.found_inf = (~gradient_norm.isfinite()).float()  # type: ignore[attr-defined]
+    if is_fused or gradient_norm.isfinite():
+        scaler.step(optimizer)
+    scaler.update()
+
+
 def choose_amp_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype:
     """Return the dtype of matrix products; float32 and float64 mean full precision.
 

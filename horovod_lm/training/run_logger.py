@@ -16,7 +16,7 @@ import torch
 
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.training.evaluate import Evaluation, perplexity
-from horovod_lm.training.metrics import MetricsRecorder, StepTimer
+from horovod_lm.training.metrics import MetricsRecorder
 from horovod_lm.training.run_dir import RunFolder, lock_run
 from horovod_lm.utils.cli import command, program, shown
 from horovod_lm.utils.config import Config
@@ -155,22 +155,23 @@ class RunLogger:
         self,
         state: TrainState,
         total_steps: int,
-        timer: StepTimer,
+        seconds: float,
+        parts: dict[str, float],
         tokens: int,
         learning_rate: float,
         gradient_norm: float,
     ) -> None:
-        """Record one optimizer step of all ranks."""
+        """Record one optimizer step of all ranks, its seconds, and those of its parts."""
         self._steps, self._tokens = self._steps + 1, self._tokens + tokens
-        self._training_seconds += timer.elapsed
+        self._training_seconds += seconds
         self._record(
             "train",
             state,
             state.loss,
             learning_rate=learning_rate,
             gradient_norm=gradient_norm,
-            tokens_per_second=tokens / timer.elapsed,
-            **timer.seconds,
+            tokens_per_second=tokens / seconds,
+            **parts,
         )
         left = (total_steps - state.global_step) * self._training_seconds / self._steps
         due = state.global_step % self.config.training.log_interval == 0

@@ -46,6 +46,7 @@ from horovod_lm.training.optimizer import (
     build_scaler,
     build_scheduler,
     choose_amp_dtype,
+    step_if_finite,
 )
 from horovod_lm.training.run_dir import RunFolder, default_run_name
 from horovod_lm.training.run_logger import RunLogger, TrainingResult, TrainState
@@ -147,6 +148,7 @@ class Trainer:
         self.amp_dtype = choose_amp_dtype(config.training, self.device)
         self.last_checkpoint: Path | None = None  # written by this session
         self._can_remove = False  # whether older checkpoints can be deleted
+        self._unread: tuple[Any, ...] | None = None  # numbers of the last step, on its device
         self._build(device.staged)
         self._load(resume, name)
         resume_step = None if resume is None else self.state.global_step
@@ -231,13 +233,17 @@ class Trainer:
             if self.train_step(batches):
                 return True
             self._evaluate_save_and_commit_when_due()
+        self._read_last_step()
         self._begin_next_epoch_if_done()
         return False
 
     def train_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> bool:
-        """Take one optimizer step on all ranks. Return whether a rank was asked to stop."""
-        on_gpu = self.device.type == "cuda"
-        timer = StepTimer(partial(torch.cuda.synchronize, self.device) if on_gpu else None)
+        """Take one optimizer step on all ranks. Return whether a rank was asked to stop.
+
+        A GPU works asynchronously. To keep it busy, nothing here waits for it: the numbers of a
+        step are read when the next one is under way.
+        """
+        timer = StepTimer(self.device)
         samples = min(self.sampler.samples_per_step, self._samples_left())
         # Over all backward passes and ranks: loss in nats, predicted tokens, stop requests.
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -256,63 +262,81 @@ class Trainer:
                 # this weight, the result is the gradient of the mean loss of the global batch.
                 weight = tokens * self.world_size / (samples * (self.config.model.max_seq_len - 1))
                 self.scaler.scale(loss * weight).backward()
-            sums[:2] += torch.stack([loss.detach().double() * tokens, loss.new_tensor(tokens)])
+            sums[0] += loss.detach().double() * tokens
+            sums[1] += tokens
         sums[2] = float(self.stop.requested)
         # Horovod: starts before the wait for the gradients, so that the ranks wait only once.
         reduction = distributed.start_reduce_sum(sums, "step_sums")
         with timer.part("allreduce"):
             distributed.synchronize(self.optimizer)  # Horovod: now gradients are averages
-            nats, tokens, stop_requests = distributed.finish_reduce_sum(reduction).tolist()
+            sums = distributed.finish_reduce_sum(reduction)
+        self._read_last_step()
         with timer.part("update"):
-            learning_rate, gradient_norm = self._update(nats / tokens)
-        self._advance(samples, int(tokens), nats / tokens)
+            learning_rate, gradient_norm = self._update()
+        self._advance(samples)
+        numbers = [part.to("cpu", non_blocking=True) for part in (sums, gradient_norm)]
         timer.stop()
-        self.logger.step(
-            self.state, self.total_steps, timer, int(tokens), learning_rate, gradient_norm
-        )
-        return stop_requests > 0
+        self._unread = (*numbers, learning_rate, timer)
+        # Horovod: with several ranks, the sums are in CPU memory.
+        return self.stop.requested if self.world_size == 1 else sums[2].item() > 0
 
-    def _update(self, loss: float) -> tuple[float, float]:
-        """Unscale, clip and apply the averaged gradients. Return learning rate and norm.
-
-        Raises:
-            DivergenceError: on every rank, before the update, if the step's loss or gradient norm
-                is not finite.
-        """
+    def _update(self) -> tuple[float, torch.Tensor]:
+        """Unscale, clip and apply the averaged gradients. Return learning rate and norm."""
         learning_rate = float(self.scheduler.get_last_lr()[0])
         self.scaler.unscale_(self.optimizer)
         limit = self.training.max_grad_norm or float("inf")
-        gradient_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        self._check_finite("loss", loss)
-        # A scaler leaves out a step with infinite gradients, and halves its scale.
-        if not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
-            self._check_finite("gradient norm", gradient_norm)
-        self._remove_old_checkpoints()
+        gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         with distributed.already_synchronized(self.optimizer):  # Horovod: do not reduce them again
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
+            step_if_finite(self.optimizer, self.scaler, gradient_norm)
         self.optimizer.zero_grad()
         self.scheduler.step()
         return learning_rate, gradient_norm
+
+    def _read_last_step(self) -> None:
+        """Read, check and record the numbers of the last step, if this has not been done.
+
+        Raises:
+            DivergenceError: on every rank, if the step's loss or gradient norm is not finite. The
+                step has not changed the parameters.
+        """
+        if self._unread is None:
+            return
+        (sums, gradient_norm, learning_rate, timer), self._unread = self._unread, None
+        seconds, parts = timer.wait()
+        nats, tokens, _ = sums.tolist()
+        loss, norm = nats / tokens, gradient_norm.item()
+        self._check_finite("loss", loss)
+        # A scaler leaves out a step with infinite gradients, and halves its scale.
+        is_scaled = not math.isfinite(norm) and self.scaler.is_enabled()
+        if not is_scaled or self.scaler.get_scale() < 1:
+            self._check_finite("gradient norm", norm)
+        self._remove_old_checkpoints()
+        state = self.state
+        state.tokens += int(tokens)
+        state.loss = loss
+        if state.global_step == 1:
+            state.first_loss = loss
+        self.logger.step(state, self.total_steps, seconds, parts, int(tokens), learning_rate, norm)
 
     def _check_finite(self, what: str, value: float) -> None:
         """Raise DivergenceError if `value` is not finite; it is the same on every rank."""
         if math.isfinite(value):
             return
-        step = self.state.global_step + (what != "validation loss")
+        step = self.state.global_step
+        find = partial(self._last_good_checkpoint, before=step - (what != "validation loss"))
         # Horovod: only rank 0's disk has to hold checkpoints.
-        good = distributed.on_rank_0(self._last_good_checkpoint, "last_good_checkpoint")
+        good = distributed.on_rank_0(find, "last_good_checkpoint")
         raise DivergenceError(
             f"the {what} is {value} at step {step}, so training ended without saving this model:"
             f" use a smaller training.learning_rate ({self.training.learning_rate:g}) or"
             f" training.max_grad_norm ({self.training.max_grad_norm or 'none'}); {good}"
         )
 
-    def _last_good_checkpoint(self) -> str:
+    def _last_good_checkpoint(self, before: int) -> str:
         """Say which checkpoint to resume from: its parameters have given a later finite loss."""
         folder = self.run_folder.checkpoint_dir
         numbered = [path for path in find_checkpoints(folder) if path.name != FINAL]
-        good = [path for path in numbered if checkpoint_step(path) < self.state.global_step]
+        good = [path for path in numbered if checkpoint_step(path) < before]
         good += [folder / BEST] * (folder / BEST).is_file()
         if not good:
             return "there is no good checkpoint: start the run again"
@@ -336,15 +360,10 @@ class Trainer:
         total = self.state.global_step + max(0, left)
         return min(total, self.training.max_steps or total)
 
-    def _advance(self, samples: int, tokens: int, loss: float) -> None:
-        state = self.state
-        state.samples_seen += samples
-        state.step += 1
-        state.global_step += 1
-        state.tokens += tokens
-        state.loss = loss
-        if state.global_step == 1:
-            state.first_loss = loss
+    def _advance(self, samples: int) -> None:
+        self.state.samples_seen += samples
+        self.state.step += 1
+        self.state.global_step += 1
 
     def _begin_next_epoch_if_done(self) -> None:
         if self._samples_left() <= 0:
@@ -360,6 +379,7 @@ class Trainer:
         if self._is_due(self.training.checkpoint_interval):
             self.save(checkpoint_name(self.state.epoch, step))
         if self.commit is not None and self._is_due(self.training.commit_interval):
+            self._read_last_step()
             self.commit()
 
     def _is_due(self, interval: int | None) -> bool:
@@ -370,6 +390,7 @@ class Trainer:
 
     def evaluate(self) -> Evaluation:
         """Evaluate on the validation data, each rank on its part, and save the best model."""
+        self._read_last_step()
         own = evaluate(
             self.model,
             self.validation_loader,
@@ -392,6 +413,7 @@ class Trainer:
 
     def save(self, filename: str) -> None:
         """Write a checkpoint; only rank 0 does, because all ranks have the same state."""
+        self._read_last_step()
         if self.rank != 0:
             return
         path = self.run_folder.checkpoint_dir / filename

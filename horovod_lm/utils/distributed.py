@@ -303,24 +303,26 @@ def is_main_process() -> bool:
 
 
 def reduce_sum(values: torch.Tensor, name: str) -> torch.Tensor:
-    """Return the sum of `values` over all ranks, on the CPU, in float64.
+    """Return the sum of `values` over all ranks, in float64, on the CPU.
 
     Args:
         values: any shape, the same on every rank.
         name: identifies the reduction, the same on every rank.
     """
-    return finish_reduce_sum(start_reduce_sum(values, name))
+    return finish_reduce_sum(start_reduce_sum(values, name)).cpu()
 
 
 def start_reduce_sum(values: torch.Tensor, name: str) -> Any:
     """Start `reduce_sum`; `finish_reduce_sum` waits for the result.
 
     Values on a GPU are copied to the CPU first, which waits for the work that they depend on. The
-    reduction then overlaps with that of the gradients.
+    reduction then overlaps with that of the gradients. One process copies nothing and waits for
+    nothing.
     """
-    values = values.detach().to("cpu", torch.float64)
+    values = values.detach().to(torch.float64)
     if not is_distributed():
         return values
+    values = values.cpu()
     return _horovod().allreduce_async(values, name=name, op=_horovod().Sum)
 
 

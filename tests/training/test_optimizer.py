@@ -19,6 +19,7 @@ from horovod_lm.training.optimizer import (
     build_scheduler,
     choose_amp_dtype,
     learning_rate_factor,
+    step_if_finite,
 )
 from horovod_lm.utils.config import TrainingConfig
 from horovod_lm.utils.errors import ConfigError
@@ -120,6 +121,30 @@ def test_settings_reach_the_optimizer():
     sgd = build_optimizer(model(), training.model_copy(update={"optimizer": "sgd"}))
     assert isinstance(sgd, torch.optim.SGD)
     assert {(g["lr"], g["momentum"]) for g in sgd.param_groups} == {(0.5, 0.6)}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_gradients_that_are_not_finite_change_no_bit(kind):
+    scaler = build_scaler(CPU, torch.float32)
+    guarded, plain = model(), model()
+    plain.load_state_dict(guarded.state_dict())
+    steps = [build_optimizer(net, TrainingConfig(optimizer=kind)) for net in (guarded, plain)]
+    for bad in (None, float("nan"), None, float("inf")):
+        for net in (guarded, plain):
+            generator = torch.Generator().manual_seed(3)
+            for parameter in net.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+        if bad is not None:
+            next(guarded.parameters()).grad[0, 0] = bad
+        norm = torch.nn.utils.get_total_norm([p.grad for p in guarded.parameters()])
+        step_if_finite(steps[0], scaler, norm)
+        if bad is None:
+            steps[1].step()
+        for one, two in zip(guarded.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(one, two)
+            own, other = steps[0].state[one], steps[1].state[two]
+            assert own.keys() == other.keys()
+            assert all(torch.equal(value, other[name]) for name, value in own.items())
 
 
 @pytest.mark.parametrize(
