@@ -82,6 +82,12 @@ def build_parser() -> argparse.ArgumentParser:
         add(option, type=kind, metavar=letter, help=field.description)
     add("--interactive", action="store_true", help="chat: one prompt after another")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    add(
+        "--dtype",
+        default="float32",
+        help="type of the weights: float32, or bfloat16 for half the memory, more speed and "
+        "slightly different probabilities (default: float32)",
+    )
     return parser
 
 
@@ -95,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {name: getattr(arguments, name) for name in GenerationConfig.model_fields}
     given = {name: value for name, value in settings.items() if value is not None}
     model, tokenizer, config = load_model_for_generation(
-        arguments.checkpoint, arguments.config, arguments.device
+        arguments.checkpoint, arguments.config, arguments.device, arguments.dtype
     )
     config = config.with_overrides({"generation": given})
     if arguments.interactive or (arguments.prompt is None and sys.stdin.isatty()):

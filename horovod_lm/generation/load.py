@@ -13,13 +13,16 @@ from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.training.checkpoint import BEST, FINAL, find_checkpoints, read_checkpoint, restore
 from horovod_lm.utils.config import Config, config_from_dict, load_config
 from horovod_lm.utils.distributed import choose_device
-from horovod_lm.utils.errors import CheckpointError
+from horovod_lm.utils.errors import CheckpointError, ConfigError
+
+DTYPES = ("float32", "bfloat16")
 
 
 def load_model_for_generation(
     checkpoint_path: str | Path,
     config_path: str | Path | None = None,
     device: torch.device | str | None = None,
+    dtype: str = "float32",
 ) -> tuple[TransformerLM, Tokenizer, Config]:
     """Load a model, its tokenizer and its configuration from a checkpoint.
 
@@ -28,20 +31,27 @@ def load_model_for_generation(
         config_path: a YAML file that replaces the checkpoint's configuration, except the model's
             sizes, which the weights determine.
         device: as for `horovod_lm.utils.distributed.choose_device`; None: a GPU if there is one.
+        dtype: type of the weights, "float32" or "bfloat16". bfloat16 takes half the memory and, if
+            reading weights limits the speed, about half the time; it rounds every weight to 8
+            significant bits, so that probabilities differ slightly and texts can.
 
     Returns:
         The model on its device, in evaluation mode; the tokenizer; the configuration.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or incomplete.
-        ConfigError: the YAML file or the device is invalid.
+        ConfigError: the YAML file, the device or the type is invalid.
     """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
     path = find_checkpoint(checkpoint_path)
     checkpoint = read_checkpoint(path)
     config = _config_for(checkpoint, path, config_path)
     model = TransformerLM(**config.model.model_dump())
     restore(checkpoint, model=model, name=str(path))
-    to_column_major(model)
+    model.to(getattr(torch, dtype))
+    if dtype == "float32":
+        to_column_major(model)
     tokenizer = _tokenizer_for(checkpoint, path, config)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise CheckpointError(
@@ -52,18 +62,16 @@ def load_model_for_generation(
 
 
 def to_column_major(model: TransformerLM) -> TransformerLM:
-    """Store weights with at least as many outputs as inputs in column-major order, in place.
+    """Store the matrices in column-major order, in place; values do not change.
 
     With a cache, generation multiplies every weight (outputs, inputs) by one vector per sequence,
-    which on a CPU takes as long as reading the weight. These weights are read 1.2 to 2.5 times as
-    fast in column-major order, the others as fast or faster in row-major order. Values do not
-    change. Not for training: gradients and optimizer states would have the same layout.
+    which on a CPU takes as long as reading the weight. In column-major order float32 is read 1.2 to
+    1.7 times as fast; bfloat16 is not. Not for training: gradients and optimizer states would have
+    the same layout.
     """
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     for weight in (model.token_embedding.weight, *weights):
-        n_outputs, n_inputs = weight.shape
-        if n_outputs >= n_inputs:
-            weight.data = weight.data.t().contiguous().t()
+        weight.data = weight.data.t().contiguous().t()
     return model
 
 

@@ -102,14 +102,16 @@ def test_what_cannot_be_loaded_is_one_sentence(model, tmp_path):
     assert load_model_for_generation(mute)[1].name == "byte"
 
 
-def test_only_weights_with_as_many_outputs_as_inputs_are_stored_by_column(model, run_folder):
+def test_matrices_are_loaded_in_column_major_order(model, run_folder):
     loaded, _, _ = load_model_for_generation(run_folder)
     by_column = {
         name
         for name, tensor in loaded.state_dict().items()
         if tensor.ndim == 2 and tensor.t().is_contiguous() and not tensor.is_contiguous()
     }
-    parts = ("attention.qkv_proj", "attention.out_proj", "feed_forward.up_proj")
+    parts = (
+        "attention.qkv_proj", "attention.out_proj", "feed_forward.up_proj", "feed_forward.down_proj"
+    )  # fmt: skip
     assert by_column == {"token_embedding.weight"} | {
         f"blocks.{block}.{part}.weight" for block in range(2) for part in parts
     }
@@ -119,6 +121,19 @@ def test_only_weights_with_as_many_outputs_as_inputs_are_stored_by_column(model,
     copy_of_model = copy.deepcopy(model)
     copy_of_model.load_state_dict(loaded.state_dict())  # a contiguous model stays contiguous
     assert copy_of_model.token_embedding.weight.is_contiguous()
+
+
+def test_bfloat16_rounds_the_weights_and_nothing_else(model, run_folder, tmp_path):
+    loaded, tokenizer, _ = load_model_for_generation(run_folder, dtype="bfloat16")
+    rounded = {name: part.bfloat16() for name, part in model.state_dict().items()}
+    torch.testing.assert_close(loaded.cpu().state_dict(), rounded, rtol=0, atol=0)
+    assert generate_text(loaded, tokenizer, "Once", 40, seed=0)[0].startswith("Once")
+    ids = torch.randint(0, 256, (2, 9))
+    with torch.no_grad():
+        logits, exact = loaded(ids)[0].float(), model(ids)[0]
+    assert 0 < (logits - exact).norm() / exact.norm() < 0.02
+    with pytest.raises(ConfigError, match="dtype must be float32 or bfloat16, got 'half'"):
+        load_model_for_generation(run_folder, dtype="half")
 
 
 def test_texts_begin_with_the_prompt_and_a_seed_repeats_them(model):
