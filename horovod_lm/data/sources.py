@@ -26,7 +26,8 @@ from horovod_lm.data.tokenizers import check_reachable
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.errors import DataError
 
-EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+NOT_THE_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+GENERATED = {"encodings", "pydoc_data"}  # a table in validation would be much like one in training
 PIECE_BYTES = 1 << 16  # files are read in pieces: BPE training buffers 256 of them
 SAVE_OR_EXCLUDE = "save it as UTF-8, or exclude it with a glob such as 'folder/**/*.txt'"
 ARTICLE_HEADING = re.compile(r" = (?!= ).+(?<! =) = \n?")  # WikiText: ` = Title = `
@@ -102,7 +103,7 @@ def _stories(config: Config) -> Corpus:
 
 def _python(config: Config) -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [file for folder in _folders(root, EXCLUDED_FOLDERS) for file in folder.glob("*.py")]
+    files = [file for folder in _folders(root, NOT_THE_LIBRARY | GENERATED) for file in folder.glob("*.py")]
     description = f"the standard library of Python {sys.version.split()[0]}"
     return _file_corpus(description, sorted(files), root)
 
