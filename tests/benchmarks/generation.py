@@ -1,6 +1,6 @@
 """Generation of `bench.py`: our `generate` and `transformers`', with the same weights.
 
-Both use their key-value cache, float32, and the same settings.
+Both use their key-value cache, the same type and the same settings.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ SIZES = {
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {  # rows, tokens of the prompt, sampling
     "greedy": (1, 16, {}),
     "sampled": (1, 16, {"temperature": 0.8, "top_k": 50, "top_p": 0.9}),
+    "greedy, bfloat16": (1, 16, {}),
     "greedy, 8 rows": (8, 16, {}),
     "greedy, prompt of 512": (1, 512, {}),
 }
@@ -37,7 +38,11 @@ def pair(size: str, case: str, new_tokens: int) -> tuple[Callable[[], Any], Call
     torch.manual_seed(0)
     config = GPT2Config(n_positions=1024, bos_token_id=0, eos_token_id=0, **SIZES[size])
     theirs = GPT2LMHeadModel(config).eval()
-    ours = to_column_major(from_gpt2(theirs))  # as load_model_for_generation does
+    ours = from_gpt2(theirs)
+    if case.endswith("bfloat16"):  # either as load_model_for_generation does
+        ours, theirs = ours.bfloat16(), theirs.bfloat16()
+    else:
+        to_column_major(ours)
     prompt = torch.randint(1, config.vocab_size, (rows, prompt_length))
     run_ours = partial(
         ours.generate, prompt, new_tokens, eos_token_id=None, seed=0,
