@@ -103,7 +103,11 @@ def _stories(config: Config) -> Corpus:
 
 def _python(config: Config) -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [file for folder in _folders(root, NOT_THE_LIBRARY | GENERATED) for file in folder.glob("*.py")]
+    files = [
+        file
+        for folder in _folders(root, NOT_THE_LIBRARY | GENERATED)
+        for file in folder.glob("*.py")
+    ]
     description = f"the standard library of Python {sys.version.split()[0]}"
     return _file_corpus(description, sorted(files), root)
 
