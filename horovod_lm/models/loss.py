@@ -23,8 +23,11 @@ from torch.nn import functional as F
 IGNORE_INDEX = -100
 """Targets with this value do not count in the loss: torch's convention."""
 
-MAX_LOGITS_PER_CHUNK = 2**25
-"""128 MB in float32. Much smaller chunks would read the embedding too often."""
+MAX_LOGITS_PER_CHUNK = {"cpu": 2**25, "cuda": 2**27}
+"""128 MB in float32, 512 MB on a GPU. Each chunk reads the embedding and adds to its gradient."""
+
+VOCABULARY_MULTIPLE = {"cuda": 64}
+"""Tensor cores need rows of logits whose length is a multiple of 8, and work in tiles of 64."""
 
 
 def shift_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -100,10 +103,11 @@ def token_losses(
     Returns:
         Losses (N,) in nats, 0.0 where the target is -100, and the most likely token ids (N,).
     """
-    hidden, lm_head_weight = _autocast_once(hidden, lm_head_weight)
+    vocab_size = len(lm_head_weight)
+    hidden, lm_head_weight = _cast_and_pad(hidden, lm_head_weight)
     losses, predictions = [], []
-    for rows in _chunks(len(hidden), len(lm_head_weight), chunk_size):
-        logits = _at_least_float32(F.linear(hidden[rows], lm_head_weight))  # (n, C) -> (n, V)
+    for rows in _chunks(hidden, vocab_size, chunk_size):
+        logits = _logits(hidden[rows], lm_head_weight, vocab_size)  # (n, C) -> (n, V)
         losses.append(
             F.cross_entropy(logits, targets[rows], ignore_index=IGNORE_INDEX, reduction="none")
         )
@@ -111,20 +115,34 @@ def token_losses(
     return torch.cat(losses), torch.cat(predictions)
 
 
-def _chunks(n_rows: int, vocab_size: int, chunk_size: int | None) -> list[slice]:
-    """Cut `n_rows` into slices of equal length; at least one, which may be empty."""
+def _chunks(hidden: Tensor, vocab_size: int, chunk_size: int | None) -> list[slice]:
+    """Cut the rows into slices of equal length; at least one, which may be empty."""
+    n_rows = len(hidden)
     if chunk_size is None:
-        n_chunks = max(1, -(-n_rows * vocab_size // MAX_LOGITS_PER_CHUNK))
+        n_chunks = max(1, -(-n_rows * vocab_size // MAX_LOGITS_PER_CHUNK[hidden.device.type]))
         chunk_size = max(1, -(-n_rows // n_chunks))
     return [slice(start, start + chunk_size) for start in range(0, max(1, n_rows), chunk_size)]
 
 
-def _autocast_once(hidden: Tensor, lm_head_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Cast before the loop: autocast itself would cast the whole embedding for every chunk."""
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        return hidden.to(dtype), lm_head_weight.to(dtype)
-    return hidden, lm_head_weight
+def _cast_and_pad(hidden: Tensor, lm_head_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Cast once: autocast itself would cast the whole embedding for every chunk.
+
+    On a GPU, also add rows of zeros to the embedding, up to a multiple of `VOCABULARY_MULTIPLE`.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, lm_head_weight = hidden.to(dtype), lm_head_weight.to(dtype)
+    padding = -len(lm_head_weight) % VOCABULARY_MULTIPLE.get(device, 1)
+    return hidden, F.pad(lm_head_weight, (0, 0, 0, padding)) if padding else lm_head_weight
+
+
+def _logits(hidden: Tensor, padded_weight: Tensor, vocab_size: int) -> Tensor:
+    """Multiply (n, C) by (V, C), in float32 or more; padding is given the probability 0."""
+    logits = _at_least_float32(F.linear(hidden, padded_weight))
+    if len(padded_weight) > vocab_size:
+        logits[:, vocab_size:] = -torch.inf
+    return logits
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
@@ -140,12 +158,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, chunk_size: int | None
     ) -> Tensor:
         hidden_gradient = torch.empty_like(hidden)  # (N, C)
-        weight_gradient = torch.zeros_like(lm_head_weight)  # (V, C)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        hidden, lm_head_weight = _autocast_once(hidden, lm_head_weight)
-        for rows in _chunks(len(hidden), len(lm_head_weight), chunk_size):
-            logits = F.linear(hidden[rows], lm_head_weight)  # (n, C) @ (C, V) -> (n, V)
-            chunk_total, gradient = _loss_and_gradient(_at_least_float32(logits), targets[rows])
+        vocab_size, gradient_dtype = len(lm_head_weight), lm_head_weight.dtype
+        hidden, lm_head_weight = _cast_and_pad(hidden, lm_head_weight)
+        weight_gradient = torch.zeros_like(lm_head_weight, dtype=gradient_dtype)  # (V, C)
+        for rows in _chunks(hidden, vocab_size, chunk_size):
+            logits = _logits(hidden[rows], lm_head_weight, vocab_size)  # (n, C) -> (n, V)
+            chunk_total, gradient = _loss_and_gradient(logits, targets[rows])
             total += chunk_total
             gradient = gradient.to(lm_head_weight.dtype)  # (n, V)
             hidden_gradient[rows] = gradient @ lm_head_weight  # (n, V) @ (V, C) -> (n, C)
@@ -153,7 +172,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 weight_gradient.addmm_(gradient.t(), hidden[rows])  # (V, n) @ (n, C) -> (V, C)
             else:
                 weight_gradient += gradient.t() @ hidden[rows]
-        ctx.gradients = (hidden_gradient, weight_gradient)
+        ctx.gradients = (hidden_gradient, weight_gradient[:vocab_size])
         return total
 
     @staticmethod

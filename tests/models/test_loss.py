@@ -71,12 +71,26 @@ def test_memory_holds_one_chunk_of_logits_and_two_gradients(monkeypatch):
         return real(logits, targets)
 
     monkeypatch.setattr(loss_module, "_loss_and_gradient", watched)
-    monkeypatch.setattr(loss_module, "MAX_LOGITS_PER_CHUNK", 6 * V)
+    monkeypatch.setitem(loss_module.MAX_LOGITS_PER_CHUNK, "cpu", 6 * V)
     hidden, weight, targets = random_problem(40)
     loss = chunked_cross_entropy(hidden, weight, targets)
     assert len(seen) > 1 and max(seen) <= 6 * V and sum(seen) == 40 * V
     function = loss.grad_fn.next_functions[0][0]
     assert {tuple(gradient.shape) for gradient in function.gradients} == {(40, C), (V, C)}
+
+
+def test_a_padded_vocabulary_changes_no_number(monkeypatch):
+    """GPUs pad; `_logits` gives the padding no probability, and no gradient reaches beyond V."""
+    for dtype in (torch.float32, torch.float64):
+        problem = random_problem(20, dtype)
+        found = []
+        for multiple in (1, 16):  # 37 -> 48
+            monkeypatch.setitem(loss_module.VOCABULARY_MULTIPLE, "cpu", multiple)
+            loss = chunked_cross_entropy(*problem, chunk_size=6)
+            scores = token_losses(*problem, chunk_size=6)
+            found.append([*value_and_gradients(loss, *problem[:2]), *scores])
+        torch.testing.assert_close(found[1], found[0])
+        assert found[1][2].shape == (V, C)
 
 
 def test_no_gradients_are_computed_without_need():
