@@ -12,6 +12,7 @@ library. Limits of the machine are measured in the same run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -33,6 +34,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from horovod_lm.models.attention import sdpa_attention
+from horovod_lm.training.checkpoint import CheckpointWriter, checkpoint_content, write_checkpoint
 from horovod_lm.utils.cli import program
 from horovod_lm.utils.machine import available_cores
 from tests.benchmarks import generation
@@ -233,13 +235,54 @@ def generate(options: argparse.Namespace) -> Iterator[Row]:
     """Generation with the cache."""
     new_tokens = 60 if options.quick else 200
     for size in generation.SIZES:
-        for case in list(generation.CASES)[: 2 if options.quick else None]:
+        for case in list(generation.CASES)[: 3 if options.quick else None]:
             ours, theirs, tokens = generation.pair(size, case, new_tokens)
             seconds = in_turns({"ours": ours, "transformers": theirs}, options.rounds)
             goal = {"5M": 2.0, "30M": 1.6}[size]
             yield from compare(
                 f"generation, {size}, {case}", seconds, tokens, "tokens/s", {"transformers": goal}
             )
+
+
+def save(options: argparse.Namespace) -> Iterator[Row]:
+    """A checkpoint of 30 M parameters and AdamW's moments: the loop's stop, and 5 steps with it."""
+    model, loss_of, optimizer = steps.build("ours", SHAPES["30M"])
+    take_step = steps.step_function(model, loss_of, optimizer, SHAPES["30M"])
+    take_step()  # now there are moments
+    writer, numbers = CheckpointWriter(), itertools.count()
+    seconds: dict[str, list[float]] = {"ours": [], "the whole save": []}
+
+    def content() -> dict[str, Any]:
+        return checkpoint_content(model, optimizer, global_step=next(numbers))
+
+    with tempfile.TemporaryDirectory(dir=options.out) as folder:
+        path = Path(folder, "checkpoint.pt")
+        for number in range(1 + 3 * options.rounds):
+            started = time.perf_counter()
+            writer.write(content(), path)
+            stopped = time.perf_counter() - started
+            writer.wait()
+            if number:  # the first makes the memory for the copy
+                seconds["ours"].append(stopped)
+                seconds["the whole save"].append(time.perf_counter() - started)
+        size = path.stat().st_size / 1e9
+        yield from compare("stop for a save, 30M", seconds, size, "GB/s", {"the whole save": 10.0})
+
+        def take_steps(begin: Callable[[], Any], end: Callable[[], Any]) -> None:
+            begin()
+            for _ in range(5):
+                take_step()
+            end()
+
+        runs = {
+            "ours": lambda: take_steps(lambda: writer.write(content(), path), writer.wait),
+            "saved at once": lambda: take_steps(int, lambda: write_checkpoint(content(), path)),
+            "no save": lambda: take_steps(int, int),
+        }
+        seconds = in_turns(runs, options.rounds)
+    tokens = 5 * SHAPES["30M"][-1] * SHAPES["30M"][-2]
+    goals = {"saved at once": 1.0, "no save": 0.9}
+    yield from compare("5 steps and a save, 30M", seconds, tokens, "tokens/s", goals)
 
 
 def prepare(options: argparse.Namespace) -> Iterator[Row]:
@@ -257,7 +300,7 @@ def prepare(options: argparse.Namespace) -> Iterator[Row]:
         python = load_config(ROOT / "configs" / "laptop.yaml", settings)
         text.mkdir()
         for number, document in enumerate(open_corpus(python).documents()):
-            (text / f"{number}.txt").write_text(document.text, encoding="utf-8")
+            (text / f"{number}.txt").write_text("".join(document.pieces()), encoding="utf-8")
         settings |= {"data.source": "files", "data.path": str(text)}
         config = load_config(ROOT / "configs" / "laptop.yaml", settings)
 
@@ -300,6 +343,7 @@ SECTIONS = {
     "attention": attention,
     "ranks": ranks,
     "generate": generate,
+    "save": save,
     "prepare": prepare,
 }
 
