@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, loaded without executing code.
+"""Checkpoints: written atomically, in a thread while training goes on, loaded without running code.
 
 A checkpoint contains everything that resuming and generation need: model, optimizer, scheduler,
 position in the data, configuration and tokenizer.
@@ -13,6 +13,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
+from concurrent import futures
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 
 from horovod_lm.utils.config import Config
+from horovod_lm.utils.distributed import map_tensors
 from horovod_lm.utils.errors import CheckpointError
 from horovod_lm.utils.machine import sync_folder
 
@@ -140,6 +142,64 @@ def write_checkpoint(content: Mapping[str, Any], path: Path) -> Path:
         with suppress(OSError):  # it does not exist after a successful write
             temporary.unlink()
     return path
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread, one after the other, while the caller trains on.
+
+    `write` copies the state into CPU memory, which is kept for the next checkpoint. The caller
+    waits for this copy, and before it for earlier files. A process that ends by itself completes
+    its files first.
+    """
+
+    def __init__(self) -> None:
+        self._thread = futures.ThreadPoolExecutor(1)
+        self._jobs: list[futures.Future[Any]] = []  # since the last `wait`
+        self._position: dict[str, Any] = {}  # of the copy: all but its tensors
+        self._copy: dict[str, Any] = {}
+        self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def write(self, content: Mapping[str, Any], path: Path) -> None:
+        """Copy what `checkpoint_content` returned, and begin to write it atomically.
+
+        A second file with the same position has the same tensors, and does not wait for the first.
+
+        Raises:
+            CheckpointError: an earlier file could not be written.
+        """
+        tensors = ("model", "optimizer")
+        position = {key: value for key, value in content.items() if key not in tensors}
+        if position != self._position:
+            self.wait()
+            self._position, self._copy = position, map_tensors(content, self._into_buffer)
+        self._jobs.append(self._thread.submit(write_checkpoint, self._copy, path))
+
+    def _into_buffer(self, tensor: torch.Tensor) -> torch.Tensor:
+        # Training changes tensors in place, so that each keeps its address.
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if key not in self._buffers:
+            new = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._buffers[key] = new
+        return self._buffers[key].copy_(tensor)
+
+    def remove_old(self, checkpoint_dir: Path, keep: int) -> None:
+        """Call `remove_old_checkpoints` when the files before are complete."""
+        self._jobs.append(self._thread.submit(remove_old_checkpoints, checkpoint_dir, keep))
+
+    def is_busy(self) -> bool:
+        """Return whether a file is not complete."""
+        return not all(job.done() for job in self._jobs)
+
+    def wait(self) -> None:
+        """Wait until all files are complete.
+
+        Raises:
+            CheckpointError: one could not be written.
+        """
+        futures.wait(self._jobs)
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            job.result()
 
 
 def load_checkpoint(

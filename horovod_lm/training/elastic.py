@@ -55,7 +55,7 @@ def run_elastic_training(
             f" {command('horovod_lm.launch.elastic_hosts', 'runs/hosts')} prints the call"
         )
     limit = float(os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"])  # the other ranks wait so long
-    with StopRequest() as stop, Watchdog(limit, f"rank {hvd.rank()}", lambda: stop.saving):
+    with StopRequest() as stop, Watchdog(limit, f"rank {hvd.rank()}", lambda: stop.saving()):
         state = ElasticState(config, run_name, resume_checkpoint, stop)
         return run_fn(train_in_this_world, state.wait_for_next_world)(state)
 
@@ -79,7 +79,7 @@ def train_in_this_world(state: ElasticState) -> TrainingResult:
     try:
         return trainer.run()
     finally:
-        trainer.logger.close()
+        trainer.close()
 
 
 class ElasticState(State):

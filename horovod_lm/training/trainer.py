@@ -9,6 +9,7 @@ Every line that exists only because training is distributed carries the tag `# H
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -26,6 +27,7 @@ from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.training.checkpoint import (
     BEST,
     FINAL,
+    CheckpointWriter,
     check_same_data,
     check_same_model,
     checkpoint_content,
@@ -33,9 +35,7 @@ from horovod_lm.training.checkpoint import (
     checkpoint_step,
     find_checkpoints,
     read_checkpoint,
-    remove_old_checkpoints,
     restore,
-    write_checkpoint,
 )
 from horovod_lm.training.evaluate import Evaluation, evaluate, score_texts
 from horovod_lm.training.host_check import check_hosts_agree
@@ -53,7 +53,7 @@ from horovod_lm.training.run_logger import RunLogger, TrainingResult, TrainState
 from horovod_lm.utils import distributed
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.distributed import DeviceChoice
-from horovod_lm.utils.errors import ConfigError, DivergenceError, LostRankError
+from horovod_lm.utils.errors import CheckpointError, ConfigError, DivergenceError, LostRankError
 from horovod_lm.utils.interrupts import StopRequest
 from horovod_lm.utils.progress import ProgressLine
 
@@ -111,7 +111,7 @@ def run_distributed_training(
                 raise trainer.save_after_lost_rank(error) from error
             raise
         finally:
-            trainer.logger.close()
+            trainer.close()
 
 
 class Trainer:
@@ -146,7 +146,9 @@ class Trainer:
         self.rank, self.world_size = rank, world_size
         self.device = device.device
         self.amp_dtype = choose_amp_dtype(config.training, self.device)
-        self.last_checkpoint: Path | None = None  # written by this session
+        self.writer = CheckpointWriter()
+        stop.saving = self.writer.is_busy
+        self.last_checkpoint: Path | None = None  # of this session
         self._can_remove = False  # whether older checkpoints can be deleted
         self._unread: tuple[Any, ...] | None = None  # numbers of the last step, on its device
         self._build(device.staged)
@@ -221,6 +223,7 @@ class Trainer:
         evaluation = self.evaluate()
         self.save(FINAL)
         self._remove_old_checkpoints()
+        self.writer.wait()
         return self._result(evaluation, stories=self._score_stories())
 
     def train_epoch(self) -> bool:
@@ -334,6 +337,7 @@ class Trainer:
 
     def _last_good_checkpoint(self, before: int) -> str:
         """Say which checkpoint to resume from: its parameters have given a later finite loss."""
+        self.writer.wait()
         folder = self.run_folder.checkpoint_dir
         numbered = [path for path in find_checkpoints(folder) if path.name != FINAL]
         good = [path for path in numbered if checkpoint_step(path) < before]
@@ -412,23 +416,19 @@ class Trainer:
         return result
 
     def save(self, filename: str) -> None:
-        """Write a checkpoint; only rank 0 does, because all ranks have the same state."""
+        """Begin to write a checkpoint; only rank 0 does, because all ranks have the same state."""
         self._read_last_step()
         if self.rank != 0:
             return
-        path = self.run_folder.checkpoint_dir / filename
-        self.stop.saving = True
-        try:
-            self.last_checkpoint = write_checkpoint(self.content(), path)
-        finally:
-            self.stop.saving = False
+        self.last_checkpoint = self.run_folder.checkpoint_dir / filename
+        self.writer.write(self.content(), self.last_checkpoint)
         self._can_remove = True
 
     def _remove_old_checkpoints(self) -> None:
         """Delete old checkpoints, now that the parameters in the newest gave finite numbers."""
         if self._can_remove:
             folder = self.run_folder.checkpoint_dir
-            remove_old_checkpoints(folder, self.training.keep_last_checkpoints)
+            self.writer.remove_old(folder, self.training.keep_last_checkpoints)
             self._can_remove = False
 
     def content(self) -> dict[str, Any]:
@@ -451,6 +451,7 @@ class Trainer:
     def _save_and_explain(self, why: str) -> None:
         """Save a checkpoint, and print how to resume."""
         self.save(checkpoint_name(self.state.epoch, self.state.global_step))
+        self.writer.wait()
         if self.last_checkpoint is not None:
             self.logger.interrupted(why, self.state, self.last_checkpoint)
 
@@ -463,6 +464,15 @@ class Trainer:
         )
 
     # ---- the end --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Wait for a checkpoint that is being written, and close the logs; also after an error."""
+        try:
+            self.writer.wait()
+        except CheckpointError as error:  # another error has ended the run
+            print(f"warning: {error}", file=sys.stderr)
+        finally:
+            self.logger.close()
 
     def _score_stories(self) -> dict[str, float]:
         """Return nats per held-out story and their exact entropy; nothing for other text."""

@@ -131,7 +131,11 @@ class TrainingConfig(Section):
     eval_batches: PositiveInt | None = None
     """Batches per rank in an evaluation; null: all."""
     checkpoint_interval: PositiveInt | None = None
-    """Optimizer steps between checkpoints; null: one per epoch."""
+    """Optimizer steps between checkpoints; null: one per epoch.
+
+    Rank 0 copies parameters and moments into CPU memory, which it keeps, and writes the copy while
+    training goes on: it needs memory for one checkpoint more.
+    """
     keep_last_checkpoints: PositiveInt = 3
     """Numbered checkpoints to keep; best and final are always kept."""
     commit_interval: PositiveInt = 10

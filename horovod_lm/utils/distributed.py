@@ -268,7 +268,7 @@ def hang_watchdog(stop: StopRequest) -> AbstractContextManager[Any]:
         return nullcontext()
     limit = float(os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", _GLOO_TIMEOUT))
     limit += _SECONDS_AFTER_GLOO_TIMEOUT
-    return Watchdog(limit, f"rank {get_rank()}", lambda: stop.saving)
+    return Watchdog(limit, f"rank {get_rank()}", lambda: stop.saving())
 
 
 def shutdown() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from typing import Any
 
 
@@ -18,7 +19,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
-        self.saving = False  # set by whoever writes a checkpoint
+        # Returns whether a checkpoint is being written; set by whoever writes them.
+        self.saving: Callable[[], bool] = lambda: False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:

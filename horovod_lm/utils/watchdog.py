@@ -28,7 +28,7 @@ from contextlib import suppress
 HEARTBEATS_PER_LIMIT = 10
 SECONDS_BETWEEN_CHECKS = 0.5
 MAX_SECONDS_BETWEEN_HEARTBEATS = 1.0
-SECONDS_TO_END = 4.0  # after SIGTERM, or to begin to save
+SECONDS_TO_END = 4.0  # after SIGTERM, or after a save that was not complete then
 HEARTBEAT, SAVING = b".", b"!"
 
 
@@ -99,10 +99,10 @@ def watch(seconds: float, name: str) -> None:
             if not received:
                 return  # the parent has closed its end
             last = now
-            if SAVING in received:
-                told_to_end = float("inf")
-            elif signal.SIGTERM in received and by_horovodrun:
+            if signal.SIGTERM in received and by_horovodrun:
                 told_to_end = min(told_to_end, now)
+            if SAVING in received:  # infinity, if it was not told to end, remains
+                told_to_end = max(told_to_end, now)
         if now - last > seconds:
             why = f"stood still for {seconds:g} s"
         elif now - told_to_end > SECONDS_TO_END:

@@ -23,35 +23,40 @@ FLIPPED_BITS = 5000 if FULL else 500
 RUN = ("--config", "configs/tiny.yaml", "--set", "training.max_steps=60", "--set",
        "training.num_epochs=9", "--set", "training.keep_last_checkpoints=99")  # fmt: skip
 
-# Each child saves until it is killed at a random moment, until so many were killed during a save,
-# which leaves a part of a file. Prints the number of all kills. One import of torch is enough: the
-# children are forks.
+# Each child saves, and changes the model meanwhile, until it is killed at a random moment, until so
+# many were killed during a save, which leaves a part of a file. Prints the number of all kills. One
+# import of torch is enough: the children are forks.
 KILL_WRITERS = """
 import os, random, signal, sys, time
+from pathlib import Path
 import torch
-from horovod_lm.training.checkpoint import read_checkpoint, save_checkpoint
+from horovod_lm.training.checkpoint import CheckpointWriter, checkpoint_content, read_checkpoint
 folder, wanted = sys.argv[1], int(sys.argv[2])
+path = Path(folder, "final_model.pt")
 model, kills, incomplete = torch.nn.Linear(1000, 500), 0, 0
-def save(step):
+def train_and_save(step, writer):
     with torch.no_grad():
         model.weight.fill_(step)
-    return save_checkpoint(model, None, 0, step, float(step), folder, "final_model.pt")
+    writer.write(checkpoint_content(model, step=step), path)
 started = time.monotonic()
-path = save(0)
+first = CheckpointWriter()
+train_and_save(0, first)
+first.wait()
 seconds = time.monotonic() - started
 random.seed(0)
 while incomplete < wanted and kills < 10 * wanted:
-    reader, writer = os.pipe()
+    begun, begins = os.pipe()
     child = os.fork()
     if child == 0:
+        writer = CheckpointWriter()
         for step in range(10**6):
-            save(step)
-            os.write(writer, b".")
-    os.read(reader, 1)
+            train_and_save(step, writer)
+            os.write(begins, b".")
+    os.read(begun, 1)
     time.sleep(2 * seconds * random.random())
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    os.close(reader), os.close(writer)
+    os.close(begun), os.close(begins)
     kills += 1
     incomplete += os.path.exists(f"{folder}/.final_model.pt.{child}.tmp")
     checkpoint = read_checkpoint(path)

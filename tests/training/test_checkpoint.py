@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,21 @@ from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.training.checkpoint import (
     BEST,
     FINAL,
+    CheckpointWriter,
     check_same_data,
     check_same_model,
+    checkpoint_content,
     checkpoint_name,
     find_checkpoints,
     load_checkpoint,
     read_checkpoint,
     remove_old_checkpoints,
     save_checkpoint,
+    write_checkpoint,
 )
 from horovod_lm.training.optimizer import build_optimizer, build_scheduler
 from horovod_lm.utils.config import TrainingConfig, config_from_dict
+from horovod_lm.utils.distributed import map_tensors
 from horovod_lm.utils.errors import CheckpointError
 
 SHAPE = {"vocab_size": 17, "d_model": 8, "n_heads": 2, "n_layers": 2, "d_ff": 16, "max_seq_len": 8,
@@ -148,6 +153,46 @@ def test_the_folder_is_synced_after_the_rename(tmp_path, trained, monkeypatch):
     monkeypatch.setattr(os, "fsync", recorded)
     trained.save(tmp_path)
     assert calls == ["file", "rename", "folder"]
+
+
+def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
+    setup, writer = Setup(), CheckpointWriter()
+    setup.train(4)
+
+    def content(step: int) -> dict:
+        parts = (setup.model, setup.optimizer, setup.scheduler, setup.scaler)
+        return checkpoint_content(*parts, global_step=step)
+
+    def bits(path: Path) -> dict:
+        return map_tensors(read_checkpoint(path), lambda tensor: tensor.numpy().tobytes())
+
+    at_once = bits(write_checkpoint(content(4), tmp_path / "at once.pt"))
+    disk, fsync = threading.Event(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (disk.wait(30), fsync(file)))
+    for name in (BEST, FINAL):  # of one step: neither waits for the disk
+        writer.write(content(4), tmp_path / name)
+    old = tmp_path / checkpoint_name(0, 1)
+    old.touch()
+    writer.remove_old(tmp_path, keep=0)  # only after them: it also deletes temporary files
+    setup.train(1)
+    assert writer.is_busy() and old.exists() and not (tmp_path / BEST).exists()
+    next_one = threading.Thread(target=writer.write, args=(content(5), tmp_path / "next.pt"))
+    next_one.start()
+    next_one.join(0.2)
+    assert next_one.is_alive()  # it waits: the copy is still being written
+    disk.set()
+    next_one.join()
+    writer.wait()
+    assert not writer.is_busy() and not old.exists()
+    assert bits(tmp_path / BEST) == bits(tmp_path / FINAL) == at_once
+    next_one = bits(write_checkpoint(content(5), tmp_path / "at once.pt"))
+    assert bits(tmp_path / "next.pt") == next_one != at_once
+
+    writer.write(content(6), tmp_path / FINAL / "in a file.pt")
+    assert "in a file.pt cannot be written" in complaint(writer.write, content(7), tmp_path / BEST)
+    writer.write(content(7), tmp_path / BEST)
+    writer.wait()
+    assert read_checkpoint(tmp_path / BEST)["global_step"] == 7
 
 
 def test_a_checkpoint_cut_at_any_byte_is_a_sentence(tmp_path, content):

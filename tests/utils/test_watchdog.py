@@ -18,9 +18,11 @@ PROGRAM = f"""
 import signal, sys, time
 from horovod_lm.utils.watchdog import Watchdog
 signal.signal(signal.SIGTERM, lambda *_: None)
-with Watchdog({LIMIT}, "rank 7", lambda: "saves" in sys.argv):
+works, saves = map(float, sys.argv[1:])
+started = time.monotonic()
+with Watchdog({LIMIT}, "rank 7", lambda: time.monotonic() < started + saves):
     print("working", flush=True)
-    time.sleep(float(sys.argv[1]))
+    time.sleep(works)
 """
 
 
@@ -29,9 +31,9 @@ def program():
     """Start the program; return it once its watchdog is there, and the watchdog."""
     started = []
 
-    def start(seconds: float, *options: str) -> tuple[subprocess.Popen, psutil.Process]:
+    def start(works: float, saves: float = 0) -> tuple[subprocess.Popen, psutil.Process]:
         process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(seconds), *options],
+            [sys.executable, "-c", PROGRAM, str(works), str(saves)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "HOROVOD_GLOO_RENDEZVOUS_ADDR": "localhost"},
         )  # fmt: skip
@@ -63,12 +65,15 @@ def test_a_hung_process_is_killed_and_one_that_works_ends_by_itself(program):
 
 
 def test_a_process_that_does_not_end_when_it_is_told_to_is_killed_unless_it_saves(program):
-    (told, _), (unread, _), (saves, _) = program(60), program(60), program(9, "saves")
-    told.terminate()
-    saves.terminate()
+    started = [program(60), program(60), program(9, saves=9), program(60, saves=6)]
+    told, unread, saves, saved = (process for process, _ in started)
+    for process in (told, saves, saved):
+        process.terminate()
     unread.stderr.close()  # as horovodrun on another host does
     for process in (told, unread):
         assert process.wait(SECONDS_TO_END + 5) == -signal.SIGKILL
+    assert saved.poll() is None
+    assert saved.wait(SECONDS_TO_END + 5) == -signal.SIGKILL
     assert f"rank 7 (process {told.pid}) did not end within" in told.stderr.read()
     assert saves.wait(30) == 0
 
