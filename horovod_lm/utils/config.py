@@ -243,8 +243,8 @@ class DistributedConfig(Section):
     """Type of the gradients in messages: none (their own) or fp16."""
     fusion_threshold_mb: NonNegativeFloat = 64.0
     """Maximum size in MiB of a message that joins several gradients."""
-    cycle_time_ms: PositiveFloat = 10.0
-    """Milliseconds between two checks for gradients that are ready."""
+    cycle_time_ms: PositiveFloat = 50.0
+    """Milliseconds between two checks for gradients that are ready; less while a rank waits."""
     reduction_groups: NonNegativeInt = 0
     """Number of fixed groups in which gradients are reduced; 0: grouped by timing."""
     threads_per_rank: PositiveInt | Literal["auto"] = "auto"

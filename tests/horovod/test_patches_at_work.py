@@ -262,21 +262,28 @@ def test_a_process_can_start_horovod_again(run_ranks, times):
 
 
 MANY_EVENTS = """
+import time
 import horovod.torch as hvd
 import torch
 
 hvd.init()
+started = time.monotonic()
 for step in range(3):
     waiting = [hvd.allreduce_async(torch.ones(1), name=f"number {i}") for i in range(100)]
     for handle in waiting:
         hvd.synchronize(handle)
+print("SECONDS", time.monotonic() - started, flush=True)
 """
 
 
-def test_the_timeline_of_a_process_that_ends_is_whole(run_ranks, tmp_path):
+def test_a_waiting_rank_ends_a_cycle_and_the_timeline_is_whole(run_ranks, tmp_path):
     # 23-timeline-end: without it the last events are missing, on a busy machine all of them.
-    done = run_ranks(MANY_EVENTS, "--timeline-filename", str(tmp_path / "timeline.json"))
+    # 30-waiting-ends-a-cycle: without it two steps of three take a whole cycle each.
+    timeline = ["--timeline-filename", str(tmp_path / "timeline.json")]
+    done = run_ranks(MANY_EVENTS, *timeline, "--cycle-time-ms", "2000")
     assert done.code == 0, done.output
+    seconds = [float(one) for one in re.findall(r"SECONDS (.+)", done.output)]
+    assert len(seconds) == 2 and max(seconds) < 3
     json.loads((tmp_path / "timeline.json").read_text())  # not truncated
     spans = read_timeline(tmp_path / "timeline.json")
     assert len({span.tensor for span in spans}) == 100
