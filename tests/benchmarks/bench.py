@@ -334,7 +334,7 @@ def _bare_tokenizer(text: Path, vocab_size: int, folder: Path) -> None:
             show_progress=False,
         ),
     )
-    ids = [np.asarray(encoding.ids, np.uint16) for encoding in tokenizer.encode_batch(texts)]
+    ids = [np.asarray(encoding.ids, np.uint16) for encoding in tokenizer.encode_batch_fast(texts)]
     np.concatenate(ids).tofile(folder / "bare.bin")
 
 
