@@ -173,6 +173,7 @@ class Trainer:
         self.sampler = self.train_loader.batch_sampler
         self.num_samples = len(self.train_loader.dataset)
         self.tokenizer = load_tokenizer(data_dir / "tokenizer.json")
+        self.tokenizer_json = self.tokenizer.to_json()
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.tokenizer.eot_id)
         self.model.to(self.device, getattr(torch, config.training.dtype))
@@ -196,7 +197,7 @@ class Trainer:
         if resume is not None:
             name = name or "the last commit"
             check_same_model(resume, self.config, name)
-            check_same_data(resume, self.tokenizer.to_json(), self.data, name)
+            check_same_data(resume, self.tokenizer_json, self.data, name)
             scaler = self.scaler if self.scaler.is_enabled() else None
             restore(resume, self.model, self.optimizer, scaler=scaler, name=name)
             saved = {key: resume.get(key) for key in asdict(self.state)}
@@ -443,7 +444,7 @@ class Trainer:
             self.scheduler,
             self.scaler,
             config=config,
-            tokenizer=self.tokenizer.to_json(),
+            tokenizer=self.tokenizer_json,
             data=self.data,
             **asdict(self.state),
         )
