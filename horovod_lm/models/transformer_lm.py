@@ -133,6 +133,17 @@ class TransformerLM(nn.Module):
         """Return the number of parameters; the tied embedding counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def flops_per_token(self) -> int:
+        """Return the operations of a training step for each token, without recomputation.
+
+        Forward and backward passes multiply and add three times for each element of a matrix, and
+        12 C for each pair of positions in a layer: 6 N + 12 L C T, as the PaLM paper counts
+        (https://arxiv.org/abs/2204.02311, appendix B).
+        """
+        matrices = sum(one.numel() for one in self.parameters() if one.dim() == 2)
+        positions = self.position_embedding.weight.numel()  # added, not multiplied
+        return 6 * (matrices - positions) + 12 * len(self.blocks) * positions
+
     def forward(
         self,
         input_ids: Tensor,

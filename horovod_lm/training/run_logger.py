@@ -21,6 +21,7 @@ from horovod_lm.training.run_dir import RunFolder, lock_run
 from horovod_lm.utils.cli import command, program, shown
 from horovod_lm.utils.config import Config
 from horovod_lm.utils.distributed import elastic_launcher, gather_objects, on_rank_0
+from horovod_lm.utils.machine import bfloat16_peak
 from horovod_lm.utils.progress import ProgressLine, format_seconds
 
 
@@ -103,6 +104,7 @@ class RunLogger:
         self._started = time.perf_counter()
         self._steps = self._tokens = 0
         self._training_seconds = 0.0
+        self._utilization = 0.0  # of the GPUs, for each token per second; 0: not known
 
     def _open_folder(self, is_new: bool) -> None:
         """Rename an earlier run's folder, and make this one's; only this process trains in it."""
@@ -129,6 +131,8 @@ class RunLogger:
             f"{shown(self.run.run_dir)}: {model.num_parameters():,} parameters,"
             f" {str(dtype).split('.')[-1]}, {self.devices}"
         )
+        if peak := bfloat16_peak(next(model.parameters()).device):
+            self._utilization = model.flops_per_token() / (peak * self.world_size)
         if at:
             self.progress.say(f"resuming at step {at} of {total}")
 
@@ -161,7 +165,10 @@ class RunLogger:
         learning_rate: float,
         gradient_norm: float,
     ) -> None:
-        """Record one optimizer step of all ranks, its seconds, and those of its parts."""
+        """Record one optimizer step of all ranks, its seconds, and those of its parts.
+
+        On GPUs whose peak is known, the model FLOPs utilization (MFU) too, as a fraction of 1.
+        """
         self._steps, self._tokens = self._steps + 1, self._tokens + tokens
         self._training_seconds += seconds
         self._record(
@@ -172,12 +179,15 @@ class RunLogger:
             gradient_norm=gradient_norm,
             tokens_per_second=tokens / seconds,
             **parts,
+            **({"mfu": self._utilization * tokens / seconds} if self._utilization else {}),
         )
+        mfu = self._utilization * self.tokens_per_second
         left = (total_steps - state.global_step) * self._training_seconds / self._steps
         due = state.global_step % self.config.training.log_interval == 0
         self.progress.update(
             f"step {state.global_step}/{total_steps}  loss {state.loss:.4f}"
             f"  rate {learning_rate:.2e}  {self.tokens_per_second:,.0f} tokens/s"
+            f"{f'  MFU {mfu:.0%}' if mfu else ''}"
             f"  {format_seconds(left)} left",
             keep=due or self._steps == 1,
         )

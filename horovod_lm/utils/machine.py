@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import statistics
 import time
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
 # Without these instructions, bfloat16 is slower than float32.
 _BFLOAT16_CPU_FLAGS = {"amx_bf16", "avx512_bf16"}
+# Dense, with float32 sums, from NVIDIA's data sheets, by a part of the name that the driver gives.
+_BFLOAT16_PEAKS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
 CGROUP = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 
@@ -160,6 +166,20 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and bool(_BFLOAT16_CPU_FLAGS & cpu_flags())
+
+
+def bfloat16_peak(device: torch.device) -> float | None:
+    """Return the bfloat16 operations per second that the device can do; None: not known."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return _peak_of_card(torch.cuda.get_device_name(device))
+
+
+def _peak_of_card(name: str) -> float | None:
+    found = (peak for card, peak in _BFLOAT16_PEAKS.items() if re.search(rf"\b{card}\b", name))
+    return None if "MIG" in name else next(found, None)  # MIG: a part of a card
 
 
 def package_version(package: str) -> str | None:

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+from horovod_lm.models import attention
 from horovod_lm.models.attention import KVCache
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.errors import ConfigError, DataError
@@ -31,6 +33,17 @@ def test_gpt2_small_has_gpt2s_number_of_parameters():
     with torch.device("meta"):
         model = TransformerLM(max_seq_len=1024)
     assert model.num_parameters() == 124_439_808
+
+
+def test_the_operations_of_a_step_are_those_that_torch_counts(monkeypatch):
+    # torch counts products, and not what its fused kernel for CPUs does.
+    monkeypatch.setattr(
+        attention, "sdpa_attention", lambda *a: attention.naive_attention(*a[:4])[0]
+    )
+    model, ids = TransformerLM(67, 32, 4, 3, 64, 16, 0.0, 0), random_ids(2, 16)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids)[1].backward()
+    assert model.flops_per_token() * ids.numel() == counter.get_total_flops()
 
 
 @settings(max_examples=30, deadline=None)

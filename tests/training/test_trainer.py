@@ -1,17 +1,19 @@
-"""A step reads no number from its device, and one that is not finite changes nothing."""
+"""A step reads no number from its device, one that is not finite changes nothing, and the MFU."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from horovod_lm.training import run_logger
 from horovod_lm.training.metrics import read_metrics
 from horovod_lm.training.run_dir import RunFolder
-from horovod_lm.training.trainer import Trainer
+from horovod_lm.training.trainer import Trainer, build_model, run_distributed_training
 from horovod_lm.utils.config import load_config
 from horovod_lm.utils.distributed import agree_on_devices, start_reduce_sum
 from horovod_lm.utils.errors import DivergenceError
@@ -61,6 +63,20 @@ def test_a_step_reads_no_number_before_the_next_one_is_under_way(tiny_project):
         assert trainer.state.loss == rows[1]["loss"] and trainer.state.tokens == rows[1]["tokens"]
     # One process does not copy its sums to the CPU.
     assert start_reduce_sum(torch.zeros(3, device="meta"), "sums").device.type == "meta"
+
+
+def test_the_log_has_the_mfu_of_known_gpus_only(tiny_project, monkeypatch, capsys):
+    for peak in (None, 1e9):
+        monkeypatch.setattr(run_logger, "bfloat16_peak", lambda device, peak=peak: peak)
+        config = load_config(tiny_project / "configs" / "tiny.yaml", {"training.max_steps": 2})
+        result = run_distributed_training(config, 0, 1, 0, None, f"mfu-{peak}")
+        lines = (result.run_dir / "logs" / "rank0.jsonl").read_text().splitlines()
+        rows = [row for row in map(json.loads, lines) if row.get("phase") == "train"]
+        assert ("MFU" in capsys.readouterr().out) == bool(peak)
+        assert all(("mfu" in row) == bool(peak) for row in rows)
+    flops = build_model(config).flops_per_token()
+    for row in rows:
+        assert row["mfu"] == pytest.approx(flops * row["tokens_per_second"] / 1e9)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])

@@ -150,6 +150,17 @@ def test_a_gpu_driver_is_its_library_or_its_program(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("card", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L40S", 362e12),
+     ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L4", 121e12), ("Tesla T4", None),
+     ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None)],
+)  # fmt: skip
+def test_the_peak_of_a_card_is_known_by_its_name(card, peak):
+    assert machine._peak_of_card(card) == peak
+    assert machine.bfloat16_peak(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
     ("flags", "fast"),
     [({"avx2", "fma"}, False), ({"amx_bf16"}, True), ({"avx512_bf16", "avx2"}, True)],
 )
