@@ -102,6 +102,7 @@ class TransformerLM(nn.Module):
         self.pad_token_id = pad_token_id
         self.dropout = dropout
         self.gradient_checkpointing = gradient_checkpointing
+        self._chunked_cross_entropy = chunked_cross_entropy
 
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Embedding(max_seq_len, d_model)
@@ -132,6 +133,16 @@ class TransformerLM(nn.Module):
     def num_parameters(self) -> int:
         """Return the number of parameters; the tied embedding counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Compile each layer and the chunked loss with `torch.compile`, in place.
+
+        The layers share one compiled function, so that a deep model starts as soon as a shallow
+        one, and each delivers its gradients before the backward pass of the next begins.
+        """
+        for block in self.blocks:
+            block.compile(backend=backend)
+        self._chunked_cross_entropy = torch.compile(chunked_cross_entropy, backend=backend)
 
     def flops_per_token(self) -> int:
         """Return the operations of a training step for each token, without recomputation.
@@ -180,7 +191,7 @@ class TransformerLM(nn.Module):
         targets = shift_labels(labels, attention_mask)
         if logits is not None:
             return logits, cross_entropy(logits, targets)
-        return None, chunked_cross_entropy(hidden, self.token_embedding.weight, targets)
+        return None, self._chunked_cross_entropy(hidden, self.token_embedding.weight, targets)
 
     def hidden_states(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -160,12 +161,18 @@ def _pad(rows: list[list[int]], value: int) -> Tensor:
     )
 
 
+def _without_compilation() -> AbstractContextManager:
+    """Keep a compiled model from being compiled again, without gradients, for a few batches."""
+    is_loaded = "torch._dynamo" in sys.modules  # importing it takes seconds
+    return torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()
+
+
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _without_compilation():
             yield
     finally:
         model.train(was_training)

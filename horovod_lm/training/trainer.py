@@ -188,8 +188,8 @@ class Trainer:
         self.scaler = build_scaler(self.device, self.amp_dtype)
         if config.training.compile:
             check_can_compile(self.device)
-        # Horovod: a compiled backward pass delivers all gradients at its end: no overlap with it.
-        self.forward = torch.compile(self.model) if config.training.compile else self.model
+            # Horovod: a layer's gradients are reduced while the layers below are computed.
+            self.model.compile_layers()
 
     def _load(self, resume: Mapping[str, Any] | None, name: str | Path | None) -> None:
         """Restore the state to resume from, give it to every rank, and build the schedule."""
@@ -260,7 +260,7 @@ class Trainer:
                 }
             self._seed_dropout(backward_pass)
             with timer.part("forward"), autocast(self.device, self.amp_dtype):
-                _, loss = self.forward(**batch, return_logits=False)
+                _, loss = self.model(**batch, return_logits=False)
             with timer.part("backward"):
                 # Horovod: sums gradients over the passes and averages them over the ranks. With
                 # this weight, the result is the gradient of the mean loss of the global batch.

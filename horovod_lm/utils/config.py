@@ -148,7 +148,7 @@ class TrainingConfig(Section):
     elastic_timeout_seconds: PositiveInt = 60
     """Elastic: save and end if too few ranks are left for this long."""
     compile: bool = False
-    """Compile the model with torch.compile: minutes at the start, faster steps."""
+    """Compile the layers and the loss with torch.compile: slow start, faster steps."""
 
 
 class DataConfig(Section):

@@ -20,7 +20,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,8 +137,11 @@ def make_step(
 ) -> Callable[[], float]:
     """Return a function that takes one training step of a new model and returns the loss."""
     model, loss_of, optimizer = build(name, shape, nanogpt)
-    run: Any = torch.compile(model) if compiled else model
-    return step_function(run, loss_of, optimizer, shape, dtype)
+    if compiled and hasattr(model, "compile_layers"):  # ours, as `training.compile` does it
+        model.compile_layers()
+    elif compiled:
+        model = torch.compile(model)
+    return step_function(model, loss_of, optimizer, shape, dtype)
 
 
 def peak(name: str, shape_name: str) -> float:

@@ -35,6 +35,22 @@ def test_gpt2_small_has_gpt2s_number_of_parameters():
     assert model.num_parameters() == 124_439_808
 
 
+def test_compiled_layers_give_the_same_numbers_and_their_gradients_one_after_the_other():
+    model, ids = TransformerLM(67, 32, 4, 3, 64, 16, 0.0, 0), random_ids(2, 16)
+    eager = gradients(model, ids, labels=ids, return_logits=False)
+    names = set(model.state_dict())
+    model.compile_layers(backend="aot_eager")
+    arrived = []
+    for number, block in enumerate(model.blocks):
+        for parameter in block.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, n=number: arrived.append(n))
+        block.register_full_backward_pre_hook(lambda *_, n=number: arrived.append(f"begin {n}"))
+    loss, found = gradients(model, ids, labels=ids, return_logits=False)
+    torch.testing.assert_close((loss, found), eager)
+    assert set(model.state_dict()) == names
+    assert arrived.index("begin 0") > max(i for i, what in enumerate(arrived) if what == 2)
+
+
 def test_the_operations_of_a_step_are_those_that_torch_counts(monkeypatch):
     # torch counts products, and not what its fused kernel for CPUs does.
     monkeypatch.setattr(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -84,7 +85,8 @@ def test_the_comment_of_a_key_is_the_description_of_its_field(name):
             section, _, word = key.rpartition(".")
             value = getattr(getattr(config, section) if section else config, word)
             if value != field.default:
-                shown = "null" if field.default is None else field.default
+                is_word = field.default is None or isinstance(field.default, bool)
+                shown = json.dumps(field.default) if is_word else field.default
                 meaning = meaning[:-1] + f" (default: {shown})."
         assert comment + "." == meaning, key
 
