@@ -105,8 +105,10 @@ def step_function(
     shape: Shape,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-) -> Callable[[], float]:
+) -> Callable[[], Tensor]:
     """Return a function that takes one step on random tokens and returns the loss.
+
+    A GPU works on when it returns; reading the loss waits for it.
 
     Args:
         model: the model, wrapped or compiled if need be.
@@ -121,20 +123,20 @@ def step_function(
     generator = torch.Generator(device).manual_seed(seed)
     ids = torch.randint(0, vocab_size, (batch, length), generator=generator)
 
-    def take_step() -> float:
+    def take_step() -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = loss_of(model, ids)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss.detach()
 
     return take_step
 
 
 def make_step(
     name: str, shape: Shape, nanogpt: str = "", dtype: torch.dtype = torch.float32, compiled=False
-) -> Callable[[], float]:
+) -> Callable[[], Tensor]:
     """Return a function that takes one training step of a new model and returns the loss."""
     model, loss_of, optimizer = build(name, shape, nanogpt)
     if compiled and hasattr(model, "compile_layers"):  # ours, as `training.compile` does it

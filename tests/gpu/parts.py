@@ -349,35 +349,84 @@ def collectives_of_rank(found: Found) -> None:
 # ---- speed ---------------------------------------------------------------------------------------
 
 
-def speed(found: Found) -> None:
-    """A training step of GPT-2 small as in configs/config.yaml: tokens per second, peak memory."""
+def asynchronous(found: Found) -> None:
+    """A training step waits for nothing on the GPU, its own loss and gradient norm included."""
+    from horovod_lm.data import prepare_data
+    from horovod_lm.training.run_dir import RunFolder
+    from horovod_lm.training.trainer import Trainer
+    from horovod_lm.utils.config import load_config
+    from horovod_lm.utils.distributed import agree_on_devices
+    from horovod_lm.utils.interrupts import StopRequest
+    from horovod_lm.utils.progress import ProgressLine
+
+    amp = {"training.amp_dtype": "bfloat16"}
+    config = load_config(ROOT / "configs/tiny.yaml", settings(found, **amp))
+    prepare_data(config)
+    trainer = Trainer(
+        config, RunFolder.of(config, "asynchronous"), 0, 1, agree_on_devices(found.device.type, 0),
+        ProgressLine(enabled=False), StopRequest(),
+    )  # fmt: skip
+    batches = iter(trainer.train_loader)
+    for step in range(8):
+        if found.on_gpu and step == 3:
+            torch.cuda.set_sync_debug_mode("error")
+        trainer.train_step(batches)
+    if found.on_gpu:
+        torch.cuda.set_sync_debug_mode("default")
+    found.holds("no step waits", True)
+
+
+def speed(found: Found, length: int = 512) -> None:
+    """A training step of GPT-2 small in bfloat16: tokens per second, MFU, peak memory.
+
+    NANOGPT is the path of nanoGPT's model.py, which is measured beside ours.
+    """
+    from horovod_lm.utils.machine import bfloat16_peak
     from tests.benchmarks import step as benchmark
 
-    shape = (50257, 768, 12, 12, 16, 512) if found.on_gpu else (5000, 64, 4, 2, 2, 64)
-    names = ["ours", "plain"]
+    # As many tokens as in configs/config.yaml.
+    small = (5000, 64, 4, 2, 2, 64)
+    shape = (50257, 768, 12, 12, 8192 // length, length) if found.on_gpu else small
+    nanogpt = os.environ.get("NANOGPT", "")
+    cases = [("ours", True), ("nanoGPT", True)] if nanogpt else [("ours", True)]
+    cases += [("ours", False), ("plain", False)]
     if importlib.util.find_spec("transformers"):
-        names.append("transformers")
+        cases.append(("transformers", False))
     torch.set_default_device(found.device)
-    for name in names:
+    flops = build_model({**GPT2_SMALL, "n_positions": length}).flops_per_token()
+    peak = bfloat16_peak(found.device)
+    for peer, compiled in cases:
+        name = f"{peer}, compiled" if compiled else peer
         if found.on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        take_step = benchmark.make_step(name, shape, dtype=torch.bfloat16)
-        times = []
-        for _ in range(13 if found.on_gpu else 4):
+        take_step = benchmark.make_step(peer, shape, nanogpt, torch.bfloat16, compiled)
+        started = time.perf_counter()
+        take_step().item()
+        found.fact(f"{name}, first step in s", round(time.perf_counter() - started, 1))
+        rates, steps = [], 10 if found.on_gpu else 2
+        for _ in range(5):
             started = time.perf_counter()
-            take_step()  # returns the loss as a number, so it waits for the GPU
-            times.append(time.perf_counter() - started)
-        rate = shape[-1] * shape[-2] / statistics.median(times)
+            for _ in range(steps):
+                loss = take_step()
+            loss.item()  # waits for the GPU
+            rates.append(steps * shape[-2] * shape[-1] / (time.perf_counter() - started))
+        rate = statistics.median(rates[1:])
         found.fact(f"{name}, tokens per second", round(rate))
-        if found.on_gpu:
+        if peak:
+            found.fact(f"{name}, MFU in %", round(100 * flops * rate / peak, 1))
             found.fact(f"{name}, peak GB", round(torch.cuda.max_memory_allocated() / 1e9, 2))
+
+
+def speed_1024(found: Found) -> None:
+    """`speed` with GPT-2's own context."""
+    speed(found, length=1024)
 
 
 PARTS: dict[str, Callable[[Found], None]] = {
     part.__name__: part
     for part in (logits, chunked_cross_entropy, gradient_checkpointing, cached_generation, resume,
-                 collectives, collectives_of_rank, two_ranks, speed)
+                 asynchronous, collectives, collectives_of_rank, two_ranks, speed, speed_1024)
 }  # fmt: skip
 
 
