@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.config import TrainingConfig
 from horovod_lm.utils.errors import ConfigError
 from horovod_lm.utils.machine import has_fast_bfloat16
+
+MIN_SPEEDUP = 1.1  # bfloat16 has fewer digits; a smaller gain would also vary from run to run
+MEASURED_POSITIONS, MEASURED_PASSES, MEASURED_SECONDS = 1024, 6, 1.0
 
 
 def build_optimizer(model: torch.nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
@@ -99,11 +105,15 @@ def step_if_finite(
     scaler.update()
 
 
-def choose_amp_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype:
+def choose_amp_dtype(
+    training: TrainingConfig, model: TransformerLM, saved: Mapping[str, Any] | None = None
+) -> torch.dtype:
     """Return the dtype of matrix products; float32 and float64 mean full precision.
 
-    `auto` means bfloat16 where the hardware has instructions for it: a GPU of compute capability
-    8.0 or more, or a CPU with AMX or AVX512-BF16.
+    `auto` measures the model where the hardware has instructions for bfloat16: a GPU of compute
+    capability 8.0 or more, or a CPU with AMX or AVX512-BF16. A run that is resumed keeps what the
+    configuration in its checkpoint says: `saved`. Call this before the optimizer is wrapped, which
+    reduces the gradients of every backward pass.
 
     Raises:
         ConfigError: float64 parameters together with a lower precision.
@@ -115,9 +125,41 @@ def choose_amp_dtype(training: TrainingConfig, device: torch.device) -> torch.dt
                 " set training.amp_dtype to auto"
             )
         return torch.float64
-    if training.amp_dtype == "auto":
-        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
-    return getattr(torch, training.amp_dtype)
+    if training.amp_dtype != "auto":
+        return getattr(torch, training.amp_dtype)
+    section = (saved or {}).get("training")
+    name = section.get("amp_dtype") if isinstance(section, dict) else None
+    if name in ("float32", "bfloat16"):
+        return getattr(torch, name)
+    if not has_fast_bfloat16(next(model.parameters()).device):
+        return torch.float32
+    speedup = bfloat16_speedup(model, training.per_gpu_batch_size)
+    return torch.bfloat16 if speedup >= MIN_SPEEDUP else torch.float32
+
+
+def bfloat16_speedup(model: TransformerLM, batch_size: int) -> float:
+    """Return the time of a forward and backward pass in float32, divided by that in bfloat16.
+
+    Takes a few seconds at most with up to `MEASURED_POSITIONS` random tokens, and removes the
+    gradients. In both types the fastest of several passes counts.
+    """
+    device = next(model.parameters()).device
+    rows = max(1, min(batch_size, MEASURED_POSITIONS // model.max_seq_len))
+    ids = torch.randint(model.vocab_size, (rows, model.max_seq_len), device=device)
+    fastest = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    end = time.perf_counter() + MEASURED_SECONDS
+    for _ in range(MEASURED_PASSES):
+        for dtype in fastest:
+            started = time.perf_counter()
+            with autocast(device, dtype):
+                _, loss = model(ids, labels=ids, return_logits=False)
+            loss.backward()
+            loss.item()  # waits for a GPU
+            fastest[dtype] = min(fastest[dtype], time.perf_counter() - started)
+            model.zero_grad()
+        if time.perf_counter() > end:
+            break
+    return fastest[torch.float32] / fastest[torch.bfloat16]
 
 
 def autocast(device: torch.device, amp_dtype: torch.dtype) -> AbstractContextManager:

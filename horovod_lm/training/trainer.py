@@ -145,23 +145,22 @@ class Trainer:
         self.run_folder, self.stop, self.commit = run_folder, stop, commit
         self.rank, self.world_size = rank, world_size
         self.device = device.device
-        self.amp_dtype = choose_amp_dtype(config.training, self.device)
         self.writer = CheckpointWriter()
         stop.saving = self.writer.is_busy
         self.last_checkpoint: Path | None = None  # of this session
         self._can_remove = False  # whether older checkpoints can be deleted
         self._unread: tuple[Any, ...] | None = None  # numbers of the last step, on its device
-        self._build(device.staged)
+        self._build(device.staged, resume)
         self._load(resume, name)
         resume_step = None if resume is None else self.state.global_step
         self.logger = RunLogger(
-            config, run_folder, rank, world_size, device.summary, progress, resume_step
+            self.config, run_folder, rank, world_size, device.summary, progress, resume_step
         )
 
-    def _build(self, staged: bool) -> None:
+    def _build(self, staged: bool, resume: Mapping[str, Any] | None) -> None:
         """Build data, model and optimizer, the same on every rank except for its part of the data.
 
-        `staged` reduces gradients in CPU memory.
+        `staged` reduces gradients in CPU memory. A run that is resumed keeps its `amp_dtype`.
         """
         config = self.config
         data_dir = config.resolve(config.data.data_dir)
@@ -177,6 +176,16 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.tokenizer.eot_id)
         self.model.to(self.device, getattr(torch, config.training.dtype))
+        saved = (resume or {}).get("config")
+        # Horovod: all ranks take what rank 0 measures.
+        self.amp_dtype = distributed.on_rank_0(
+            lambda: choose_amp_dtype(config.training, self.model, saved), "amp_dtype"
+        )
+        if self.amp_dtype != torch.float64:  # noted for the run's config.yaml and checkpoints
+            name = str(self.amp_dtype).removeprefix("torch.")
+            self.config = config.with_overrides({"training.amp_dtype": name})
+        if self.device.type == "cuda" and self.amp_dtype.itemsize < 4:
+            torch.set_float32_matmul_precision("high")  # TF32 for the products outside of autocast
         # Horovod: wrapping comes before loading, because it discards the optimizer's state.
         self.optimizer = distributed.distributed_optimizer(
             build_optimizer(self.model, config.training),

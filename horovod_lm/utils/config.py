@@ -123,7 +123,7 @@ class TrainingConfig(Section):
     dtype: Literal["float32", "float64"] = "float32"
     """Type of the parameters; float64 is for exact comparisons."""
     amp_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the matrix products; auto: bfloat16 if the hardware has it."""
+    """Type of the matrix products; auto: bfloat16 if that is faster here."""
     log_interval: PositiveInt = 10
     """Optimizer steps between lines of the log."""
     eval_interval: PositiveInt | None = None

@@ -148,27 +148,42 @@ def test_gradients_that_are_not_finite_change_no_bit(kind):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "amp", "fast", "wanted"),
+    ("dtype", "amp", "speedup", "wanted"),
     [
-        ("float32", "auto", True, torch.bfloat16),
-        ("float32", "auto", False, torch.float32),
-        ("float32", "float32", True, torch.float32),
-        ("float32", "bfloat16", False, torch.bfloat16),
-        ("float32", "float16", False, torch.float16),
-        ("float64", "auto", True, torch.float64),
-        ("float64", "float32", True, torch.float64),
-        ("float64", "bfloat16", True, None),
-        ("float64", "float16", True, None),
+        ("float32", "auto", 1.2, torch.bfloat16),
+        ("float32", "auto", 1.05, torch.float32),
+        ("float32", "auto", None, torch.float32),  # no instructions: nothing is measured
+        ("float32", "float32", 1.2, torch.float32),
+        ("float32", "bfloat16", None, torch.bfloat16),
+        ("float32", "float16", None, torch.float16),
+        ("float64", "auto", 1.2, torch.float64),
+        ("float64", "float32", 1.2, torch.float64),
+        ("float64", "bfloat16", 1.2, None),
+        ("float64", "float16", 1.2, None),
     ],
 )
-def test_the_precision_that_is_chosen(monkeypatch, dtype, amp, fast, wanted):
-    monkeypatch.setattr(optimization, "has_fast_bfloat16", lambda device: fast)
+def test_the_precision_that_is_chosen(monkeypatch, dtype, amp, speedup, wanted):
+    monkeypatch.setattr(optimization, "has_fast_bfloat16", lambda device: speedup is not None)
+    monkeypatch.setattr(optimization, "bfloat16_speedup", lambda model, batch_size: speedup)
     training = TrainingConfig(dtype=dtype, amp_dtype=amp)
-    if wanted is not None:
-        assert choose_amp_dtype(training, CPU) == wanted
+    if wanted is None:
+        with pytest.raises(ConfigError, match=f"training.amp_dtype {amp} cannot go with .*float64"):
+            choose_amp_dtype(training, model())
         return
-    with pytest.raises(ConfigError, match=f"training.amp_dtype {amp} cannot go with .*float64"):
-        choose_amp_dtype(training, CPU)
+    assert choose_amp_dtype(training, model()) == wanted
+    for saved in ("float32", "bfloat16"):  # by a run that is resumed
+        kept = choose_amp_dtype(training, model(), {"training": {"amp_dtype": saved}})
+        assert kept == (wanted if amp != "auto" or dtype == "float64" else getattr(torch, saved))
+    for unknown in (None, {}, {"training": None}, {"training": {"amp_dtype": "auto"}}):
+        assert choose_amp_dtype(training, model(), unknown) == wanted
+
+
+def test_a_measured_model_is_as_before():
+    measured = model()
+    before = {name: value.clone() for name, value in measured.state_dict().items()}
+    assert 0 < optimization.bfloat16_speedup(measured, batch_size=3) < 100
+    assert all(torch.equal(value, before[name]) for name, value in measured.state_dict().items())
+    assert all(parameter.grad is None for parameter in measured.parameters())
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from horovod_lm.training import run_logger
+from horovod_lm.training import optimizer, run_logger
+from horovod_lm.training.checkpoint import read_checkpoint
 from horovod_lm.training.metrics import read_metrics
 from horovod_lm.training.run_dir import RunFolder
 from horovod_lm.training.trainer import Trainer, build_model, run_distributed_training
@@ -29,7 +30,7 @@ def trainer_of(project, name: str, **training) -> Iterator[Trainer]:
         ProgressLine(enabled=False), StopRequest(),
     )  # fmt: skip
     trainer.model.train()
-    with contextlib.closing(trainer.logger):
+    with contextlib.closing(trainer):
         yield trainer
 
 
@@ -63,6 +64,22 @@ def test_a_step_reads_no_number_before_the_next_one_is_under_way(tiny_project):
         assert trainer.state.loss == rows[1]["loss"] and trainer.state.tokens == rows[1]["tokens"]
     # One process does not copy its sums to the CPU.
     assert start_reduce_sum(torch.zeros(3, device="meta"), "sums").device.type == "meta"
+
+
+def test_a_resumed_run_keeps_the_precision_that_was_measured(tiny_project, monkeypatch):
+    folder = tiny_project / "runs" / "measured"
+    monkeypatch.setattr(optimizer, "has_fast_bfloat16", lambda device: True)
+    for speedup, steps in ((2.0, 2), (0.5, 4)):
+        monkeypatch.setattr(optimizer, "bfloat16_speedup", lambda *_, found=speedup: found)
+        settings = {"training.amp_dtype": "auto", "training.max_steps": steps}
+        config = load_config(tiny_project / "configs" / "tiny.yaml", settings)
+        checkpoints = folder / "checkpoints"
+        resume = checkpoints if steps > 2 else None
+        run_distributed_training(config, 0, 1, 0, resume, "measured")
+        assert load_config(folder / "config.yaml").training.amp_dtype == "bfloat16"
+        saved = read_checkpoint(checkpoints)
+        assert saved["config"]["training"]["amp_dtype"] == "bfloat16"
+        assert saved["global_step"] == steps
 
 
 def test_the_log_has_the_mfu_of_known_gpus_only(tiny_project, monkeypatch, capsys):
