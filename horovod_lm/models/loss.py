@@ -141,7 +141,7 @@ def _logits(hidden: Tensor, padded_weight: Tensor, vocab_size: int) -> Tensor:
     """Multiply (n, C) by (V, C), in float32 or more; padding is given the probability 0."""
     logits = _at_least_float32(F.linear(hidden, padded_weight))
     if len(padded_weight) > vocab_size:
-        logits[:, vocab_size:] = -torch.inf
+        logits[:, vocab_size:].fill_(-torch.inf)
     return logits
 
 

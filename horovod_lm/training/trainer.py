@@ -275,9 +275,9 @@ class Trainer:
                 # this weight, the result is the gradient of the mean loss of the global batch.
                 weight = tokens * self.world_size / (samples * (self.config.model.max_seq_len - 1))
                 self.scaler.scale(loss * weight).backward()
-            sums[0] += loss.detach().double() * tokens
-            sums[1] += tokens
-        sums[2] = float(self.stop.requested)
+            sums[0].add_(loss.detach().double() * tokens)
+            sums[1].add_(tokens)
+        sums[2].fill_(self.stop.requested)  # an assignment would copy the number, and wait
         # Horovod: starts before the wait for the gradients, so that the ranks wait only once.
         reduction = distributed.start_reduce_sum(sums, "step_sums")
         with timer.part("allreduce"):
