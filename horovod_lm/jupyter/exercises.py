@@ -20,10 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from horovod_lm.jupyter.run_cell.job_result import RankError
 from horovod_lm.utils.errors import UserError
 
 if TYPE_CHECKING:  # nbformat takes seconds to import, and a page does not need it
     from nbformat import NotebookNode
+
+    from horovod_lm.jupyter.live.cluster import HorovodCluster
 
 STUB_TAG = "exercise"
 NEEDED_TAG = "exercise-needs"
@@ -35,6 +38,10 @@ SOLUTION = re.compile(
 
 class ExerciseError(UserError):
     """An exercise of a notebook lacks its check or its solution."""
+
+
+class RanksFailed(UserError):
+    """An answer hangs or fails on live ranks."""
 
 
 def check(
@@ -49,16 +56,16 @@ def check(
     Args:
         name: the name of the answer in the printed sentence.
         answer: the reader's value, or with `examples` the reader's function.
-        reference: the right value, or a function that returns it.
+        reference: the right value, or a function that returns it. Of a mapping, only the keys that
+            this value has are compared.
         examples: the positional arguments of each call to compare; None: compare two values. Each
             function gets a copy, so that changes in place do not affect the other.
         mistakes: a question to print -> the wrong value or function that it is asked for.
     """
+    calls = [] if examples is None else [_call(answer, arguments) for arguments in examples]
 
     def differs(other: Any) -> str:
-        if examples is None:
-            return _difference(answer, other)
-        return _first_wrong_call(answer, other, examples)
+        return _difference(answer, other) if examples is None else _first_wrong(calls, other)
 
     problem = differs(reference)
     if not problem:
@@ -66,6 +73,25 @@ def check(
         return
     questions = [text for text, wrong in (mistakes or {}).items() if not differs(wrong)]
     print(f"not yet: {name} {problem}" + "".join(f". {text}" for text in questions))
+
+
+def on_ranks(cluster: HorovodCluster, answer: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """Return a function that calls an answer on live ranks: "on rank 0" -> its value there, ...
+
+    After an answer that hangs or fails, the ranks are started again.
+    """
+
+    def call(*arguments: Any) -> dict[str, Any]:
+        try:
+            values = cluster.run(answer, *arguments)
+        except RankError as error:
+            cluster.restart_ranks()
+            how = "hangs" if error.code is None else "fails"  # only ranks that wait have no code
+            # What follows the last ";" says how to start the ranks again.
+            raise RanksFailed(f"{how}: {str(error).rpartition('; ')[0]}") from None
+        return {f"on rank {rank}": value for rank, value in enumerate(values)}
+
+    return call
 
 
 def solutions(notebook: NotebookNode) -> dict[str, str]:
@@ -117,27 +143,40 @@ def exercises_alone(notebook: NotebookNode) -> NotebookNode:
     return alone
 
 
-def _first_wrong_call(answer: Any, reference: Callable, examples: Iterable[tuple]) -> str:
-    """Describe the first example for which two functions differ; "": there is none."""
+def _call(answer: Any, arguments: tuple) -> tuple[tuple, Any, str]:
+    """Call an answer. Return the arguments, its value, and why it has none (or "")."""
     if not callable(answer):
-        return f"must be a function, and is of type {type(answer).__name__}"
-    for arguments in examples:
-        expected = reference(*copy.deepcopy(arguments))
-        call = f"({', '.join(_describe(argument) for argument in arguments)})"
-        try:
-            given = answer(*copy.deepcopy(arguments))
-        except Exception as error:  # an exception of the reader's code is a wrong answer
-            return f"raises {type(error).__name__} for {call}: {error}"
-        problem = _difference(given, expected)
+        return arguments, None, f"must be a function, and is of type {type(answer).__name__}"
+    try:
+        return arguments, answer(*copy.deepcopy(arguments)), ""
+    except RanksFailed as error:
+        return arguments, None, str(error)
+    except Exception as error:  # an exception of the reader's code is a wrong answer
+        return arguments, None, f"raises {type(error).__name__}{_example(arguments)}: {error}"
+
+
+def _first_wrong(calls: Sequence[tuple[tuple, Any, str]], reference: Callable[..., Any]) -> str:
+    """Describe the first call that does not give what a function gives; "": there is none."""
+    for arguments, given, failure in calls:
+        problem = failure or _difference(given, reference(*copy.deepcopy(arguments)))
         if problem:
-            return f"for {call} {problem}"
+            return failure or f"{_example(arguments)} {problem}".lstrip()
     return ""
+
+
+def _example(arguments: tuple) -> str:
+    return f" for ({', '.join(map(_describe, arguments))})" if arguments else ""
 
 
 def _difference(given: Any, expected: Any) -> str:
     """Describe how a value differs from the right one; "": it does not."""
     if given is None and expected is not None:
         return "is still None"
+    if isinstance(expected, Mapping) and isinstance(given, Mapping):
+        for key, value in expected.items():
+            if problem := _difference(given.get(key), value):
+                return f"{key} {problem}"
+        return ""
     if isinstance(expected, torch.Tensor):
         return _tensor_difference(given, expected)
     if not isinstance(expected, Sequence) or isinstance(expected, str):

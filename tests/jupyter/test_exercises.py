@@ -61,6 +61,7 @@ def test_a_value_is_right_by_itself_and_not_yet_when_it_is_unfinished(value, cap
         (torch.eye(2), torch.eye(2) > 0, "has the type torch.float32, and must have torch.bool"),
         ([1.0], torch.ones(1), "must be a tensor, and is of type list"),
         ([1, 2], [1, 3], "at [1] is 2, and must be 3"),
+        ({"a": 1, "b": 3}, {"b": 2}, "b is 3, and must be 2"),
         ([1], [1, 3], "must have 2 items, and is [1]"),
         ("three", 3, "is 'three', and must be 3"),
         (0.5, 0.25, "is 0.5, and must be 0.25: 2 times the right number"),
