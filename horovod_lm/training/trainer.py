@@ -253,8 +253,9 @@ class Trainer:
     def train_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> bool:
         """Take one optimizer step on all ranks. Return whether a rank was asked to stop.
 
-        A GPU works asynchronously. To keep it busy, nothing here waits for it: the numbers of a
-        step are read when the next one is under way.
+        A GPU works asynchronously. To keep it busy, nothing here waits for it, except that several
+        ranks wait for their gradients: the next batch is copied while the GPU still computes, and
+        the numbers of a step are read when the next one is under way.
         """
         timer = StepTimer(self.device)
         samples = min(self.sampler.samples_per_step, self._samples_left())
@@ -286,7 +287,9 @@ class Trainer:
         self._read_last_step()
         with timer.part("update"):
             learning_rate, gradient_norm = self._update()
-        self._advance(samples)
+        self.state.samples_seen += samples
+        self.state.step += 1
+        self.state.global_step += 1
         numbers = [part.to("cpu", non_blocking=True) for part in (sums, gradient_norm)]
         timer.stop()
         self._unread = (*numbers, learning_rate, timer)
@@ -373,11 +376,6 @@ class Trainer:
         left = left_in_epoch + epochs_after * -(-self.num_samples // self.sampler.samples_per_step)
         total = self.state.global_step + max(0, left)
         return min(total, self.training.max_steps or total)
-
-    def _advance(self, samples: int) -> None:
-        self.state.samples_seen += samples
-        self.state.step += 1
-        self.state.global_step += 1
 
     def _begin_next_epoch_if_done(self) -> None:
         if self._samples_left() <= 0:
