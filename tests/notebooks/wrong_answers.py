@@ -203,6 +203,7 @@ WRONG_ANSWERS = {
             "max((end for _, end in intervals), default=0.0)",
             "max((end - start for start, end in intervals), default=0.0)",
         ],
+        "exercise-cycle": ["1", "0.025", "5", "100", "300"],
     },
     "07_surviving_failures": {
         "exercise-newest": [
