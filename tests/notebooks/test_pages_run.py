@@ -140,10 +140,14 @@ def test_solutions_are_right_and_stubs_and_wrong_answers_are_not(path, tmp_path)
         right = all(line.startswith(RIGHT) for line in lines)
         assert lines and right == ("-wrong-" not in name), f"{name}: {lines}"
     assert len(said) == len(stubs) + sum(map(len, wrong.values())) >= 6 * len(stubs)
+    for stub, answers in wrong.items():
+        for number, answer in enumerate(answers):
+            lines = said[f"{stub.replace('exercise', 'check')}-wrong-{number}"]
+            assert isinstance(answer, str) or answer[2] in "".join(lines), lines
 
 
 def with_wrong_answers(
-    page: nbformat.NotebookNode, wrong: Mapping[str, Sequence[str]]
+    page: nbformat.NotebookNode, wrong: Mapping[str, Sequence[str | tuple[str, str, str]]]
 ) -> nbformat.NotebookNode:
     """Return a page with its solutions; below each check, wrong answers, each with the check."""
     solved, stubs = with_solutions(page), {cell.id: cell.source for cell in page.cells}
@@ -151,8 +155,12 @@ def with_wrong_answers(
         [place] = [number for number, cell in enumerate(solved.cells) if cell.id == stub]
         check, below = solved.cells[place + 1], []
         for number, answer in enumerate(answers):
-            function = answer if answer.startswith("def ") else stubs[stub].replace("None", answer)
-            below.append(new_code_cell(function, id=f"{stub}-{number}"))
+            if isinstance(answer, tuple):
+                assert solved.cells[place].source.count(answer[0]) == 1, (stub, answer)
+                answer = solved.cells[place].source.replace(*answer[:2])
+            elif not answer.startswith("def "):
+                answer = stubs[stub].replace("None", answer)
+            below.append(new_code_cell(answer, id=f"{stub}-{number}"))
             below.append(new_code_cell(check.source, id=f"{check.id}-wrong-{number}"))
         solved.cells[place + 2 : place + 2] = below
     return solved

@@ -1,6 +1,7 @@
 """Five plausible wrong answers for every exercise: its check must refuse each.
 
-An answer is an expression, what the stub returns instead of None, or a whole function.
+An answer is an expression, what the stub returns instead of None, or a whole function. Three
+texts are a text of the solution, what replaces it, and what the check must say.
 """
 
 from __future__ import annotations
@@ -48,7 +49,18 @@ UNSORTED = """def link_seconds(intervals):
         reached = max(reached, end)
     return busy"""
 
-WRONG_ANSWERS = {
+WRAPPED = (
+    "    optimizer = hvd.DistributedOptimizer(optimizer,"
+    " named_parameters=model.named_parameters())\n"
+)
+LOADED = """    if hvd.rank() == 0:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+"""
+UNEQUAL = "Do they start with equal parameters and momenta, and average gradients?"
+REDUCED = 'mean = hvd.allreduce(torch.tensor(loss), name="validation loss").item()'
+
+WRONG_ANSWERS: dict[str, dict[str, list[str | tuple[str, str, str]]]] = {
     "01_attention": {
         "exercise-scores": [
             "query @ key.T",
@@ -159,13 +171,6 @@ WRONG_ANSWERS = {
         ],
     },
     "05_distributed_training": {
-        "exercise-tokens": [
-            "world_size * batch_per_rank * accumulation * block_length",
-            "batch_per_rank * accumulation * (block_length - 1)",
-            "world_size * batch_per_rank * (block_length - 1)",
-            "world_size * batch_per_rank * accumulation * block_length - 1",
-            "world_size * accumulation * (block_length - 1)",
-        ],
         "exercise-rate": [
             "base_rate * min(1.0, (step + 1) / (warmup + 1))",
             "base_rate * world_size * min(1.0, step / warmup)",
@@ -173,12 +178,29 @@ WRONG_ANSWERS = {
             "base_rate * world_size * (step + 1) / (warmup + 1)",
             "base_rate * world_size**0.5 * min(1.0, (step + 1) / (warmup + 1))",
         ],
-        "exercise-clip": [
-            "torch.stack([g * min(1.0, limit / g.norm().item()) for g in gradients]).mean(0)",
-            "torch.stack(gradients).mean(0)",
-            "torch.stack(gradients).mean(0).clamp(-limit, limit)",
-            "(mean := torch.stack(gradients).mean(0)) * limit / mean.norm()",
-            "(total := torch.stack(gradients).sum(0)) * min(1.0, limit / total.norm().item())",
+        "exercise-convert": [
+            ("    hvd.broadcast_parameters(model.state_dict(), root_rank=0)\n", "", UNEQUAL),
+            ("    hvd.broadcast_optimizer_state(optimizer, root_rank=0)\n", "", UNEQUAL),
+            (WRAPPED, "", UNEQUAL),
+            (WRAPPED + LOADED, LOADED + WRAPPED, "Was the optimizer wrapped after"),
+            ("batch_size=8 // hvd.size()", "batch_size=8", "(weight by rank) at [0] is"),
+            (", hvd.size(), hvd.rank(), ", ", 1, 0, ", "Does each rank read every sample?"),
+            ("== 0:\n        save", ">= 0:\n        save", "Does every rank save?"),
+            ("== 0:\n        model", ">= 0:\n        model", "fails: rank 1: TypeError"),
+        ],
+        "exercise-hang": [
+            (REDUCED, "mean = loss", "hangs: rank 1 did not come to 'gradient', where rank 0"),
+            (REDUCED, REDUCED + " if hvd.rank() == 0 else loss", "best_loss hangs: "),
+            ("allreduce(torch.tensor(loss)", "broadcast(torch.tensor(loss), 0", "rank 0 alone?"),
+            ('name="validation', 'op=hvd.Sum, name="validation', "Is it the sum"),
+            ("            break", "            continue", "Does it continue after"),
+        ],
+        "exercise-factor": [
+            ("loss / len(passes)", "loss", "2 times the right numbers. Is the loss of each pass"),
+            ("loss / len(passes)", "loss / len(passes) / hvd.size()", "is it done twice?"),
+            ("loss / len(passes)", "loss / hvd.size()", "1.5 times the right numbers"),
+            ("loss / len(passes)", "loss * len(inputs) / 24", "0.5 times the right numbers"),
+            ("in passes:", "in passes[:1]:", "numbers differ)"),
         ],
     },
     "06_performance_and_scaling": {
@@ -227,6 +249,13 @@ WRONG_ANSWERS = {
             "math.sqrt(2 * between / commit)",
             "math.sqrt(between)",
             "commit / between",
+        ],
+        "exercise-sizes": [
+            "(6, 1)",
+            "(6, 2)",
+            "(12 // world_size, 1)",
+            "(3 * world_size, 1)",
+            "(6, max(1, 2 // world_size))",
         ],
     },
     "08_generation": {
