@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--dtype",
         default="float32",
-        help="type of the weights: float32, or bfloat16 for half the memory, more speed and "
+        help="type of the weights: float32, or bfloat16 for half the memory and "
         "slightly different probabilities (default: float32)",
     )
     return parser

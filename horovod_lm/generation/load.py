@@ -31,9 +31,10 @@ def load_model_for_generation(
         config_path: a YAML file that replaces the checkpoint's configuration, except the model's
             sizes, which the weights determine.
         device: as for `horovod_lm.utils.distributed.choose_device`; None: a GPU if there is one.
-        dtype: type of the weights, "float32" or "bfloat16". bfloat16 takes half the memory and, if
-            reading weights limits the speed, about half the time; it rounds every weight to 8
-            significant bits, so that probabilities differ slightly and texts can.
+        dtype: type of the weights, "float32" or "bfloat16". bfloat16 takes half the memory,
+            and rounds every weight to 8 significant bits, so that probabilities differ slightly and
+            texts can. On a CPU with AVX512-BF16 it is faster only for large models: 1.3 times at 30
+            million parameters, 0.7 times at 5 million.
 
     Returns:
         The model on its device, in evaluation mode; the tokenizer; the configuration.

@@ -72,7 +72,7 @@ def _attention_by_products(query: Tensor, key: Tensor, value: Tensor, dropout: f
     """Compute causal attention of (B, H, T, D) by two matrix products; holds the (T, T) weights.
 
     torch's fused CPU kernel computes bfloat16 products in float32: a forward and backward pass
-    takes 1.4 to 3 times as long as this.
+    takes two to three times as long as this.
     """
     n_sequences, n_heads, length, head_size = query.shape
     query, key, value = (part.flatten(0, 1) for part in (query, key, value))  # (B H, T, D)
