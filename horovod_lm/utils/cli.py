@@ -19,7 +19,7 @@ from horovod_lm.utils.errors import LostRankError, UserError
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 # Horovod: horovodrun reports the rank that ends first, which should be the one that failed.
-_SECONDS_AFTER_LOST_RANK = 3
+_SECONDS_AFTER_LOST_RANK = 2
 _SECONDS_AFTER_FIRST_RANK = 5
 
 
