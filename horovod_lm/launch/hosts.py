@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,8 +29,6 @@ from horovod_lm.utils.config import Config, HostConfig, load_config
 from horovod_lm.utils.errors import ConfigError, DistributedError, how_it_ended, last_line
 
 DEFAULT_HOSTFILE = "runs/hostfile"
-# Variables that our own ssh takes to another host; horovodrun takes all.
-FORWARDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 _READ_ENVIRONMENT = (
     'test -r "$0" || { echo "error: $HOROVOD_HOSTNAME lacks $0: copy it from the first host" >&2;'
     ' exit 2; }; . "$0"; exec "$@"'
@@ -39,9 +37,7 @@ SSH_TIMEOUT = 4  # seconds
 _RANK_LINE = re.compile(r"\[(\d+)\]<(?:stdout|stderr)>:(.*)")
 _LOST_RANK = "lost another rank"  # the error of a rank whose connections have closed
 _WATCHDOG = "stood still for"  # the message of the watchdog that killed its rank
-_FIRST_TO_FAIL = re.compile(
-    r"horovodrun: process (\d+) was the first to fail, with exit code (-?\d+)"
-)
+_FIRST_TO_FAIL = re.compile(r"horovodrun: process (\d+) was the first to fail, .* code (-?\d+)")
 
 
 def write_hostfile(config: Config, path: str | Path) -> Path:
@@ -82,9 +78,6 @@ def write_environment(config: Config, hosts_file: Path) -> None:
 
     Each rank reads it, and only its owner can. In the command that is printed, every user of the
     host would see them.
-
-    Raises:
-        ConfigError: the file cannot be written.
     """
     script = _exports(config.distributed.environment)
     for host in config.distributed.hosts:
@@ -126,10 +119,8 @@ def horovodrun_command(
         hostfile: what `write_hostfile` wrote.
 
     Raises:
-        ConfigError: the hosts are not valid, or the command is empty.
+        ConfigError: the hosts are not valid.
     """
-    if not command:
-        raise ConfigError("horovodrun needs a command to run on each rank")
     settings = config.distributed
     # With fewer ranks than slots, horovodrun would still start one process per slot.
     ranks = sum(host.slots for host in checked_hosts(config))
@@ -211,16 +202,6 @@ def wrong_names(config: Config) -> dict[str, tuple[str, str]]:
     return wrong
 
 
-def check_names(config: Config) -> None:
-    """Check the hosts' names.
-
-    Raises:
-        ConfigError: see `wrong_names`.
-    """
-    for name, (message, fix) in wrong_names(config).items():
-        raise ConfigError(f"{name} {message}: {fix}")
-
-
 def address_of(name: str) -> str | None:
     """Return the IPv4 address of a host's name, or None if this machine does not know it."""
     try:
@@ -236,28 +217,19 @@ def is_this_machine(name: str) -> bool:
     return address in mine or address.startswith("127.")
 
 
-def run(
-    config: Config,
-    command: Sequence[str],
-    hostfile: str | Path = DEFAULT_HOSTFILE,
-    file: str | Path = "FILE",
-) -> None:
+def run(config: Config, command: Sequence[str], hostfile: str | Path, file: str | Path) -> None:
     """Print the horovodrun command, run it, and show its output.
 
-    Ctrl-C and SIGTERM stop the job; its ranks save checkpoints and say how to resume.
-
-    Args:
-        config: its `distributed` section names the hosts.
-        command: what each rank runs.
-        hostfile: where to write the hostfile.
-        file: the configuration file, for messages.
+    Ctrl-C and SIGTERM stop the job; its ranks save checkpoints and say how to resume. Messages name
+    `file`, the configuration file.
 
     Raises:
         ConfigError: the hosts' names cannot be right.
         DistributedError: Horovod is not installed, a host cannot be reached, or the job failed.
         KeyboardInterrupt: the job was stopped.
     """
-    check_names(config)
+    for name, (message, fix) in wrong_names(config).items():
+        raise ConfigError(f"{name} {message}: {fix}")
     if shutil.which(program("horovodrun")) is None:
         raise DistributedError(
             f"Horovod is not installed: run {cli.command('horovod_lm.setup.install_horovod')}"
@@ -304,19 +276,16 @@ def silent_hosts(
 
     `copied`, if it exists, is copied to the same place on every host, readable by its owner only.
     """
-    content = copied.read_bytes() if copied and copied.exists() else None
+    content = copied.read_bytes() if copied and copied.exists() else b""
 
     def problem(name: str) -> str:
         line = "true"
-        if copied and content is not None:  # atomically: the hosts may share the disk
+        if content:  # atomically: the hosts may share the disk
             path, new = shlex.quote(str(copied)), shlex.quote(f"{copied}.{name}")
-            folder = shlex.quote(str(copied.parent))
-            line = f"umask 077; mkdir -p {folder} && cat > {new} && mv {new} {path}"
+            line = f'umask 077; mkdir -p "$(dirname {path})" && cat > {new} && mv {new} {path}'
         call = ssh_command(config, name, line, seconds)
         try:
-            done = subprocess.run(
-                call, input=content or b"", capture_output=True, timeout=seconds + 1
-            )
+            done = subprocess.run(call, input=content, capture_output=True, timeout=seconds + 1)
         except subprocess.TimeoutExpired:
             return f"no answer for {seconds} s"
         why = last_line(done.stderr.decode("utf-8", "replace")) or "it does not say why"
@@ -329,24 +298,19 @@ def silent_hosts(
 
 
 def explain(
-    config: Config, lines: Iterable[str], silent: Mapping[str, str], file: str | Path = "FILE"
+    config: Config, lines: Sequence[str], silent: Mapping[str, str], file: str | Path
 ) -> str:
     """Return why a job failed: hosts that cannot be reached, or the rank that hung or failed.
 
-    Args:
-        config: its `distributed` section names the hosts.
-        lines: the last lines of horovodrun's output.
-        silent: what `silent_hosts` returned.
-        file: the configuration file, for messages.
+    `lines` are the last ones of horovodrun's output; `silent` is what `silent_hosts` returned.
     """
     if silent:
         doctor = cli.command("horovod_lm.setup.doctor", "--hosts", file)
+        names = " and ".join(f"{name} ({why})" for name, why in silent.items())
         return (
-            f"cannot reach {' and '.join(f'{name} ({why})' for name, why in silent.items())}:"
-            " check the machine, its network, and distributed.ssh_user, ssh_port and"
-            f" ssh_identity_file; to check every host: {doctor}"
+            f"cannot reach {names}: check the machine, its network, and distributed.ssh_user,"
+            f" ssh_port and ssh_identity_file; to check every host: {doctor}"
         )
-    lines = list(lines)
     failed = [found for line in lines if (found := _FIRST_TO_FAIL.match(line))]
     if not failed:
         return f"horovodrun failed: {last_line(''.join(lines)).removeprefix('horovodrun: ')}"
@@ -383,16 +347,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         " hosts. With --run, also start it.",
     )
     add_config_arguments(parser, default="configs/cluster.yaml")
-    parser.add_argument(
-        "--hostfile", default=DEFAULT_HOSTFILE, metavar="PATH",
-        help="where to write it (default: %(default)s in the project's folder)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--run", action="store_true", help="start the job; if it fails, name the host or rank"
-    )
-    parser.add_argument(
-        "command", nargs="*", metavar="COMMAND", help="after --: what to run instead of training"
-    )
+    add = parser.add_argument
+    place_help = "where to write it (default: %(default)s in the project's folder)"
+    add("--hostfile", default=DEFAULT_HOSTFILE, metavar="PATH", help=place_help)
+    add("--run", action="store_true", help="start the job; if it fails, name the host or rank")
+    command_help = "after --: what to run instead of training"
+    add("command", nargs="*", metavar="COMMAND", help=command_help)
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     words = arguments.command or training_command(arguments)

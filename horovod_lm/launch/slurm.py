@@ -118,12 +118,7 @@ def run(call: Sequence[str]) -> int:
 
 
 def rank_environment(task: Mapping[str, str], hosts: Sequence[str]) -> dict[str, str]:
-    """Return Horovod's variables for one task.
-
-    Args:
-        task: the task's environment, as srun has set it.
-        hosts: the job's hosts.
-    """
+    """Return the environment of one rank: that of its task, as srun has set it, and Horovod's."""
     node, local_rank = int(task["SLURM_NODEID"]), int(task["SLURM_LOCALID"])
     tasks = tasks_per_node(task["SLURM_STEP_TASKS_PER_NODE"])
     peers = [other for other, count in enumerate(tasks) if count > local_rank]

@@ -154,9 +154,8 @@ def build_environment(toolchain: Toolchain, jobs: int) -> dict[str, str]:
         "HOROVOD_LOCAL_VERSION": f"lm.{toolchain.key}",
         "HOROVOD_CMAKE": find_cmake(),
         "CMAKE_POLICY_VERSION_MINIMUM": "3.5",  # the bundled Gloo asks for 2.8; CMake 4 refuses
-        "CMAKE_GENERATOR": "Unix Makefiles",  # the progress is read from make's percentages
+        "CMAKE_GENERATOR": "Unix Makefiles",  # it reads MAKEFLAGS
         "MAKEFLAGS": f"-j{jobs}",  # never what is inherited: `make setup` sets it for itself
-        "PYTHONUNBUFFERED": "1",
     }
     if toolchain.nccl:
         env["HOROVOD_GPU_OPERATIONS"] = "NCCL"

@@ -13,7 +13,6 @@ ranks and times an allreduce between them.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -26,7 +25,7 @@ from pathlib import Path
 from horovod_lm.setup.cuda import why_no_gpu
 from horovod_lm.setup.environment import Setup, former_folder, make_command
 from horovod_lm.setup.finding import FAIL, OK, WARN, Finding
-from horovod_lm.setup.install_horovod import installed_version, key_of, why_not_right
+from horovod_lm.setup.install_horovod import installed_version, key_of
 from horovod_lm.setup.toolchain import inspect_toolchain
 from horovod_lm.setup.trial import TrialError, try_horovod
 from horovod_lm.utils import machine
@@ -39,13 +38,6 @@ INSTALL = "horovod_lm.setup.install_horovod"
 LEAST_MEMORY, LEAST_DISK, LEAST_SHARED_MEMORY = 2 * GIB, 1 * GIB, 0.25 * GIB
 
 
-def gpus_seen() -> list[str]:
-    """Return the names of the GPUs that torch can use."""
-    import torch
-
-    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-
-
 def check_python() -> Iterator[Finding]:
     """Python, and the folder of the package."""
     version = ".".join(map(str, sys.version_info[:3]))
@@ -53,10 +45,7 @@ def check_python() -> Iterator[Finding]:
     if moved_from := former_folder(Path(sys.prefix)):
         message = f"moved: its programs start the Python of {moved_from}"
         yield Finding("environment", FAIL, message, make_command("setup", Path(sys.prefix)))
-    try:
-        version = importlib.metadata.version("horovod_lm")
-    except importlib.metadata.PackageNotFoundError:
-        version = "not installed"
+    version = machine.package_version("horovod_lm") or "not installed"
     yield Finding("horovod_lm", OK, f"{version}, {Path(__file__).resolve().parents[1]}")
 
 
@@ -68,8 +57,9 @@ def check_torch() -> Iterator[Finding]:
         yield Finding("torch", FAIL, f"cannot be imported: {error}", install_torch_again())
         return
     yield Finding("torch", OK, torch.__version__)
-    if gpus_seen():
-        yield Finding("GPU", OK, ", ".join(gpus_seen()))
+    gpus = range(torch.cuda.device_count())
+    if gpus:
+        yield Finding("GPU", OK, ", ".join(map(torch.cuda.get_device_name, gpus)))
     else:
         yield missing_gpu(torch.version.cuda)
 
@@ -111,31 +101,34 @@ def check_setup(folder: Path) -> Iterator[Finding]:
 
 def check_horovod() -> Iterator[Finding]:
     """Horovod: installed, built by this project, working; its communication libraries."""
-    version, rebuild = installed_version(), command(INSTALL, "--force")
+    version = installed_version()
     if version is None:
         yield Finding("Horovod", FAIL, "not installed", command(INSTALL))
         return
     try:
         built = try_horovod().built
     except TrialError as error:
-        yield Finding("Horovod", FAIL, f"{version} does not work: {error}", rebuild)
+        message = f"{version} does not work: {error}"
+        yield Finding("Horovod", FAIL, message, command(INSTALL, "--force"))
         return
     if key_of(version) is None:
-        yield Finding("Horovod", WARN, why_not_right(version), command(INSTALL))
+        message = f"Horovod {version} was not built by this project, so it lacks the patches"
+        yield Finding("Horovod", WARN, message, command(INSTALL))
     else:
         yield Finding("Horovod", OK, f"{version}, built here with the patches")
     message = ", ".join(f"{name} {'yes' if has else 'no'}" for name, has in built.items())
-    if not built["gloo"]:
-        yield Finding("transports", FAIL, f"{message}; the course needs gloo", rebuild)
-    elif gpus_seen() and not built["nccl"]:
-        message += "; gradients on GPUs are reduced in CPU memory"
-        if len(gpus_seen()) == 1:
-            yield Finding("transports", OK, f"{message}, which is right for one GPU")
-        else:
-            why_not = inspect_toolchain().why_not
-            yield Finding("transports", WARN, message, f"for speed: {why_not or command(INSTALL)}")
-    else:
+    from torch.cuda import device_count  # it can be imported, or the trial would have failed
+
+    gpus = device_count()
+    if built["nccl"] or not gpus:
         yield Finding("transports", OK, f"{message} (the course needs gloo)")
+        return
+    message += "; gradients on GPUs are reduced in CPU memory"
+    if gpus == 1:
+        yield Finding("transports", OK, f"{message}, which is right for one GPU")
+    else:
+        fix = inspect_toolchain().why_not or command(INSTALL)
+        yield Finding("transports", WARN, message, f"for speed: {fix}")
 
 
 def check_cores() -> Iterator[Finding]:
@@ -206,8 +199,7 @@ CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
 def examine(folder: Path) -> Iterator[Finding]:
     """Yield the findings of all checks in order; an exception in a check is itself a finding.
 
-    Args:
-        folder: the environment to create where this Python lacks the packages of the course.
+    `folder` is the environment to create where this Python lacks the packages of the course.
     """
     checks = CHECKS
     if not all(map(importlib.util.find_spec, ("torch", "psutil"))):
@@ -228,11 +220,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead")
-    parser.add_argument("--hosts", metavar="FILE", help="check the hosts of this configuration")
-    parser.add_argument(
-        "--venv", type=Path, default=sys.prefix, help="the environment to create if none is active"
-    )
+    add = parser.add_argument
+    add("--json", action="store_true", help="print one JSON document instead")
+    add("--hosts", metavar="FILE", help="check the hosts of this configuration")
+    venv_help = "the environment to create if none is active"
+    add("--venv", type=Path, default=sys.prefix, help=venv_help)
     arguments = parser.parse_args(argv)
     found = examine(arguments.venv)
     if arguments.hosts is not None:
@@ -240,21 +232,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         from horovod_lm.utils.config import load_config
 
         found = examine_hosts(load_config(arguments.hosts))
-    findings = []
+    fails = 0
+    shown = []
     for finding in found:
-        findings.append(finding)
+        fails += finding.verdict == FAIL
+        shown.append(finding._asdict())
         if not arguments.json:
             print(f"{finding.verdict:<5} {finding.subject:<11} {finding.message}")
             print(f"{'':<17} -> {finding.fix}\n" if finding.fix else "", end="", flush=True)
-    fails = sum(finding.verdict == FAIL for finding in findings)
     if arguments.json:
-        report = {"works": not fails, "findings": [finding._asdict() for finding in findings]}
-        print(json.dumps(report, indent=2))
+        print(json.dumps({"works": not fails, "findings": shown}, indent=2))
     elif fails:
         print(f"{fails} problem(s) to fix.")
     else:
-        works = "these hosts can train together." if arguments.hosts else "the course works here."
-        print(works)
+        print("these hosts can train together." if arguments.hosts else "the course works here.")
     return 1 if fails else 0
 
 

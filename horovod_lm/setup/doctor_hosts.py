@@ -13,79 +13,63 @@ import select
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import suppress
 from typing import Any
 
-from horovod_lm.launch.hosts import (
-    FORWARDED,
-    checked_hosts,
-    is_this_machine,
-    ssh_command,
-    wrong_names,
-)
+from horovod_lm.launch.hosts import checked_hosts, is_this_machine, ssh_command, wrong_names
 from horovod_lm.setup.finding import FAIL, OK, WARN, Finding
 from horovod_lm.training.host_check import SECONDS_TO_CONNECT, fix_difference
-from horovod_lm.utils.config import Config
-from horovod_lm.utils.errors import DistributedError, last_line
+from horovod_lm.utils.config import Config, HostConfig
 
 SECONDS_TO_ANSWER = 60  # the project may be on a network disk
 SECONDS_APART = 2.0  # with clocks further apart, logs of two hosts are hard to compare
+# Variables that go to another host; horovodrun takes all. Only these, because a command line is
+# visible to every user of both hosts.
+FORWARDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 Facts = dict[str, Any]
 
 
 class HostProcess:
-    """A `host_check` process on a host, which answers questions in JSON.
+    """A `host_check` process on a host, which answers questions in JSON."""
 
-    Args:
-        config: how to log in, and what to check.
-        name: of the host.
-    """
-
-    def __init__(self, config: Config, name: str) -> None:
-        self.name = name
-        self._errors = tempfile.TemporaryFile("w+", errors="replace")
-        host = next(host for host in checked_hosts(config) if host.name == name)
+    def __init__(self, config: Config, host: HostConfig) -> None:
+        self.name = host.name
         variables = os.environ | config.distributed.environment | host.environment
-        # Only these, because a command line is visible to every user of both hosts.
         words = ["env", *(f"{key}={variables[key]}" for key in FORWARDED if key in variables)]
         # A host with a PATH of its own has a `python` of its own.
         python = "python" if "PATH" in host.environment else sys.executable
         words += [python, "-m", "horovod_lm.training.host_check"]
         line = f"cd {shlex.quote(str(config.project_root))} && {shlex.join(words)}"
-        here = is_this_machine(name)
+        here = is_this_machine(host.name)
         self._process = subprocess.Popen(
-            ["sh", "-c", line] if here else ssh_command(config, name, line),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            ["sh", "-c", line] if here else ssh_command(config, host.name, line),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             bufsize=0,  # `select` does not see what is in a buffer
         )  # fmt: skip
         assert self._process.stdin is not None and self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
 
-    def ask(self, question: Facts, seconds: float = SECONDS_TO_ANSWER) -> Facts:
-        """Send a question and return the answer; "apart": seconds of its clock ahead of ours.
+    def ask(self, question: Facts, seconds: float = SECONDS_TO_ANSWER) -> Facts | str:
+        """Send a question; return the answer, or the reason why there is none.
 
-        Raises:
-            DistributedError: there was no answer; the text is the reason, without the host's name.
+        "apart" in the answer: seconds of its clock ahead of ours.
         """
-        try:
+        said = ""
+        with suppress(BrokenPipeError):  # it has ended: its output says why
             self._stdin.write(json.dumps(question).encode() + b"\n")
-            while select.select([self._stdout], [], [], seconds)[0]:
-                line = self._stdout.readline()
-                if not line:
-                    raise BrokenPipeError
-                if line.startswith(b"{"):  # a login may print a greeting first
-                    answer = dict(json.loads(line))
-                    return answer | {"apart": answer["time"] - time.time()}
-        except BrokenPipeError:
-            code = self._process.wait()
-            self._errors.seek(0)
-            lines = [line for line in self._errors if not line.startswith("Warning:")]
-            raise DistributedError(last_line("".join(lines)) or f"exit code {code}") from None
-        raise DistributedError(f"no answer for {seconds:g} s")
+        while select.select([self._stdout], [], [], seconds)[0]:
+            line = self._stdout.readline().decode("utf-8", "replace")
+            if not line:
+                return said or f"exit code {self._process.wait()}"
+            if line.startswith("{"):  # a login may print a greeting first
+                answer = dict(json.loads(line))
+                return answer | {"apart": answer["time"] - time.time()}
+            if line.strip() and not line.startswith("Warning:"):
+                said = line.strip()
+        return f"no answer for {seconds:g} s"
 
     def close(self) -> None:
         """End the process there and here."""
@@ -96,7 +80,6 @@ class HostProcess:
         self._process.kill()
         self._process.wait()
         self._stdout.close()
-        self._errors.close()
 
 
 def examine_hosts(config: Config) -> Iterator[Finding]:
@@ -108,20 +91,21 @@ def examine_hosts(config: Config) -> Iterator[Finding]:
     wrong = wrong_names(config)
     for name, (message, fix) in wrong.items():
         yield Finding(name, FAIL, message, fix)
-    names = [host.name for host in checked_hosts(config) if host.name not in wrong]
-    with ExitStack() as stack:
-        yield from _examine(
-            config, [stack.enter_context(closing(HostProcess(config, name))) for name in names]
-        )
+    hosts = [host for host in checked_hosts(config) if host.name not in wrong]
+    processes = [HostProcess(config, host) for host in hosts]
+    try:
+        yield from _examine(config, processes)
+    finally:
+        for process in processes:
+            process.close()
 
 
 def _examine(config: Config, processes: Sequence[HostProcess]) -> Iterator[Finding]:
     question = {"config": config.to_dict(), "root": str(config.project_root)}
-    answers = _ask_all(processes, question)
     found: dict[str, Facts] = {}  # of the hosts that answered
-    for name, answer in answers.items():
-        if isinstance(answer, DistributedError):
-            yield _unreachable(config, name, str(answer))
+    for name, answer in _ask_all(processes, question).items():
+        if isinstance(answer, str):
+            yield _unreachable(config, name, answer)
         else:
             found[name] = answer
     there = [process for process in processes if process.name in found]
@@ -136,24 +120,19 @@ def _examine(config: Config, processes: Sequence[HostProcess]) -> Iterator[Findi
         yield _interface(name, facts, config.distributed.interface)
         ahead = facts["apart"]
         message = f"clock: {abs(ahead):.1f} s {'ahead' if ahead > 0 else 'behind'}"
-        if abs(ahead) > SECONDS_APART:
-            yield Finding(name, WARN, message, f"on {name}: timedatectl set-ntp true")
-        else:
+        if abs(ahead) <= SECONDS_APART:
             yield Finding(name, OK, message)
+        else:
+            yield Finding(name, WARN, message, f"on {name}: timedatectl set-ntp true")
         yield from _ports(name, calls[name])
 
 
 def _ask_all(
     processes: Sequence[HostProcess], question: Facts, seconds: float = SECONDS_TO_ANSWER
-) -> dict[str, Facts | DistributedError]:
-    def ask(process: HostProcess) -> tuple[str, Facts | DistributedError]:
-        try:
-            return process.name, process.ask(question, seconds)
-        except DistributedError as error:
-            return process.name, error
-
+) -> dict[str, Facts | str]:
     with ThreadPoolExecutor(len(processes) or 1) as pool:
-        return dict(pool.map(ask, processes))
+        answers = pool.map(lambda process: process.ask(question, seconds), processes)
+        return {process.name: answer for process, answer in zip(processes, answers, strict=True)}
 
 
 def _unreachable(config: Config, name: str, why: str) -> Finding:
@@ -197,8 +176,8 @@ def _interface(name: str, facts: Facts, wanted: str | None) -> Finding:
     return Finding(name, OK, f"interface: {wanted} is {facts['address']}")
 
 
-def _ports(name: str, calls: Facts | DistributedError) -> Iterator[Finding]:
-    if isinstance(calls, DistributedError):
+def _ports(name: str, calls: Facts | str) -> Iterator[Finding]:
+    if isinstance(calls, str):
         yield Finding(name, FAIL, f"ports: {calls}", "run this again")
         return
     for peer, why in calls["failed"].items():

@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 from urllib.request import urlopen
 
 from horovod_lm.setup.cuda import numbers
@@ -81,38 +81,24 @@ class TorchSource(NamedTuple):
     """Where pip gets torch from."""
 
     options: list[str]  # of `pip install`; only torch comes from the index that they name
-    kind: Literal["CPU", "CUDA"]  # the largest build that is to be expected there
+    kind: str  # "CPU" or "CUDA", the largest build that is to be expected there
     remark: str = ""  # a sentence for the user if the index does not answer
 
 
 class Setup:
-    """One run of set-up.
-
-    Args:
-        folder: of the environment.
-        horovod_options: of `install_horovod`.
-
-    Attributes:
-        log: the output of the steps; locked while a set-up works in the folder.
-        temporary: temporary files of pip and the build; always removed at the end.
-        stamp: the digest with which the last set-up was completed.
-    """
+    """One run of set-up, in the folder of an environment; the options are `install_horovod`'s."""
 
     def __init__(self, folder: Path, horovod_options: Sequence[str] = ()) -> None:
         self.folder = folder
         self.horovod_options = list(horovod_options)
         self.pins = read_pins(ROOT / "pyproject.toml")
-        self.log = folder / "horovod_lm-setup.log"
-        self.temporary = folder / "horovod_lm-setup.tmp"
-        self.stamp = folder / "horovod_lm-setup.done"
+        self.log = folder / "horovod_lm-setup.log"  # locked while a set-up works in the folder
+        self.temporary = folder / "horovod_lm-setup.tmp"  # always removed at the end
+        self.stamp = folder / "horovod_lm-setup.done"  # `digest()` of the last complete set-up
         self.variables = os.environ | {"TMPDIR": str(self.temporary)}  # of the steps
 
     def run(self) -> None:
-        """Run all steps, unless nothing has changed since they were completed.
-
-        Raises:
-            UserError: something is missing, or a step failed.
-        """
+        """Run all steps, unless nothing has changed since they were completed."""
         if self.is_ready():
             print(f"{shown(self.folder)} is ready: nothing to do.")
             return
@@ -122,26 +108,22 @@ class Setup:
         with self.hold():
             print(f"setting up {self.folder}; log: {self.log}", flush=True)
             environment = find_environment(self.folder) or self.make_environment()
+            python = str(environment.python)
             if not environment.has_pip:
-                self.step("pip", [str(environment.python), "-m", "ensurepip", "--upgrade"])
+                self.step("pip", [python, "-m", "ensurepip", "--upgrade"])
             if self.lacks_torch(environment):
                 self.install_torch(environment)
             project = f"{ROOT}[{EXTRAS}]"
-            install = pip_command("install", "-e", project, python=environment.python)
-            self.step("the project", install)
-            command = [str(environment.python), "-m", "horovod_lm.setup.install_horovod"]
-            if call([*command, *self.horovod_options], cwd=ROOT, env=self.variables):
+            self.step("the project", pip_command("install", "-e", project, python=python))
+            command = [python, "-m", "horovod_lm.setup.install_horovod", *self.horovod_options]
+            if call(command, cwd=ROOT, env=self.variables):
                 raise UserError("Horovod is not installed, for the reason above")
             self.stamp.write_text(self.digest())
         elapsed = format_seconds(time.monotonic() - started)
         print(f"{shown(self.folder)} is ready, after {elapsed}.")
 
     def missing(self) -> list[str]:
-        """Return what set-up lacks on this machine, one sentence each; nothing is changed.
-
-        Raises:
-            UserError: the folder contains a Python that does not run.
-        """
+        """Return what set-up lacks on this machine, one sentence each; nothing is changed."""
         environment, missing = find_environment(self.folder), []
         if environment is None:
             if os.path.lexists(self.folder) and not self.may_be_made():
@@ -199,9 +181,8 @@ class Setup:
 
     def lacks_torch(self, environment: Environment | None) -> bool:
         """Return whether torch is not installed, or too old."""
-        if environment is None or environment.torch is None:
-            return True
-        return numbers(environment.torch) < numbers(self.pins["oldest_torch"])
+        torch = environment.torch if environment else None
+        return torch is None or numbers(torch) < numbers(self.pins["oldest_torch"])
 
     def may_be_made(self) -> bool:
         """Return whether the folder is empty or an environment whose Python is gone."""
@@ -244,11 +225,7 @@ class Setup:
         self.step(f"torch {self.pins['torch']}", command)
 
     def step(self, title: str, command: list[str]) -> None:
-        """Run a command, with its output in the log.
-
-        Raises:
-            UserError: it failed; with the last lines of its output.
-        """
+        """Run a command, with its output in the log, whose last lines explain a failure."""
         with self.log.open("a", encoding="utf-8") as log:
             log.write(f"\n$ {shlex.join(command)}\n")
         if not run_step(title, command, self.log, cwd=ROOT, env=self.variables):
@@ -286,9 +263,9 @@ class Setup:
 
 def torch_source() -> TorchSource:
     """Choose the index of torch by the driver; TORCH_INDEX_URL may name another one."""
-    default = "" if has_gpu_driver() or sys.platform != "linux" else CPU_INDEX
+    kind = "CUDA" if sys.platform == "linux" else "CPU"  # of pip's own index
+    default = "" if has_gpu_driver() or kind == "CPU" else CPU_INDEX
     index = os.environ.get("TORCH_INDEX_URL") or default
-    kind: Literal["CPU", "CUDA"] = "CUDA" if sys.platform == "linux" else "CPU"
     if not index:
         return TorchSource([], kind)
     try:
@@ -387,19 +364,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="make setup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--venv",
-        type=Path,
-        default=ROOT / ".venv",
-        help="the environment to create or to use; an active one: $VIRTUAL_ENV or $CONDA_PREFIX",
-    )
-    parser.add_argument(
-        "--horovod-options",
-        default="",
-        metavar="OPTIONS",
-        help="for horovod_lm.setup.install_horovod, for example '--no-nccl'",
-    )
-    parser.add_argument("--next", action="store_true", help="print how to use the environment")
+    add = parser.add_argument
+    use = "the environment to create or to use; an active one: $VIRTUAL_ENV or $CONDA_PREFIX"
+    add("--venv", type=Path, default=ROOT / ".venv", help=use)
+    build_help = "for horovod_lm.setup.install_horovod, for example '--no-nccl'"
+    add("--horovod-options", default="", metavar="OPTIONS", help=build_help)
+    add("--next", action="store_true", help="print how to use the environment")
     arguments = parser.parse_args(argv)
     folder = arguments.venv.absolute()
     interrupt_on_termination()

@@ -29,7 +29,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,24 +44,25 @@ def install_horovod(
 ) -> None:
     """Make sure that the build of `toolchain` is installed and works; print what was done.
 
-    Args:
-        toolchain: what to build for, from `inspect_toolchain`.
-        force: build again, even if this build is installed or kept.
-        jobs: the number of compilers at a time; None: as cores and memory allow.
-        target: a folder for PYTHONPATH to install into; None: this environment.
-
-    Raises:
-        UserError: a step failed; running it again starts afresh.
+    `force` builds it again. `target` is a folder for PYTHONPATH; None: this environment.
     """
-    cache = writable(cache_folder())
+    cache = cache_folder()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / "lock").touch()
+    except OSError as error:
+        raise UserError(
+            f"Horovod's builds are kept in {cache}, which cannot be written ({error.strerror});"
+            " name another folder: HOROVOD_LM_CACHE=/a/folder"
+        ) from None
     with lock(cache / "lock", "another installation of Horovod"):
         here = installed_version(target)
         if key_of(here) == toolchain.key and not force:
             try_build(toolchain, target)
             print(f"Nothing to do: Horovod {here} is installed and works, {toolchain.summary}.")
             return
-        if here is not None and not force:
-            print(f"replacing what is installed: {why_not_right(here)}.", flush=True)
+        if here and not force:
+            print(f"replacing Horovod {here}, which is another build", flush=True)
         wheel = None if force else kept_wheel(cache, toolchain.key)
         if wheel is not None:
             print(f"installing the wheel kept from an earlier build: {wheel}", flush=True)
@@ -82,31 +82,12 @@ def install_horovod(
 def cache_folder() -> Path:
     """Return the folder for wheels, the source and logs."""
     chosen = os.environ.get("HOROVOD_LM_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    return user_cache() / "horovod_lm"
+    return Path(chosen).expanduser().absolute() if chosen else user_cache() / "horovod_lm"
 
 
 def user_cache() -> Path:
     """Return the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-
-
-def writable(cache: Path) -> Path:
-    """Create the folder for builds if necessary, and return it.
-
-    Raises:
-        UserError: it cannot be created or written.
-    """
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache):
-            return cache
-    except OSError as error:
-        raise UserError(
-            f"Horovod's builds are kept in {cache}, which cannot be written ({error.strerror});"
-            " name another folder: HOROVOD_LM_CACHE=/a/folder"
-        ) from None
 
 
 def installed_version(target: Path | None = None) -> str | None:
@@ -123,15 +104,6 @@ def key_of(version: str | None) -> str | None:
     return found.group(1) if found else None
 
 
-def why_not_right(version: str | None) -> str:
-    """Return why an installed version with another key than the wanted one is not right."""
-    if version is None:
-        return "Horovod is not installed"
-    if key_of(version) is None:
-        return f"Horovod {version} was not built by this project, so it lacks the patches"
-    return f"Horovod {version} was built with other patches or options, or for another torch"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(
@@ -140,12 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "--nccl",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="include NCCL, for GPUs (default: with a CUDA build of torch and NVIDIA's driver)",
-    )
+    nccl_help = "include NCCL, for GPUs (default: with a CUDA build of torch and NVIDIA's driver)"
+    add("--nccl", action=argparse.BooleanOptionalAction, help=nccl_help)
     add("--force", action="store_true", help="build again, even if nothing has changed")
     add("--jobs", type=int, metavar="N", help="compilers at a time (default: cores and memory)")
     add("--target", type=Path, metavar="FOLDER", help="install into this folder, for PYTHONPATH")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from typing import Any
 from horovod_lm.utils.errors import last_line
 from horovod_lm.utils.progress import ProgressLine, format_seconds
 
-PERCENT = re.compile(r"^\s*\[\s*(\d{1,3})%\] (?:Building|Linking|Built)", re.MULTILINE)
 TICK_SECONDS = 1.0
 INTERRUPTS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
@@ -57,7 +55,6 @@ def call(
     its cleaning up.
 
     Args:
-        command: the program and its arguments.
         tick: called about once a second.
         seconds: the time limit.
         grace: seconds between SIGINT and SIGKILL, for the command and all its children.
@@ -111,29 +108,22 @@ def end_group(process: subprocess.Popen[Any], grace: float) -> None:
 def run_step(title: str, command: Sequence[str], log: Path, **options: Any) -> bool:
     """Run a command with its output appended to `log`; return whether it succeeded.
 
-    A terminal shows its time and the percentage that is compiled in one line; elsewhere a line is
-    printed at the start, for each tenth, and at the end. `options` are those of `call`.
+    A terminal shows its time. `options` are those of `call`.
     """
-    line, started, percent = ProgressLine(), time.monotonic(), 0
+    line, started = ProgressLine(), time.monotonic()
 
-    def show() -> None:
-        nonlocal percent
-        # Parallel compilers finish out of order: the largest percentage counts.
-        found = PERCENT.findall(log.read_text(encoding="utf-8", errors="replace"))
-        newest = max(map(int, found), default=0)
-        is_new_tenth, percent = newest // 10 > percent // 10, newest
-        compiled = f"{percent} % compiled, " if percent else ""
-        elapsed = format_seconds(time.monotonic() - started)
-        line.update(f"  {title} ... {compiled}{elapsed}", keep=is_new_tenth)
+    def elapsed() -> str:
+        return format_seconds(time.monotonic() - started)
 
     line.update(f"  {title} ...", keep=True)
     outcome = "stopped"
     try:
         with log.open("a", encoding="utf-8") as file:
-            code = call(command, show, stdout=file, stderr=subprocess.STDOUT, **options)
+            options |= {"stdout": file, "stderr": subprocess.STDOUT}
+            code = call(command, lambda: line.update(f"  {title} ... {elapsed()}"), **options)
         outcome = "done" if code == 0 else "failed"
     finally:
-        line.say(f"  {title}: {outcome} after {format_seconds(time.monotonic() - started)}")
+        line.say(f"  {title}: {outcome} after {elapsed()}")
     return code == 0
 
 

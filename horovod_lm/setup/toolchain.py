@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from horovod_lm.setup.cuda import Cuda, find_cuda, why_no_gpu
@@ -20,43 +20,26 @@ from horovod_lm.setup.patches import HOROVOD_VERSION, patches_digest
 from horovod_lm.utils.errors import UserError
 
 NOT_IN_KEY = ("cuda", "why_not")
-# Features of C++17, so that a compiler that only accepts the option does not pass.
-CPP17_PROGRAM = """
-#include <optional>
+# A compiler that only accepts the option does not pass.
+CPP17_PROGRAM = b"""
 #include <string_view>
-#include <utility>
-int main() {
-  auto [a, b] = std::pair{1, std::string_view{"x"}};
-  if constexpr (sizeof(int) > 1) return std::optional<int>{a}.value() - int(b.size());
-}
+int main() { if constexpr (sizeof(int) > 1) return std::string_view{"x"}.size(); }
 """
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Everything that determines what a build contains.
+    """Everything that determines what a build contains."""
 
-    Attributes:
-        horovod: the version of Horovod.
-        patches: the digest of the patches.
-        torch: the version of the installed torch.
-        python: the Python ABI of the wheel.
-        platform: operating system and processor.
-        compiler: the first line of the C++ compiler's --version.
-        nccl: the versions of CUDA and NCCL and the GPU architectures, or None without NCCL.
-        cuda: where they are; not part of the key.
-        why_not: why there is no NCCL, or no GPU for it; not part of the key.
-    """
-
-    horovod: str
-    patches: str
-    torch: str
-    python: str
-    platform: str
-    compiler: str
-    nccl: str | None = None
-    cuda: Cuda | None = field(default=None, compare=False)
-    why_not: str = field(default="", compare=False)
+    horovod: str  # its version
+    patches: str  # their digest
+    torch: str  # the version that is installed
+    python: str  # the Python ABI of the wheel
+    platform: str  # operating system and processor
+    compiler: str  # the first line of the C++ compiler's --version
+    nccl: str | None = None  # the versions of CUDA and NCCL, and the GPU architectures
+    cuda: Cuda | None = None  # where CUDA and NCCL are; not part of the key
+    why_not: str = ""  # why there is no NCCL, or no GPU for it; not part of the key
 
     @property
     def key(self) -> str:
@@ -76,11 +59,7 @@ class Toolchain:
 def inspect_toolchain(nccl: bool | None = None) -> Toolchain:
     """Inspect what is installed, and decide what the build will contain.
 
-    Args:
-        nccl: include NCCL; None: where there is an NVIDIA driver and a CUDA build of torch.
-
-    Raises:
-        UserError: something that the build needs, or that was requested, is missing.
+    With `nccl` None, NCCL is included where an NVIDIA driver and a CUDA build of torch are.
     """
     try:
         import torch
@@ -113,8 +92,7 @@ def inspect_toolchain(nccl: bool | None = None) -> Toolchain:
 def missing_for_build(include: str | Path | None = None) -> list[str]:
     """Return what is missing on this system to compile Horovod, one sentence each.
 
-    Args:
-        include: the folder for Python's headers; None: this Python's.
+    `include` is the folder for Python's headers; None: this Python's.
     """
     missing = []
     places = [include or sysconfig.get_path("include")]
@@ -132,7 +110,7 @@ def missing_for_build(include: str | Path | None = None) -> list[str]:
         return [*missing, str(error)]
     # Nothing is written, so that a full disk cannot make this fail.
     command = [compiler, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
-    if subprocess.run(command, input=CPP17_PROGRAM.encode(), capture_output=True).returncode:
+    if subprocess.run(command, input=CPP17_PROGRAM, capture_output=True).returncode:
         missing.append(
             f"the C++ compiler `{compiler}` does not compile C++17, which torch's headers need; "
             "install a newer one (GCC 9 or later) and name it: make setup CXX=..."
@@ -141,11 +119,7 @@ def missing_for_build(include: str | Path | None = None) -> list[str]:
 
 
 def find_compiler() -> str:
-    """Return the C++ compiler that CMake will use: $CXX, or the first of c++, g++, clang++.
-
-    Raises:
-        UserError: there is none, or CXX names a program that does not exist.
-    """
+    """Return the C++ compiler that CMake will use: $CXX, or the first of c++, g++, clang++."""
     chosen = os.environ.get("CXX", "").split()
     if chosen and not shutil.which(chosen[0]):
         raise UserError(f"CXX names {chosen[0]}, which was not found; install it, or unset CXX")

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from horovod_lm.setup.steps import call
 from horovod_lm.utils.errors import UserError, last_line
@@ -44,8 +44,7 @@ class TrialError(UserError, RuntimeError):
     """Horovod failed; the text is the last line that it printed."""
 
 
-@dataclass(frozen=True)
-class Trial:
+class Trial(NamedTuple):
     """What a trial found."""
 
     built: dict[str, bool]  # whether "gloo" and "nccl" are in the build

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path, PurePosixPath
 
 import jsonschema
@@ -13,6 +12,7 @@ import yaml
 from horovod_lm.teaching.simulated_hosts import INTERFACE, Hosts, why_not_here
 from horovod_lm.utils.config import load_config, save_config
 from tests.conftest import ROOT
+from tests.launch.runs import copy_of
 
 JOBS = ROOT / "configs" / "jobs"
 WHY_NOT = why_not_here()
@@ -59,9 +59,7 @@ def test_launcher_and_workers_are_one_image_with_runs_and_data_on_the_volume(job
 def test_the_pods_of_kubernetes_train_and_a_job_that_is_replaced_resumes(
     job, tiny_project, tmp_path, monkeypatch
 ):
-    project = tmp_path / "a project"  # without runs
-    for name in ("configs", "data"):
-        shutil.copytree(tiny_project / name, project / name)
+    project = copy_of(tiny_project, tmp_path / "a project")
     config = load_config(project / "configs" / "tiny.yaml", ["training.max_steps=5"])
     save_config(config, project / "configs" / "cluster.yaml")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

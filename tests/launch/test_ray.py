@@ -7,20 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import torch
 
 from horovod_lm.teaching.simulated_hosts import Hosts, InHost, why_not_here
-from horovod_lm.training.checkpoint import checkpoint_step, find_checkpoints, read_checkpoint
-from horovod_lm.training.metrics import read_metrics
+from horovod_lm.training.checkpoint import checkpoint_step, find_checkpoints
 from tests.conftest import ROOT
+from tests.launch.runs import assert_same_run, copy_of, steps_of, wait_until
 
 WHY_NOT = why_not_here()
 if importlib.util.find_spec("ray") is None:
@@ -69,25 +67,12 @@ class Cluster:
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
 
-    def steps(self) -> int:
-        """Return the last step that the run has recorded."""
-        if not (self.run_dir / "metrics.csv").is_file():
-            return 0
-        return max((row["step"] for row in read_metrics(self.run_dir)), default=0)
-
     def wait_for_steps(self, name: str) -> None:
-        target = self.steps() + 5
-        wait_until(lambda: self.steps() >= target, 120, lambda: self.log(name))
+        target = steps_of(self.run_dir) + 5
+        wait_until(lambda: steps_of(self.run_dir) >= target, 120, lambda: self.log(name))
 
     def wait_for_end(self, name: str) -> None:
         wait_until(lambda: not processes(self.project), 60, lambda: self.log(name))
-
-
-def wait_until(condition: Callable[[], bool], seconds: float, said: Callable[[], str]) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, said()
-        time.sleep(0.1)
 
 
 def processes(project: Path) -> list[psutil.Process]:
@@ -109,9 +94,7 @@ def is_rank_1(process: psutil.Process) -> bool:
 
 @pytest.fixture(scope="module")
 def cluster(tiny_project: Path, tmp_path_factory) -> Iterator[Cluster]:
-    project = tmp_path_factory.mktemp("ray") / "a project"
-    for name in ("configs", "data"):
-        shutil.copytree(tiny_project / name, project / name)
+    project = copy_of(tiny_project, tmp_path_factory.mktemp("ray") / "a project")
     shutil.copytree(ROOT / "configs" / "jobs", project / "configs" / "jobs")
     # Each host has its own folder of sockets, whose paths must be short.
     with Hosts(2, own_folders=["/tmp/ray"]) as hosts:
@@ -130,7 +113,7 @@ def test_jobs_that_are_stopped_killed_and_submitted_again_equal_a_run_of_horovod
     cluster.wait_for_end("first")
     assert first.wait(60) == stop.wait(60) == 0
     assert "2 ranks on the CPU, 1 thread each" in cluster.log("first")
-    stopped_at = cluster.steps()
+    stopped_at = steps_of(cluster.run_dir)
     newest = find_checkpoints(cluster.run_dir / "checkpoints")[0]
     assert checkpoint_step(newest) == stopped_at
 
@@ -150,15 +133,7 @@ def test_jobs_that_are_stopped_killed_and_submitted_again_equal_a_run_of_horovod
     assert third.wait(120) == 0, cluster.log("third")
     assert "resuming at step" in cluster.log("third")
     assert whole.wait(120).code == 0
-    runs = whole.log.parent / "runs" / "whole", cluster.run_dir
-    # The validation of the step after which the rank was killed may be missing.
-    losses = [
-        [(row["step"], row["loss"]) for row in read_metrics(run) if row["phase"] == "train"]
-        for run in runs
-    ]
-    assert losses[0] == losses[1]
-    one, two = (read_checkpoint(run / "checkpoints" / "final_model.pt")["model"] for run in runs)
-    assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+    assert_same_run(whole.log.parent / "runs" / "whole", cluster.run_dir)
 
 
 def test_too_small_a_cluster_is_named(cluster):

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from horovod_lm.jupyter.run_cell.slurm_job import events_of
 from horovod_lm.launch.slurm import AGAIN, main, tasks_per_node
 from horovod_lm.teaching.simulated_hosts import Hosts
 from horovod_lm.teaching.simulated_slurm import Slurm, why_not_here
-from horovod_lm.training.checkpoint import checkpoint_step, find_checkpoints, read_checkpoint
-from horovod_lm.training.metrics import read_metrics
+from horovod_lm.training.checkpoint import checkpoint_step, find_checkpoints
 from horovod_lm.utils.config import load_config
 from horovod_lm.utils.errors import ConfigError, DistributedError
 from tests.conftest import ROOT
+from tests.launch.runs import assert_same_run, copy_of, steps_of, wait_until
 
 WHY_NOT = why_not_here()
 needs_slurm = pytest.mark.skipif(bool(WHY_NOT), reason=str(WHY_NOT))
@@ -70,25 +67,15 @@ class Cluster(Slurm):
 
     def wait(self, job: str, state: str, seconds: float = 60) -> str:
         """Wait for a state, and return the job's log. After the end no process of it is left."""
-        wait_until(lambda: self.field(job, "JobState") == state, seconds, f"{job} is not {state}")
+        wait_until(lambda: self.field(job, "JobState") == state, seconds, lambda: self.log(job))
         assert not processes(job)
         return self.log(job)
 
     def wait_for_steps(self, name: str, more: int = 20) -> None:
         """Wait until a run has made some more steps."""
-        target = rows(self.project / "runs" / name) + more
-        wait_until(lambda: rows(self.project / "runs" / name) >= target, 60, "no step is made")
-
-
-def rows(run_dir: Path) -> int:
-    return len(read_metrics(run_dir)) if (run_dir / "metrics.csv").is_file() else 0
-
-
-def wait_until(condition: Callable[[], bool], seconds: float, message: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, message
-        time.sleep(0.1)
+        run_dir = self.project / "runs" / name
+        target = steps_of(run_dir) + more
+        wait_until(lambda: steps_of(run_dir) >= target, 60, lambda: f"{name} makes no step")
 
 
 def processes(job: str) -> list[psutil.Process]:
@@ -106,9 +93,7 @@ def processes(job: str) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def cluster(tiny_project: Path, tmp_path_factory) -> Iterator[Cluster]:
-    project = tmp_path_factory.mktemp("slurm") / "a project"
-    for name in ("configs", "data"):
-        shutil.copytree(tiny_project / name, project / name)
+    project = copy_of(tiny_project, tmp_path_factory.mktemp("slurm") / "a project")
     (project / ".venv").symlink_to(sys.prefix)
     with Hosts(2) as hosts, Cluster(hosts, project) as cluster:
         yield cluster
@@ -157,11 +142,7 @@ def test_a_run_of_cancelled_requeued_and_killed_jobs_equals_one_of_horovodrun(
     third = cluster.sbatch("chain", *STEPS)
     assert "400 steps" in cluster.wait(third, "COMPLETED")
     assert whole.wait(60).code == 0
-    runs = whole.log.parent / "runs" / "whole", cluster.project / "runs" / "chain"
-    losses = [[(row["step"], row["loss"]) for row in read_metrics(run)] for run in runs]
-    assert losses[0] == losses[1]
-    one, two = (read_checkpoint(run / "checkpoints" / "final_model.pt")["model"] for run in runs)
-    assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+    assert_same_run(whole.log.parent / "runs" / "whole", cluster.project / "runs" / "chain")
 
 
 @needs_slurm
@@ -184,8 +165,7 @@ def test_at_its_time_limit_a_job_has_more_than_the_time_of_horovodrun_to_save(cl
     assert "the time limit is near: every rank saves a checkpoint and ends\n" in log
     assert log.endswith(f"stopped before the end: {AGAIN}\n")
     run_dir = cluster.project / "runs" / "limited"
-    newest = find_checkpoints(run_dir / "checkpoints")[0]
-    assert checkpoint_step(newest) == read_metrics(run_dir)[-1]["step"]
+    assert checkpoint_step(find_checkpoints(run_dir / "checkpoints")[0]) == steps_of(run_dir)
 
 
 @needs_slurm

@@ -24,7 +24,6 @@ from horovod_lm.setup.bootstrap import OLDEST
 from horovod_lm.setup.cuda import numbers
 from horovod_lm.setup.environment import (
     MARK,
-    Environment,
     Setup,
     find_environment,
     former_folder,
@@ -36,6 +35,7 @@ from horovod_lm.utils.errors import UserError
 from tests.conftest import ROOT
 
 BOOTSTRAP = ROOT / "horovod_lm" / "setup" / "bootstrap.py"
+PATCHES = "horovod_lm/setup/patches"
 UNDER_PYTHON_3_8 = """
 import runpy, sys
 sys.version_info = (3, 8, 18)
@@ -72,12 +72,11 @@ def test_an_old_python_reads_the_entry_and_gets_one_sentence():
     assert "__future__" not in BOOTSTRAP.read_text(encoding="ascii")
 
 
-@pytest.mark.parametrize(("options", "said"), [([], "TORCH_INDEX_URL"), (["doctor"], "--hosts")])
-def test_help_needs_nothing_that_is_not_installed_yet(options, said):
+def test_help_needs_nothing_that_is_not_installed_yet():
     # -I -S: no site-packages at all, as on a fresh machine.
-    command = [sys.executable, "-I", "-S", str(BOOTSTRAP), *options, "--help"]
+    command = [sys.executable, "-I", "-S", str(BOOTSTRAP), "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and said in done.stdout, done.stderr
+    assert done.returncode == 0 and "TORCH_INDEX_URL" in done.stdout, done.stderr
 
 
 def test_everything_that_is_missing_is_said_at_once(tmp_path, monkeypatch):
@@ -123,15 +122,6 @@ def test_what_the_set_up_did_not_make_is_left_alone(tmp_path, file, body, said):
     with pytest.raises(UserError, match=said):
         Setup(tmp_path / "env").run()
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_the_environment_of_these_tests_is_found():
-    import torch
-
-    found = find_environment(Path(sys.prefix))
-    # The metadata of PyPI's CUDA build lack the local version of torch.__version__.
-    public = [version.split("+")[0] for version in (found.torch, torch.__version__)]
-    assert found.version == sys.version_info[:3] and public[0] == public[1]
 
 
 def test_a_python_that_prints_at_its_start_is_understood(made, copied):
@@ -206,17 +196,8 @@ def test_the_pins_are_those_of_pyproject():
     assert pins["torch"] == pyproject["tool"]["horovod-lm"]["torch"]
     assert f"torch>={pins['oldest_torch']}" in project["dependencies"]
     assert f">={pins['oldest_python']}" == project["requires-python"] == f">=3.{OLDEST}"
-    assert numbers(pins["torch"]) >= numbers(pins["oldest_torch"])
+    assert numbers(pins["torch"] + "+cpu") >= numbers(pins["oldest_torch"]) > numbers("2.5.1")
     assert set(environment.EXTRAS.split(",")) <= set(project["optional-dependencies"])
-
-
-@pytest.mark.parametrize(
-    ("version", "lacks"),
-    [("2.13.0+cpu", False), ("2.6.0", False), ("2.5.1", True), ("3.0.0a1", False), (None, True)],
-)
-def test_versions_are_compared_by_number(tmp_path, version, lacks):
-    found = Environment(tmp_path, (3, 11, 2), tmp_path, True, version)
-    assert Setup(tmp_path).lacks_torch(found) is lacks
 
 
 @pytest.fixture
@@ -278,8 +259,12 @@ def test_the_build_of_torch_follows_the_driver(
 
 
 @pytest.fixture
-def finished(tmp_path) -> Setup:
+def finished(tmp_path, monkeypatch) -> Setup:
     """The set-up of a folder that looks like an environment in which every step was done."""
+    project = tmp_path / "project"
+    shutil.copytree(ROOT / PATCHES, project / PATCHES)
+    shutil.copy(ROOT / "pyproject.toml", project)
+    monkeypatch.setattr(environment, "ROOT", project)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
     packages = tmp_path / f"lib/python3.{sys.version_info[1]}/site-packages"
@@ -290,11 +275,6 @@ def finished(tmp_path) -> Setup:
     return setup
 
 
-def rename_torch(setup: Setup) -> None:
-    [torch] = setup.folder.glob("lib/*/*/torch-*")
-    torch.rename(torch.with_name("torch-2.14.0.dist-info"))
-
-
 def relink_python(setup: Setup) -> None:
     (setup.folder / "bin" / "python").unlink()
     (setup.folder / "bin" / "python").symlink_to("/bin/sh")
@@ -302,11 +282,11 @@ def relink_python(setup: Setup) -> None:
 
 CHANGES: dict[str, Callable[[Setup], object]] = {
     "other options": lambda setup: setup.horovod_options.append("--no-nccl"),
-    "another torch": rename_torch,
     "another Python": relink_python,
     "no Horovod": lambda setup: next(setup.folder.glob("lib/*/*/horovod-*")).rmdir(),
     "no Python": lambda setup: (setup.folder / "bin" / "python").unlink(),
     "not completed": lambda setup: setup.stamp.write_text("012345"),
+    "a new patch": lambda setup: (setup.folder / "project" / PATCHES / "26-new.patch").touch(),
 }
 
 
@@ -318,21 +298,7 @@ def test_the_steps_run_again_after_a_change_only(finished, capsys, change):
     assert not finished.is_ready()
 
 
-@pytest.mark.parametrize("file", ["pyproject.toml", "horovod_lm/setup/patches/26-new.patch"])
-def test_the_steps_run_again_after_a_change_of_the_project(finished, monkeypatch, tmp_path, file):
-    project = tmp_path / "project"
-    patches = "horovod_lm/setup/patches"
-    shutil.copytree(ROOT / patches, project / patches)
-    shutil.copy(ROOT / "pyproject.toml", project)
-    monkeypatch.setattr(environment, "ROOT", project)
-    finished.stamp.write_text(finished.digest())
-    assert finished.is_ready()
-    with (project / file).open("a") as changed:
-        changed.write("# more\n")
-    assert not finished.is_ready()
-
-
-def test_a_step_that_fails_shows_its_last_lines_and_its_log(made):
+def test_a_step_that_fails_shows_its_last_lines_and_its_log(made, capsys):
     setup = Setup(made)
     code = "print(*range(30), sep='\\n'); raise SystemExit(1)"
     with setup.hold(), pytest.raises(UserError, match="numbers could not be installed") as error:
@@ -340,6 +306,7 @@ def test_a_step_that_fails_shows_its_last_lines_and_its_log(made):
     assert "  | 29\n" in str(error.value) and "  | 9\n" not in str(error.value)
     assert str(setup.log) in str(error.value)
     assert "\n9\n" in setup.log.read_text()
+    assert re.fullmatch(r"  numbers ...\n  numbers: failed after \d+ s\n", capsys.readouterr().out)
 
 
 def test_the_lines_that_activate_work_when_they_are_pasted(made):

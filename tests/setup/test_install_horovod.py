@@ -12,14 +12,9 @@ import pytest
 
 from horovod_lm.setup import install_horovod
 from horovod_lm.setup.build import try_build
-from horovod_lm.setup.install_horovod import cache_folder, installed_version, key_of, why_not_right
+from horovod_lm.setup.install_horovod import installed_version, key_of
 from horovod_lm.setup.toolchain import inspect_toolchain
 from horovod_lm.utils.errors import UserError
-
-needs_horovod = pytest.mark.skipif(
-    importlib.util.find_spec("horovod") is None,
-    reason="Horovod is not installed: python -m horovod_lm.setup.install_horovod",
-)
 
 
 @pytest.fixture
@@ -29,16 +24,7 @@ def main(monkeypatch):
     return install_horovod.main
 
 
-def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOROVOD_LM_CACHE", str(tmp_path / "here"))
-    assert cache_folder() == tmp_path / "here"
-    monkeypatch.delenv("HOROVOD_LM_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "horovod_lm"
-
-
 @pytest.mark.horovod
-@needs_horovod
 def test_a_right_build_is_recognised_installed_or_in_a_target(tmp_path, main, capsys):
     if key_of(installed_version()) != inspect_toolchain().key:  # it would be replaced
         pytest.skip("Horovod was built with other patches or options: make setup")
@@ -54,25 +40,17 @@ def test_a_right_build_is_recognised_installed_or_in_a_target(tmp_path, main, ca
 
 
 @pytest.mark.parametrize(
-    ("version", "key", "said"),
-    [
-        (None, None, "Horovod is not installed"),
-        ("0.28.1", None, "Horovod 0.28.1 was not built by this project, so it lacks the patches"),
-        ("0.28.1+lm.0123456789ab", "0123456789ab", "built with other patches or options, or for"),
-    ],
+    ("version", "key"), [("0.28.1", None), ("0.28.1+lm.0123456789ab", "0123456789ab")]
 )
-def test_another_build_is_told_apart(tmp_path, version, key, said):
-    if version:
-        info = tmp_path / f"horovod-{version}.dist-info"
-        info.mkdir()
-        metadata = f"Metadata-Version: 2.1\nName: horovod\nVersion: {version}\n"
-        (info / "METADATA").write_text(metadata)
-    assert installed_version(tmp_path) == version
-    assert key_of(version) == key and said in why_not_right(version)
+def test_another_build_is_told_apart(tmp_path, version, key):
+    assert installed_version(tmp_path) is None
+    info = tmp_path / f"horovod-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: horovod\nVersion: {version}\n")
+    assert key_of(installed_version(tmp_path)) == key
 
 
 @pytest.mark.horovod
-@needs_horovod
 def test_a_build_that_does_not_load_is_found_out(tmp_path):
     package = tmp_path / "horovod" / "torch"
     package.mkdir(parents=True)

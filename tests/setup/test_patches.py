@@ -7,20 +7,13 @@ import os
 import subprocess
 import sys
 import tarfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from horovod_lm.setup.build import fetch_source
 from horovod_lm.setup.install_horovod import cache_folder
-from horovod_lm.setup.patches import (
-    HOROVOD_VERSION,
-    PATCHES,
-    Patch,
-    apply_patches,
-    patches_digest,
-)
+from horovod_lm.setup.patches import HOROVOD_VERSION, PATCHES, Patch, apply_patches
 from horovod_lm.setup.toolchain import find_cmake
 from horovod_lm.utils.errors import UserError
 
@@ -54,8 +47,6 @@ def digest(folder: Path) -> str:
 def test_every_patch_says_why_and_fits_the_released_source_once(patched):
     for patch in PATCHES:
         assert patch.name and patch.upstream and len(patch.why) > 20, patch
-        assert patch.hunks() and all(old != new for _, old, new in patch.hunks()), patch.name
-    assert len({patch.name for patch in PATCHES}) == len(PATCHES)
     before = digest(patched)
     with pytest.raises(UserError, match="were found 0 times instead of once"):
         apply_patches(patched)  # a second time
@@ -106,8 +97,8 @@ def test_cuda_is_used_only_where_it_is_asked_for(patched, tmp_path, asked):
 
 def test_the_hunks_of_a_file_are_all_applied(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
-    apply_patches(tmp_path, (ONE, replace(ONE, diff=ONE.diff.replace("new", "newer").replace(
-        "old", "new").replace("+more", "+even more"))))  # fmt: skip
+    diff = ONE.diff.replace("new", "newer").replace("old", "new").replace("+more", "+even more")
+    apply_patches(tmp_path, (ONE, ONE._replace(diff=diff)))
     assert (tmp_path / "a.txt").read_text() == "first\nnewer\nlast\n\nend\neven more\nmore\n"
 
 
@@ -124,12 +115,7 @@ def test_a_source_that_does_not_fit_is_one_sentence_and_left_alone(tmp_path, oth
     if other is not None:
         (tmp_path / "b.txt").write_text(other)
     before = digest(tmp_path)
-    second = replace(ONE, diff=ONE.diff.replace("a.txt", "b.txt"))
+    second = ONE._replace(diff=ONE.diff.replace("a.txt", "b.txt"))
     with pytest.raises(UserError, match=rf"^the patch 'one' does not fit b\.txt: .* {times} times"):
         apply_patches(tmp_path, (ONE, second))
     assert digest(tmp_path) == before
-
-
-def test_the_digest_changes_with_the_diff_alone():
-    assert patches_digest((ONE,)) != patches_digest((replace(ONE, diff=ONE.diff + " x\n"),))
-    assert patches_digest((ONE,)) == patches_digest((replace(ONE, why="other", name="other"),))

@@ -1,10 +1,8 @@
-"""Commands of set-up and build: their progress, their end in every case, and the lock."""
+"""Commands of set-up and build: their end in every case, and the lock."""
 
 from __future__ import annotations
 
-import io
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -16,38 +14,6 @@ import pytest
 
 from horovod_lm.setup import steps
 from tests.conftest import alive
-
-BUILD = """
-import sys, time
-for percents in ((2, 1), (5, 12, 14, 13), (100,)):
-    lines = [f"  [{one:3d}%] Building CXX object some.dir/file.cc.o" for one in percents]
-    print(*lines, sep=chr(10), flush=True)
-    time.sleep(0.8)
-sys.exit(int(sys.argv[1]))
-"""
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize(("stream", "code"), [(io.StringIO(), 0), (Terminal(), 1)])
-def test_the_percentage_rises_on_one_line_or_by_tenths(tmp_path, monkeypatch, stream, code):
-    monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr(steps, "TICK_SECONDS", 0.2)
-    command = [sys.executable, "-c", BUILD, str(code)]
-    assert steps.run_step("Horovod", command, tmp_path / "log") is (code == 0)
-    assert len((tmp_path / "log").read_text().splitlines()) == 7
-    shown = [int(percent) for percent in re.findall(r"(\d+) % compiled", stream.getvalue())]
-    lines = stream.getvalue().splitlines(keepends=True)
-    assert shown == sorted(shown)
-    if stream.isatty():
-        assert set(shown) == {2, 14, 100} and stream.getvalue().count("\n") == 1
-        assert re.search(r"Horovod: failed after \d+ s\n$", stream.getvalue())
-    else:
-        assert shown == [14, 100] and lines[0] == "  Horovod ...\n" and len(lines) == 4
-        assert re.fullmatch(r"  Horovod: done after \d+ s\n", lines[-1])
 
 
 def wait_for(condition, seconds: float = 10) -> None:
@@ -89,12 +55,6 @@ def test_a_signal_ends_every_process_of_a_command(tmp_path, child, number, grace
     caller.send_signal(number or signal.SIGTERM)
     assert caller.wait(timeout=20) == 130
     wait_for(lambda: not is_alive(int((tmp_path / "pid").read_text())))
-
-
-def test_a_command_is_ended_at_its_time_limit(tmp_path):
-    with pytest.raises(subprocess.TimeoutExpired):
-        steps.call(["sh", "-c", "echo $$ > pid; sleep 600"], seconds=0.5, cwd=tmp_path)
-    assert not is_alive(int((tmp_path / "pid").read_text()))
 
 
 HOLD = """

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from horovod_lm.utils.errors import UserError
 
@@ -18,21 +18,13 @@ HOROVOD_VERSION = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 
 
-@dataclass(frozen=True)
-class Patch:
-    """One patch file.
+class Patch(NamedTuple):
+    """One patch file."""
 
-    Attributes:
-        name: what the patch does, in the imperative.
-        why: what goes wrong without it.
-        upstream: where the upstream project discusses it, or "none found".
-        diff: a unified diff with a/ and b/ paths.
-    """
-
-    name: str
-    why: str
-    upstream: str
-    diff: str
+    name: str  # what the patch does, in the imperative
+    why: str  # what goes wrong without it
+    upstream: str  # where the upstream project discusses it, or "none found"
+    diff: str  # unified, with a/ and b/ paths
 
     @classmethod
     def read(cls, path: Path) -> Patch:
@@ -61,8 +53,7 @@ PATCHES = tuple(Patch.read(path) for path in sorted(Path(__file__).parent.glob("
 def apply_patches(source: Path, patches: tuple[Patch, ...] = PATCHES) -> None:
     """Patch Horovod's unpacked source in place, or change nothing if a patch does not fit.
 
-    Raises:
-        UserError: a file is missing, or does not contain the lines of a hunk exactly once.
+    A patch fits if its files contain the lines of each hunk exactly once.
     """
     texts: dict[str, str] = {}
     for patch in patches:
@@ -70,16 +61,14 @@ def apply_patches(source: Path, patches: tuple[Patch, ...] = PATCHES) -> None:
             if file not in texts:
                 path = source / file
                 texts[file] = path.read_text(encoding="utf-8") if path.is_file() else ""
-            starts = re.finditer(rf"^(?={re.escape(old)})", texts[file], re.MULTILINE)
-            found = [start.start() for start in starts]
-            if len(found) != 1:
+            parts = re.split(f"^{re.escape(old)}", texts[file], flags=re.MULTILINE)
+            if len(parts) != 2:
                 raise UserError(
                     f"the patch '{patch.name}' does not fit {file}: its lines were found"
-                    f" {len(found)} times instead of once; the source is not Horovod"
+                    f" {len(parts) - 1} times instead of once; the source is not Horovod"
                     f" {HOROVOD_VERSION} as released, and nothing was changed"
                 )
-            before, after = texts[file][: found[0]], texts[file][found[0] + len(old) :]
-            texts[file] = before + new + after
+            texts[file] = new.join(parts)
     for file, text in texts.items():
         (source / file).write_text(text, encoding="utf-8")
 
