@@ -54,7 +54,7 @@ def check(
     """Print whether an answer is right, or the first difference in one sentence.
 
     Args:
-        name: the name of the answer in the printed sentence.
+        name: what to call the answer.
         answer: the reader's value, or with `examples` the reader's function.
         reference: the right value, or a function that returns it. Of a mapping, only the keys that
             this value has are compared.
@@ -67,12 +67,11 @@ def check(
     def differs(other: Any) -> str:
         return _difference(answer, other) if examples is None else _first_wrong(calls, other)
 
-    problem = differs(reference)
-    if not problem:
+    if problem := differs(reference):
+        questions = [text for text, wrong in (mistakes or {}).items() if not differs(wrong)]
+        print(". ".join([f"not yet: {name} {problem}", *questions]))
+    else:
         print(f"{RIGHT} {name}")
-        return
-    questions = [text for text, wrong in (mistakes or {}).items() if not differs(wrong)]
-    print(f"not yet: {name} {problem}" + "".join(f". {text}" for text in questions))
 
 
 def on_ranks(cluster: HorovodCluster, answer: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
@@ -116,11 +115,7 @@ def solutions(notebook: NotebookNode) -> dict[str, str]:
 
 
 def with_solutions(notebook: NotebookNode) -> NotebookNode:
-    """Return a copy of a notebook with each stub replaced by its solution.
-
-    Raises:
-        ExerciseError: as `solutions`.
-    """
+    """Return a copy of a notebook with each stub replaced by its solution; see `solutions`."""
     answers, solved = solutions(notebook), copy.deepcopy(notebook)
     for cell in solved.cells:
         cell.source = answers.get(cell.id, cell.source)
@@ -128,13 +123,8 @@ def with_solutions(notebook: NotebookNode) -> NotebookNode:
 
 
 def exercises_alone(notebook: NotebookNode) -> NotebookNode:
-    """Return a copy of a notebook with only its exercises and the cells that they need.
-
-    Raises:
-        ExerciseError: as `solutions`.
-    """
-    stubs, kept = solutions(notebook), []
-    alone = copy.deepcopy(notebook)
+    """Return a copy of a notebook with only its exercises and the cells that they need."""
+    stubs, alone, kept = solutions(notebook), copy.deepcopy(notebook), []
     for index, cell in enumerate(alone.cells):
         belongs = {above.id for above in alone.cells[max(0, index - 2) : index + 1]} & stubs.keys()
         if belongs or NEEDED_TAG in cell.metadata.get("tags", []):

@@ -30,22 +30,13 @@ from horovod_lm.jupyter.run_cell.horovodrun_job import (
 from horovod_lm.jupyter.run_cell.job_result import RankError
 from horovod_lm.jupyter.widgets.dashboard_view import RunView
 from horovod_lm.launch.elastic_hosts import elastic_command, loopback_name, read_hosts, write_hosts
-from horovod_lm.launch.hosts import (
-    check_names,
-    environment_file,
-    explain,
-    horovodrun_command,
-    silent_hosts,
-    with_environment,
-    write_environment,
-    write_hostfile,
-)
+from horovod_lm.launch.hosts import with_environment, write_environment
 from horovod_lm.training.checkpoint import find_checkpoints
 from horovod_lm.training.metrics import COLUMNS, read_metrics
 from horovod_lm.training.run_dir import RunFolder, default_run_name
-from horovod_lm.utils.cli import shown
+from horovod_lm.utils.cli import command, shown
 from horovod_lm.utils.config import Config, DistributedConfig, load_config, save_config
-from horovod_lm.utils.errors import ConfigError, DistributedError
+from horovod_lm.utils.errors import ConfigError
 from horovod_lm.utils.progress import format_seconds
 
 if TYPE_CHECKING:
@@ -61,7 +52,7 @@ HOSTS_FILE = "hosts"  # in the folder of an elastic run: a line for each of its 
 
 def launch(
     config: Config | str | Path,
-    np: int | None = None,
+    np: int = 2,
     *,
     overrides: Iterable[str] | Mapping[str, Any] | None = None,
     run_name: str | None = None,
@@ -74,12 +65,12 @@ def launch(
 
     Args:
         config: the configuration, or the path of a YAML file.
-        np: how many ranks; default: the slots of the configuration's hosts, or 2.
+        np: how many ranks; without a scheduler, all on this host.
         overrides: changes on top of `config`, as `load_config` takes them.
         run_name: the run's folder under `runs/`; default: a name that no run has.
         resume: resume the run of that name from its newest checkpoint.
-        elastic: continue when ranks die, and let others join (`job.add_worker()`); on this host
-            only, where each worker gets a host name of its own.
+        elastic: continue when ranks die, and let others join (`job.add_worker()`); each worker
+            gets a host name of its own.
         threads: CPU threads of each rank; default: an equal share of the host's cores.
         scheduler: "slurm", followed by options of `sbatch`, as in "slurm --nodes=2": submit the
             ranks as a Slurm job of `np` tasks, which the end of the kernel stops as well.
@@ -87,7 +78,7 @@ def launch(
     Raises:
         ConfigError: a setting is wrong, the run is training already, there is nothing to resume, or
             Slurm refuses the job.
-        DistributedError: Horovod is not installed, or a host cannot be reached.
+        DistributedError: Horovod is not installed.
     """
     require_horovod()
     if not isinstance(config, Config):
@@ -108,22 +99,19 @@ def launch(
         )
     if scheduler is not None and (elastic or scheduler.split()[:1] != ["slurm"]):
         raise ConfigError(f"scheduler={scheduler!r}: write slurm and options of sbatch, no elastic")
-    of_user = [] if elastic or scheduler else config.distributed.hosts
-    hosts = {host.name: host.slots for host in of_user}
-    size = _size(np, sum(hosts.values()))
-    if hosts:
-        check_names(config)
+    if np < 1:
+        raise ConfigError(f"np={np}: there must be at least one rank")
+    if config.distributed.hosts and not (elastic or scheduler):
+        how = command("horovod_lm.launch.hosts", "--config", "FILE", "--run")
+        raise ConfigError(f"launch trains on this host; on those of distributed.hosts: {how}")
     given = config.distributed.threads_per_rank
     wanted = threads or (None if given == "auto" else given)
-    share = wanted if scheduler else threads_per_rank(max(hosts.values(), default=size), wanted)
+    share = wanted if scheduler else threads_per_rank(np, wanted)
     try:
         if not resume:
             run.archive_existing_run()
             save_config(config, run.run_dir / "config.yaml")
-        if scheduler:
-            call = _slurm_call(config, run, size, resume, share, scheduler)
-        else:
-            call = _call(config, run, size, resume, elastic)
+        call = _call(config, run, np, resume, elastic, scheduler, share)
     except OSError as error:
         raise ConfigError(
             f"the run's folder {run.run_dir} cannot be written: {error.strerror}"
@@ -131,7 +119,7 @@ def launch(
     # Elastic ranks divide the cores themselves whenever their number changes.
     env = {} if scheduler or elastic and not threads else {"OMP_NUM_THREADS": str(share)}
     spec = JobSpec(
-        size, call, env, what=f"run {run.name}", elastic=elastic, log_dir=run.log_dir,
+        np, call, env, what=f"run {run.name}", elastic=elastic, log_dir=run.log_dir,
         grace_period=slurm_job.GRACE_PERIOD if scheduler else GRACE_PERIOD,
         cwd=str(config.project_root), launcher=slurm_job.__name__ if scheduler else HOROVODRUN,
     )  # fmt: skip
@@ -151,12 +139,10 @@ class TrainingJob:
         self.run, self.size = run, spec.size
         self._view = RunView(run.run_dir, run.log_dir, skip_existing=True)
         # horovodrun never uses a host name again on which a rank has failed.
-        self._names_used = {loopback_name(number) for number in range(spec.size)}
+        self._new_names = map(loopback_name, count(spec.size))
         with contextlib.suppress(OSError):  # the job runs without `console-rankN.log`
             run.log_dir.mkdir(parents=True, exist_ok=True)
         self._process = JobProcess(spec, self._note)
-
-    # ---- its state ------------------------------------------------------------------------------
 
     @property
     def is_running(self) -> bool:
@@ -177,8 +163,10 @@ class TrainingJob:
         if self.is_running:
             self._view.update()
         known = [f"step {self._view.step} of {self._view.total_steps}"]
-        known += [] if math.isnan(self._view.loss) else [f"loss {self._view.loss:.4f}"]
-        known = known if self._view.total_steps else []
+        if not math.isnan(self._view.loss):
+            known.append(f"loss {self._view.loss:.4f}")
+        if not self._view.total_steps:
+            known = []
         if self.is_running:
             return f"running: {', '.join(known)}" if known else "starting"
         after = "after " + ", ".join([*known, format_seconds(self._process.seconds)])
@@ -198,13 +186,7 @@ class TrainingJob:
         return dict(self._process.result.processes)
 
     def log(self, rank: int = 0) -> str:
-        """Return what a rank has printed so far; the file is `logs/console-rankN.log`.
-
-        Raises:
-            ConfigError: there is no such rank.
-        """
-        if not 0 <= rank < self.size:
-            raise ConfigError(f"there is no rank {rank}: the job has ranks 0 to {self.size - 1}")
+        """Return what a rank has printed so far; the file is `logs/console-rankN.log`."""
         return self._process.result.text(rank)
 
     def metrics(self) -> pandas.DataFrame:
@@ -222,44 +204,31 @@ class TrainingJob:
 
         return Dashboard(self)
 
-    # ---- the workers of an elastic job ----------------------------------------------------------
-
     def add_worker(self) -> str:
         """Add a worker on this host to an elastic job; return its host name.
 
         Raises:
             ConfigError: the job is not elastic.
         """
-        hosts = self._hosts()
-        name = loopback_name(next(n for n in count() if loopback_name(n) not in self._names_used))
-        self._names_used.add(name)
-        write_hosts(self._hosts_file, [*hosts, f"{name}:1"])
+        workers, name = self._workers(), next(self._new_names)
+        write_hosts(self.run.run_dir / HOSTS_FILE, [*workers, f"{name}:1"])
         return name
 
-    def remove_worker(self, name: str | None = None) -> str:
-        """Remove a worker from an elastic job, by default the last one; return its host name.
+    def remove_worker(self) -> str:
+        """Remove the last worker from an elastic job; return its host name.
 
         Raises:
-            ConfigError: the job is not elastic, or has no worker of that name.
+            ConfigError: the job is not elastic.
         """
-        hosts = self._hosts()
-        names = [host.partition(":")[0] for host in hosts]
-        name = names[-1] if name is None else name
-        if name not in names:
-            raise ConfigError(f"there is no worker {name!r}: there are {', '.join(names)}")
-        write_hosts(self._hosts_file, [host for host in hosts if host != f"{name}:1"])
-        return name
+        *kept, last = self._workers()
+        write_hosts(self.run.run_dir / HOSTS_FILE, kept)
+        return last.partition(":")[0]
 
-    @property
-    def _hosts_file(self) -> Path:
-        return self.run.run_dir / HOSTS_FILE
-
-    def _hosts(self) -> list[str]:
+    def _workers(self) -> list[str]:
         if not self._process.result.elastic:
             raise ConfigError(f"run {self.run.name} is not elastic: launch(..., elastic=True)")
-        return [f"{name}:{slots}" for name, slots in read_hosts(self._hosts_file).items()]
-
-    # ---- ending ---------------------------------------------------------------------------------
+        hosts = read_hosts(self.run.run_dir / HOSTS_FILE)
+        return [f"{name}:{slots}" for name, slots in hosts.items()]
 
     def ask_to_stop(self) -> None:
         """Ask every rank to save a checkpoint and end after its current step; return at once."""
@@ -271,10 +240,7 @@ class TrainingJob:
         return self.status
 
     def wait(self, timeout: float | None = None) -> TrainingJob:
-        """Wait for the end, also outside notebooks; this blocks the kernel.
-
-        Args:
-            timeout: in seconds; None: no limit.
+        """Wait for the end, at most `timeout` seconds; this blocks the kernel.
 
         Raises:
             RankError: it failed.
@@ -310,29 +276,19 @@ class TrainingJob:
             self._view.update()  # for the last time: a later run of this name takes the folder
 
 
-def _training(run: RunFolder, resume: bool) -> list[str]:
-    """Return what each rank runs, for a run whose configuration is in its folder."""
+def _call(
+    config: Config, run: RunFolder, size: int, resume: bool, elastic: bool, scheduler: str | None,
+    threads: int | None,
+) -> list[str]:  # fmt: skip
+    """Return the call that starts the ranks of a run whose configuration is in its folder.
+
+    A Slurm job is submitted; the call watches it.
+    """
     training = [sys.executable, "-m", "horovod_lm.train"]
     if resume:
-        return [*training, "--resume", str(run.run_dir)]
-    return [*training, "--config", str(run.run_dir / "config.yaml"), "--run-name", run.name]
-
-
-def _slurm_call(
-    config: Config, run: RunFolder, size: int, resume: bool, threads: int | None, scheduler: str
-) -> list[str]:
-    """Submit a run whose configuration is in its folder; return the call that watches the job."""
-    hostfile = run.run_dir / "hostfile"
-    write_environment(config, hostfile)
-    training = with_environment(config, hostfile, _training(run, resume))
-    options = [f"--cpus-per-task={threads}"] if threads else []
-    options += shlex.split(scheduler)[1:]
-    return slurm_job.submit(training, run, size, options, config.project_root)
-
-
-def _call(config: Config, run: RunFolder, size: int, resume: bool, elastic: bool) -> list[str]:
-    """Return the call of horovodrun for a run whose configuration is in its folder."""
-    training = _training(run, resume)
+        training += ["--resume", str(run.run_dir)]
+    else:
+        training += ["--config", str(run.run_dir / "config.yaml"), "--run-name", run.name]
     if elastic:
         names = [f"{loopback_name(number)}:1" for number in range(size)]
         hosts_file = write_hosts(run.run_dir / HOSTS_FILE, names)
@@ -340,21 +296,10 @@ def _call(config: Config, run: RunFolder, size: int, resume: bool, elastic: bool
         here = Config(distributed=DistributedConfig(environment=config.distributed.environment))
         return elastic_command([*training, "--elastic"], hosts_file, config=here)
     hostfile = run.run_dir / "hostfile"
-    if not config.distributed.hosts:
-        write_environment(config, hostfile)
-        return ["horovodrun", "-np", str(size), *with_environment(config, hostfile, training)]
-    variables = environment_file(write_hostfile(config, hostfile))
-    # The hosts need not share a disk.
-    if variables.exists() and (silent := silent_hosts(config, copied=variables)):
-        raise DistributedError(explain(config, [], silent, run.run_dir / "config.yaml"))
-    return horovodrun_command(config, training, hostfile)
-
-
-def _size(np: int | None, slots: int) -> int:
-    """Return the number of ranks: `np`, or the number of the hosts' slots."""
-    size = np if np is not None else slots or 2
-    if size < 1:
-        raise ConfigError(f"np={size}: there must be at least one rank")
-    if slots and slots != size:
-        raise ConfigError(f"np={size} does not fit the hosts' {slots} slots: leave np out")
-    return size
+    write_environment(config, hostfile)
+    training = with_environment(config, hostfile, training)
+    if scheduler:
+        options = [f"--cpus-per-task={threads}"] if threads else []
+        options += shlex.split(scheduler)[1:]
+        return slurm_job.submit(training, run, size, options, config.project_root)
+    return ["horovodrun", "-np", str(size), *training]

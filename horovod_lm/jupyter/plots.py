@@ -10,11 +10,11 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -34,12 +34,10 @@ from horovod_lm.training.metrics import PARTS_OF_A_STEP
 Rows = Sequence[Mapping[str, Any]]  # of metrics.csv
 Runs = Mapping[str, Rows]
 Values = Iterable[float]  # or a tensor of one dimension
-Series = TypeVar("Series")
-Style = TypeVar("Style")
 
 BLUE, ORANGE, GREEN, PINK, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000"
-# Colour, line style, line width, marker. Lines may coincide, so the first one is wide and each
-# next one is thinner and has gaps.
+# Colour, line style, line width, marker, for 1 to 4 lines. Lines may coincide, so the first one is
+# wide and each next one is thinner and has gaps.
 LINE_STYLES = (
     (BLUE, "-", 3.6, "o"),
     (ORANGE, "--", 1.8, "s"),
@@ -47,7 +45,7 @@ LINE_STYLES = (
     (PINK, ":", 1.5, "D"),
 )
 SINGLE_LINE = (BLUE, "-", 1.6, "o")
-# Colour and hatching. Neighbours differ in lightness, too.
+# Colour and hatching, for 1 to 5 series. Neighbours differ in lightness, too.
 BAR_STYLES = ((BLUE, ""), (ORANGE, "//"), (GREEN, ".."), (PINK, "xx"), (BLACK, ""))
 DOTS_PER_INCH = 110
 STEPS = "optimizer step"
@@ -60,8 +58,7 @@ class Plot(Figure):
 
     Args:
         description: what the figure shows.
-        width: inches.
-        height: inches.
+        width, height: inches.
     """
 
     def __init__(self, description: str, width: float = 8.0, height: float = 3.6) -> None:
@@ -89,25 +86,12 @@ class Plot(Figure):
         return path
 
 
-def with_styles(
-    series: Mapping[str, Series], styles: Sequence[Style], what: str
-) -> Iterator[tuple[tuple[str, Series], Style]]:
-    """Return ((name, series), style) for each series, with a style for each.
-
-    Raises:
-        ValueError: there are no series, or more than styles; `what` is their plural noun.
-    """
-    if not 0 < len(series) <= len(styles):
-        raise ValueError(f"a figure shows 1 to {len(styles)} {what}, not {len(series)}")
-    return zip(series.items(), styles, strict=False)
-
-
-def label_axes(axes: Axes, title: str, x: str, y: str, grid: Literal["x", "both"] = "both") -> None:
-    """Set a panel's title and axis labels, and its grid lines: "x" or "both"."""
+def label_axes(axes: Axes, title: str, x: str, y: str) -> None:
+    """Set a panel's title, axis labels and grid lines; only vertical ones without a `y`."""
     axes.set(title=title, xlabel=x, ylabel=y)
     if x == STEPS:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.grid(axis=grid, color="0.9", linewidth=0.8)
+    axes.grid(axis="both" if y else "x", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -131,13 +115,10 @@ def plot_lines(
         log_x: a logarithmic x axis of base 2, with a tick at each x value.
         log_y: a logarithmic y axis; otherwise it begins at 0.
         marks: label -> the x value of a vertical line.
-
-    Raises:
-        ValueError: there are no lines, or more than 4.
     """
     plot = Plot(f"{title}: {y_label} over {x_label}, {' and '.join(lines)}")
     axes = plot.add_subplot()
-    for (name, y), (colour, line, width, marker) in with_styles(lines, LINE_STYLES, "lines"):
+    for (name, y), (colour, line, width, marker) in zip(lines.items(), cycle(LINE_STYLES)):
         width = min(width, 2.4)
         axes.plot(x, y, line, color=colour, lw=width, marker=marker, markersize=5, label=name)
     for label, value in (marks or {}).items():
@@ -174,40 +155,35 @@ def plot_bars(
         layout: "grouped": the bars of a row one below the other, each with its value; "stacked":
             end to end; "panels": each series in a panel of its own.
         levels: label -> the value of a vertical line to compare with.
-
-    Raises:
-        ValueError: there are no series, or more than 5.
     """
-    is_stacked, has_panels = layout == "stacked", layout == "panels"
-    bars_in_a_row = 1 if is_stacked or has_panels else len(series)
+    is_grouped, has_panels = layout == "grouped", layout == "panels"
+    space = 0.12 + 0.2 * (len(series) if is_grouped else 1)  # inches of a row
     plot = Plot(
         f"{title}: {label} of {' and '.join(series)}, {len(rows)} rows",
-        height=1.5 + (0.45 if is_stacked else 0.12 + 0.2 * bars_in_a_row) * len(rows),
+        height=1.5 + (0.45 if layout == "stacked" else space) * len(rows),
     )
-    n_panels = max(1, len(series)) if has_panels else 1
+    n_panels = len(series) if has_panels else 1
     panels = plot.subplots(1, n_panels, sharex=True, sharey=True, squeeze=False)[0]
-    height = 0.7 if is_stacked or has_panels else 0.8 / max(1, len(series))
-    ends = [0.0] * len(rows)
-    for number, ((name, values), (colour, hatch)) in enumerate(
-        with_styles(series, BAR_STYLES, "series")
-    ):
+    height = 0.8 / len(series) if is_grouped else 0.7
+    ends = np.zeros(len(rows))
+    for number, ((name, values), style) in enumerate(zip(series.items(), cycle(BAR_STYLES))):
         axes = panels[number if has_panels else 0]
-        widths = [float(value) for value in values]
-        offset = height * (number - (bars_in_a_row - 1) / 2) if bars_in_a_row > 1 else 0.0
+        widths = np.array([float(value) for value in values])
+        offset = height * (number - (len(series) - 1) / 2) if is_grouped else 0.0
         bars = axes.barh(
-            [row + offset for row in range(len(rows))], widths, height, left=ends, color=colour,
-            hatch=hatch, edgecolor="white", label=name if len(series) > 1 else None,
+            np.arange(len(rows)) + offset, widths, height, left=ends, color=style[0],
+            hatch=style[1], edgecolor="white", label=name if len(series) > 1 else None,
         )  # fmt: skip
-        if is_stacked:
-            ends = [end + width for end, width in zip(ends, widths, strict=True)]
-        elif not has_panels:
+        if layout == "stacked":
+            ends = ends + widths
+        elif is_grouped:
             axes.bar_label(bars, fmt="{:.3g}", fontsize=8, padding=3)
             axes.margins(x=0.1)  # space for the numbers
     panels[0].set_yticks(range(len(rows)), rows)
     panels[0].set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
     panels[0].tick_params(axis="y", length=0)
     for axes, name in zip(panels, series, strict=False):
-        label_axes(axes, name if has_panels else title, label, "", grid="x")
+        label_axes(axes, name if has_panels else title, label, "")
         for level, value in (levels or {}).items():
             axes.axvline(value, color=BLACK, linestyle="--", linewidth=1.6, label=level)
     if has_panels:
@@ -254,7 +230,7 @@ def plot_metrics(
     widths = [2 if column == "loss" else 1 for column in columns]
     panels = plot.subplots(1, len(columns), width_ratios=widths, squeeze=False)[0]
     for axes, column in zip(panels, columns, strict=True):
-        _draw_metric(axes, runs, column, "", levels)
+        _draw_metric(axes, runs, column, levels)
         if len(columns) > 2:
             axes.locator_params(axis="x", nbins=4)  # the panels are narrow
     if len(runs) > 1:
@@ -264,29 +240,21 @@ def plot_metrics(
 
 
 def _draw_metric(
-    axes: Axes,
-    runs: Runs,
-    column: str,
-    title: str,
-    levels: Mapping[str, float] | None = None,
+    axes: Axes, runs: Runs, column: str, levels: Mapping[str, float] | None = None
 ) -> None:
     """Draw one column of runs into a panel; the loss also at validation, and over its levels."""
     is_loss, styles = column == "loss", [SINGLE_LINE] if len(runs) == 1 else LINE_STYLES
-    for (name, rows), (colour, line, width, marker) in with_styles(runs, styles, "runs"):
+    for (name, rows), (colour, line, width, marker) in zip(runs.items(), cycle(styles)):
         of_run = f", {name}" if len(runs) > 1 else ""
         style = {"linestyle": line, "color": colour, "linewidth": width}
         _draw_noisy(axes, _points(rows, column), style, f"training{of_run}" if is_loss else name)
         steps, losses = _points(rows, "loss", "validation")
         if is_loss and steps:
-            axes.plot(
-                steps, losses, marker, color=BLACK, markerfacecolor=colour, markersize=6,
-                label=f"validation{of_run}",
-            )  # fmt: skip
-    label_axes(axes, title, STEPS, METRICS[column])
+            look: dict[str, Any] = {"color": BLACK, "markerfacecolor": colour, "markersize": 6}
+            axes.plot(steps, losses, marker, label=f"validation{of_run}", **look)
+    label_axes(axes, "", STEPS, METRICS[column])
     if is_loss:
-        for (label, level), dashes in zip(
-            (levels or {}).items(), cycle(LEVEL_DASHES), strict=False
-        ):
+        for (label, level), dashes in zip((levels or {}).items(), cycle(LEVEL_DASHES)):
             axes.axhline(level, color="0.45", linestyle=(0, dashes), linewidth=1, label=label)
         axes.legend(frameon=False)
         return
@@ -301,9 +269,6 @@ def plot_step_parts(runs: Runs, title: str = "Where the time of a step goes") ->
     """Draw the parts of a step as stacked bars, one bar for each run.
 
     A part's length is its median over the steps: slow first steps do not count.
-
-    Args:
-        runs: name of a run -> its rows.
     """
     parts = {}
     for part in PARTS_OF_A_STEP:
@@ -318,17 +283,15 @@ def plot_step_parts(runs: Runs, title: str = "Where the time of a step goes") ->
 
 
 def plot_summary(rows: Rows, prompt: str, continuation: str, title: str) -> Plot:
-    """Draw the loss of a run on the left, and a text that the model wrote on the right.
+    """Draw the loss of a run on the left, and on the right a text that the model wrote.
 
-    Args:
-        rows: the rows of one run.
-        prompt: the prompt; shown in bold.
-        continuation: the generated text; long lines are cut.
+    The prompt is bold; long lines are cut.
     """
     plot = Plot(f"{title}: the loss of the run, and a text that the model wrote", width=10)
     left, right = plot.subplots(1, 2, width_ratios=(1, 1.15))
     plot.suptitle(title, fontweight="bold")
-    _draw_metric(left, {"": rows}, "loss", "it learns")
+    _draw_metric(left, {"": rows}, "loss")
+    left.set_title("it learns")
     right.set_title("it writes")
     right.set_axis_off()
     lines = (prompt + continuation).split("\n")[:TEXT_LINES]
@@ -381,7 +344,8 @@ def plot_world_size(rows: Rows, title: str) -> Plot:
     """Draw the loss of one elastic run, and under it the number of ranks at each step."""
     plot = Plot(f"{title}: training loss and number of ranks over the steps", height=4.6)
     above, below = plot.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    _draw_metric(above, {"": rows}, "loss", title)
+    _draw_metric(above, {"": rows}, "loss")
+    above.set_title(title)
     above.legend(facecolor="white", edgecolor="none", framealpha=1)  # hides the vertical lines
     above.set_xlabel("")
     steps, sizes = _points(rows, "world_size")
@@ -447,9 +411,7 @@ def plot_attention(
         weights: (T, T), a row for each query, entries from 0 to 1; or name -> (T, T), one panel
             for each.
         words: the T words.
-        x_label: what a column is.
-        y_label: what a row is.
-        label: what an entry is.
+        x_label, y_label, label: what a column, a row and an entry are.
     """
     maps = {"": weights} if isinstance(weights, Tensor) else weights
     names = "".join(f", {name}" for name in maps if name)
@@ -502,11 +464,10 @@ def plot_shards(panels: Mapping[str, Sequence[Sequence[int]]], title: str) -> Pl
     Args:
         panels: name -> a row for each epoch: the rank, 0 to 3, that reads each sample.
     """
-    first = next(iter(panels.values()))
-    n_epochs, n_samples = len(first), len(first[0])
-    highest = max(rank for table in panels.values() for row in table for rank in row)
+    tables = np.array(list(panels.values()))  # panels x epochs x samples
+    _, n_epochs, n_samples = tables.shape
     plot = Plot(
-        f"{title}: {highest + 1} ranks, {n_samples} samples, {n_epochs} epochs,"
+        f"{title}: {tables.max() + 1} ranks, {n_samples} samples, {n_epochs} epochs,"
         f" {' and '.join(panels)}",
         height=0.8 + len(panels) * (0.9 + 0.26 * n_epochs),
     )
@@ -515,26 +476,22 @@ def plot_shards(panels: Mapping[str, Sequence[Sequence[int]]], title: str) -> Pl
         texts = [map(str, row) for row in rows]
         shades = ListedColormap(RANK_SHADES)
         _draw_cells(axes, rows, texts, dark_from=2, cmap=shades, vmax=3, aspect="auto")
-        for sample in range(n_samples):
-            for epoch in range(n_epochs):
-                _frame(axes, sample, epoch, 0.5, edgecolor="0.4", linewidth=0.5)
-        axes.set_xticks(range(n_samples))
-        axes.set_yticks(range(n_epochs))
-        axes.tick_params(length=0)
+        for sample, epoch in np.ndindex(n_samples, n_epochs):
+            _frame(axes, sample, epoch, 0.5, edgecolor="0.4", linewidth=0.5)
         axes.set(title=name, xlabel="sample (number)", ylabel="epoch")
+        axes.set(xticks=range(n_samples), yticks=range(n_epochs))
+        axes.tick_params(length=0)
     plot.suptitle(title)
     return plot
 
 
 def name_of_sum(contributors: frozenset[int], chunk: int, workers: int) -> str:
-    """Return the short name of a partial sum: "2", "2+3", "4 of 8", or "all".
+    """Return the short name of the sum of some workers' chunks: "2", "2+3", "4 of 8", or "all".
 
-    Args:
-        contributors: the workers whose numbers are summed.
-        chunk: the chunk's number, which is also the worker where its way round the ring begins.
-        workers: the number of workers.
+    The names begin with the worker where the chunk's way round the ring begins; that worker has
+    the chunk's number.
     """
-    if len(contributors) == workers > 1:
+    if len(contributors) == workers:
         return "all"
     if len(contributors) > 3:
         return f"{len(contributors)} of {workers}"
@@ -545,10 +502,7 @@ def plot_ring_steps(states: Sequence[RingState], title: str = "") -> Plot:
     """Draw which workers' numbers are summed in each worker's chunks, one panel for each step.
 
     The darker a cell, the more numbers are in its sum; a thick frame marks a chunk that has just
-    arrived.
-
-    Args:
-        states: the result of `ring_allreduce`.
+    arrived. `states` is the result of `ring_allreduce`.
     """
     n = states[0].workers
     title = title or f"A ring of {n} workers sums its chunks"
@@ -611,8 +565,7 @@ PHASES = (
 def plot_timeline(spans: Sequence[Span], title: str = "One step in Horovod's timeline") -> Plot:
     """Draw the phases of each tensor's reduction: a row for each tensor, in order of reduction.
 
-    Args:
-        spans: of one step, as `horovod_lm.analysis.timeline.reduction` returns them.
+    `spans` are those of one step, as `horovod_lm.analysis.timeline.reduction` returns them.
     """
     starts = {span.tensor: span.start for span in reversed(spans) if span.phase == REDUCTION}
     rows = {tensor: row for row, tensor in enumerate(sorted(starts, key=starts.__getitem__))}
@@ -651,7 +604,7 @@ def plot_allreduces(
     """
     plot = Plot(f"{title}: seconds over bytes, {' and '.join(measured)}", height=4)
     axes = plot.add_subplot()
-    for (name, rows), (colour, line, _, marker) in with_styles(measured, LINE_STYLES, "links"):
+    for (name, rows), (colour, line, _, marker) in zip(measured.items(), cycle(LINE_STYLES)):
         sizes, seconds = [row.size for row in rows], [row.seconds for row in rows]
         _draw_allreduces(axes, networks[name], rows[0].workers, sizes, colour, linestyle=line)
         axes.plot(sizes, seconds, marker, color=colour, markeredgecolor=BLACK, label=name)
@@ -678,19 +631,14 @@ def plot_scaling(
     job: Job,
     network: Network,
     workers: int,
-    workers_per_host: int = 1,
-    inside: Network | None = None,
-    threshold: float = 0.9,
+    workers_per_host: int,
+    inside: Network | None,
+    threshold: float,
 ) -> Plot:
     """Draw what the cost model predicts: step time, efficiency, and the time of an allreduce.
 
-    Args:
-        job: the arithmetic and the gradients of one worker.
-        network: the link between hosts.
-        workers: the chosen number of workers.
-        workers_per_host: how many of them share a host's link.
-        inside: the link within a host; None: not the bottleneck.
-        threshold: the efficiency, 0 to 1, below which the job does not scale.
+    The arguments are those of `horovod_lm.analysis.scaling`; `workers` are the chosen ones, and
+    `threshold` is the efficiency, 0 to 1, below which the job does not scale.
     """
     title = "What more workers would do"
     what = "time of a step and efficiency over workers, time of an allreduce over its size"
@@ -728,9 +676,8 @@ def plot_scaling(
         axes.xaxis.set_major_formatter("{x:.0f}")
 
     nodes, size = -(-workers // workers_per_host), job.bytes_reduced
-    label_axes(
-        right, "One allreduce between nodes", "size of the gradients (bytes)", "time (seconds)"
-    )
+    x_label = "size of the gradients (bytes)"
+    label_axes(right, "One allreduce between nodes", x_label, "time (seconds)")
     if nodes > 1:
         _draw_allreduces(right, network, nodes, [size / 10, size * 10], BLUE, f"{nodes:,} nodes")
         _mark(right, size, network.allreduce_seconds(size, nodes))
@@ -745,9 +692,10 @@ def plot_scaling(
 
 
 def _mark(axes: Axes, x: float, y: float, value: str = "") -> None:
-    label = f"chosen: {value or EngFormatter('s', 1)(y)}"
-    axes.plot([x], [y], "o", color="white", markeredgecolor=BLACK, markeredgewidth=2, markersize=9,
-              label=label, zorder=5)  # fmt: skip
+    axes.plot(
+        [x], [y], "o", color="white", markeredgecolor=BLACK, markeredgewidth=2, markersize=9,
+        label=f"chosen: {value or EngFormatter('s', 1)(y)}", zorder=5,
+    )  # fmt: skip
 
 
 class _SecondsFormatter(LogFormatter):

@@ -37,11 +37,8 @@ _seen: list[str] = []
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
     if _folder is None or threading.get_ident() != _thread:
         return
-    paths: Sequence[Any] = ()
-    if event == "open" and arguments[2] & TO_WRITE:
-        paths = arguments[:1]
-    elif event in CHANGES:
-        paths = arguments[:2]
+    writes = event in CHANGES or (event == "open" and arguments[2] & TO_WRITE)
+    paths = arguments[: 1 if event == "open" else 2] if writes else ()
     outside = [
         path for path in paths
         if isinstance(path, str | bytes | os.PathLike) and not _is_inside(os.fsdecode(path))

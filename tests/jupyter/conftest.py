@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import threading
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +12,9 @@ import pytest
 
 from horovod_lm.train import run_distributed_training
 from horovod_lm.utils.config import load_config
+from tests.conftest import alive
 
-needs_horovod = pytest.mark.skipif(
-    importlib.util.find_spec("horovod") is None,
-    reason="Horovod is not installed: python -m horovod_lm.setup.install_horovod",
-)
+needs_horovod = pytest.mark.horovod
 
 
 def children() -> list[psutil.Process]:
@@ -31,12 +27,9 @@ def is_left_over(child: psutil.Process) -> bool:
 
     Two servers of `multiprocessing`, once a test has used workers, live as long as pytest does.
     """
-    try:
-        if child.status() == psutil.STATUS_ZOMBIE:
-            return False
-        return not any("from multiprocessing." in word for word in child.cmdline())
-    except psutil.NoSuchProcess:  # it ended while we looked
-        return False
+    with contextlib.suppress(psutil.NoSuchProcess):  # it ended while we looked
+        return alive(child) and not any("from multiprocessing." in one for one in child.cmdline())
+    return False
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> float:
@@ -49,20 +42,6 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> floa
     return time.monotonic() - started
 
 
-def held() -> tuple[int, int, int]:
-    """Threads, listening ports, and open files of this process, when they have settled."""
-    deadline = time.monotonic() + 3
-    me, last = psutil.Process(), None
-    while time.monotonic() < deadline:
-        ports = [c for c in me.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-        now = (threading.active_count(), len(ports), me.num_fds())
-        if now == last:
-            break
-        last = now
-        time.sleep(0.5)
-    return now
-
-
 @pytest.fixture(scope="session")
 def past_run(tiny_project) -> Path:
     """The folder of a run of one process that is over."""
@@ -70,9 +49,8 @@ def past_run(tiny_project) -> Path:
     return run_distributed_training(config, 0, 1, 0, run_name="past").run_dir
 
 
-@pytest.fixture
-def nothing_left():
-    """Fail the test when it leaves a process behind."""
+def _nothing_left():
+    """Fail the test, or the last one of the module, if a process is left behind."""
     before = {child.pid for child in children()}
     yield
     wait_until(
@@ -80,19 +58,20 @@ def nothing_left():
     )
 
 
+nothing_left = pytest.fixture(_nothing_left)
+nothing_left_by_module = pytest.fixture(_nothing_left, scope="module")
+
+
 class Kernel:
     """A real kernel, asked as a front end asks it."""
 
     def __init__(self, folder) -> None:
-        from jupyter_client.manager import KernelManager
+        from jupyter_client.manager import start_new_kernel
 
-        self.manager = KernelManager(kernel_name="python3")
-        self.manager.start_kernel(
-            cwd=str(folder), extra_arguments=["--log-level=ERROR"], independent=True
-        )
-        self.client = self.manager.client()
-        self.client.start_channels()
-        self.client.wait_for_ready(timeout=60)
+        self.manager, self.client = start_new_kernel(
+            kernel_name="python3", cwd=str(folder), extra_arguments=["--log-level=ERROR"],
+            independent=True,
+        )  # fmt: skip
 
     def start(self, code: str) -> None:
         """Ask for a cell to be run, and return at once."""
@@ -133,7 +112,6 @@ class Kernel:
 def kernel(tiny_project, nothing_left):
     """A kernel whose folder is the tiny project's, with the magics loaded."""
     started = Kernel(tiny_project)
-    started.run(f"import sys; sys.executable == {sys.executable!r}")
     started.run("%load_ext horovod_lm.jupyter")
     yield started
     started.close()

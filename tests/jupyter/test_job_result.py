@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import codecs
+import itertools
 import os
-import random
-import socket
 import threading
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from horovod_lm.jupyter.run_cell import rank_cell
 from horovod_lm.jupyter.run_cell.framed_horovodrun import frame_output
-from horovod_lm.jupyter.run_cell.job_result import (
-    JobResult,
-    RankError,
-    load_value,
-    rank_list,
-)
-from horovod_lm.utils.errors import how_it_ended
-from tests.jupyter.conftest import needs_horovod
+from horovod_lm.jupyter.run_cell.job_result import JobResult, RankError
 
 
 def result_of(*events: dict, size: int = 2, code: int = 1) -> JobResult:
@@ -47,44 +36,13 @@ LOST = "HorovodInternalError"
 
 def test_the_cause_does_not_depend_on_who_was_heard_first():
     events = [error(0, LOST), error(1, "ValueError", "x"), ended(0, 143), ended(1, 143)]
-    said = set()
-    for seed in range(20):
-        random.Random(seed).shuffle(events)
-        said.add(str(result_of(*events).error()))
+    said = {str(result_of(*order).error()) for order in itertools.permutations(events)}
     assert said == {"rank 1: ValueError: x (line 3 of the cell); rank 0 was ended with it"}
-
-
-def test_ranks_that_fail_alike_are_named_together():
-    three = [error(rank, "KeyError", "'a'") for rank in (2, 0)]
-    assert str(result_of(*three, size=4).error()).startswith("ranks 0 and 2: KeyError: 'a' (line 3")
-    assert str(result_of(*three, size=4).error()).endswith("; ranks 1 and 3 were ended with it")
 
 
 def test_a_rank_that_was_ended_while_it_left_early_is_not_taken_for_a_killed_one():
     said = result_of(error(0, LOST), ended(1, 143), ended(0, 143)).error()
     assert str(said).endswith("because rank 1 had already come to the end")
-
-
-def test_horovodrun_s_own_words_are_passed_on():
-    said = {"event": "output", "rank": None, "text": "horovodrun: no such host: faraway\n"}
-    assert str(result_of(said).error()) == (
-        "horovodrun could not run the cell: no such host: faraway"
-    )
-
-
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [
-        (137, "was killed by SIGKILL, exit code 137 (by somebody, or by the system when memory ran out)"),  # noqa: E501
-        (255, "ended with exit code 255"),
-    ],
-)  # fmt: skip
-def test_exit_codes_in_words(code, words):
-    assert how_it_ended(code) == words
-
-
-def test_lists_of_ranks():
-    assert [rank_list([1]), rank_list([0, 2, 3])] == ["rank 1", "ranks 0, 2 and 3"]
 
 
 STALL = [
@@ -94,13 +52,22 @@ STALL = [
 ]  # fmt: skip
 
 
-def test_ranks_that_wait_in_calls_of_their_own_are_all_named():
-    lines = [*STALL[:2], "0: [allreduce.b]", "1: [allreduce.a]", STALL[-1]]
+def error_after(*lines: str) -> str:
     printed = [{"event": "output", "rank": 0, "text": f"{line}\n"} for line in lines]
-    assert str(result_of(*printed, error(0, LOST)).error()).startswith(
+    return str(result_of(*printed, error(0, LOST)).error())
+
+
+def test_ranks_that_wait_in_calls_of_their_own_are_all_named():
+    said = error_after(*STALL[:2], "0: [allreduce.b]", "1: [allreduce.a]", STALL[-1])
+    assert said.startswith(
         "the ranks waited for each other for 4 s: rank 0 did not come to 'b', rank 1 did not come"
         " to 'a'; every rank must make the same collective calls"
     )
+
+
+def test_only_a_report_of_the_stall_check_names_missing_ranks():
+    said = error_after("0: [0.5]", *STALL, "0: [0.5]")
+    assert said.startswith("rank 1 did not come to 'late', where rank 0 waited for 4 s")
 
 
 class Unusual(Exception):
@@ -118,62 +85,21 @@ def test_errors_and_values_that_python_cannot_show_or_load_are_said():
     with pytest.raises(TypeError, match="^the last value, a lock, cannot be sent to the notebook"):
         rank_cell.pickled_value(threading.Lock())
     with pytest.raises(RankError, match=r"value of rank 1 cannot be loaded .*ValueError: invalid"):
-        load_value(1, rank_cell.pickled_value(Unusual()))
+        JobResult(2, values={1: rank_cell.pickled_value(Unusual())}).load_values()
 
 
-def test_only_a_report_of_the_stall_check_names_missing_ranks():
-    lines = ["0: [0.5]", *STALL, "0: [0.5]"]
-    printed = [{"event": "output", "rank": 0, "text": f"{line}\n"} for line in lines]
-    said = str(result_of(*printed, error(0, LOST)).error())
-    assert said.startswith("rank 1 did not come to 'late', where rank 0 waited for 4 s")
-
-
-# ---- the output of a rank, cut into lines --------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def forward():
-    """What horovodrun runs for a rank's pipe, and the list that it reports lines to."""
+@pytest.mark.horovod
+def test_a_rank_s_output_is_cut_into_lines_without_the_last_words_of_its_shell(monkeypatch):
     from horovod.runner.common.util import safe_shell_exec
 
-    names = ("prefix_connection", "execute")
-    original = {name: getattr(safe_shell_exec, name) for name in names}
+    for name in ("prefix_connection", "execute"):  # these are restored afterwards
+        monkeypatch.setattr(safe_shell_exec, name, getattr(safe_shell_exec, name))
     lines: list[str] = []
     frame_output(lambda event, rank, text: lines.append(text), 0.0)
-    yield safe_shell_exec.prefix_connection, lines
-    for name, function in original.items():
-        setattr(safe_shell_exec, name, function)
-
-
-PIECES = st.one_of(
-    st.binary(max_size=40), st.sampled_from([b"\n", b"\r\n", b"50%\r", b"[7]<stdout>:x"])
-)
-
-
-@needs_horovod
-@given(st.lists(PIECES.filter(len), max_size=12))
-def test_a_rank_s_bytes_are_cut_into_lines_and_nothing_is_lost(forward, pieces):
-    run, lines = forward
-    lines.clear()
-    ours, source = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a piece for each read
-    for piece in pieces:
-        os.write(ours.fileno(), piece)
-    ours.close()
-    run(source, None, "stdout", 1, False)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    sent = "".join(map(decoder.decode, pieces)) + decoder.decode(b"", final=True)
-    ended = sent + "\n" * (not sent.endswith(("\n", "\r")) and sent != "")
-    assert "".join(lines) == ended
-    assert all(line.endswith(("\n", "\r")) for line in lines)
-    assert not any(end in line[:-2] for line in lines for end in "\n\r")
-
-
-@needs_horovod
-def test_the_last_words_of_a_killed_rank_s_shell_are_left_out(forward):
-    run, lines = forward
-    lines.clear()
-    read_end, write_end = os.pipe()
-    os.write(write_end, b"Killed\ngoing on\nKilled\n")
-    os.close(write_end)
-    run(open(read_end, "rb", buffering=0), None, "stderr", 1, False)
-    assert lines == ["Killed\n", "going on\n"]
+    for written in (b"Killed\n50%\rgo\xffing on\r\nKilled\n", b"[7]<stdout>:no end"):
+        read_end, write_end = os.pipe()
+        os.write(write_end, written)
+        os.close(write_end)
+        source = open(read_end, "rb", buffering=0)
+        safe_shell_exec.prefix_connection(source, None, "stderr", 1, False)
+    assert lines == ["Killed\n", "50%\r", "go\ufffding on\r\n", "[7]<stdout>:no end\n"]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import signal
 import time
 
 import psutil
@@ -15,23 +13,16 @@ from horovod_lm.jupyter.launch import TrainingJob, launch
 from horovod_lm.jupyter.run_cell.job_result import RankError
 from horovod_lm.jupyter.widgets.dashboard_view import RunView
 from horovod_lm.training.checkpoint import read_checkpoint
-from horovod_lm.utils.errors import ConfigError, DistributedError
-from tests.conftest import FULL
-from tests.jupyter.conftest import (
-    children,
-    is_left_over,
-    needs_horovod,
-    wait_until,
-)
+from horovod_lm.utils.errors import ConfigError
+from tests.jupyter.conftest import children, is_left_over, wait_until
 
-pytestmark = [pytest.mark.horovod, needs_horovod, pytest.mark.usefixtures("nothing_left")]
+pytestmark = [pytest.mark.horovod, pytest.mark.usefixtures("nothing_left")]
 
 CONFIG = "configs/tiny.yaml"
 LONG = {
     "training": {"max_steps": 100_000, "num_epochs": 100_000, "eval_interval": 1000},
     "distributed": {"gloo_timeout_seconds": 8, "environment": {"MINE": "a secret"}},
 }
-ABSENT = {"distributed": {"hosts": [{"name": "192.0.2.1", "slots": 1}], "environment": {"A": "b"}}}
 SECONDS_TO_DETECT = 10
 
 
@@ -45,12 +36,10 @@ def running():
     """Start a job that would take hours and wait until it trains; it is ended with the test."""
     jobs: list[TrainingJob] = []
 
-    def start(np: int = 2, **options) -> TrainingJob:
-        overrides = None if options.get("resume") else LONG
-        job = launch(CONFIG, np, overrides=overrides, **options)
+    def start(run_name: str) -> TrainingJob:
+        job = launch(CONFIG, overrides=LONG, run_name=run_name)
         jobs.append(job)
-        wait_until(lambda: job.status.startswith("running: step ") or not job.is_running, 60,
-                   "the first step")  # fmt: skip
+        wait_until(lambda: "step" in job.status or not job.is_running, 60, "the first step")
         assert job.is_running, job.status
         return job
 
@@ -72,8 +61,6 @@ def test_a_job_is_there_at_once_and_ends_with_the_same_numbers_as_in_a_shell(tra
     assert table.loss.iloc[0] > table[table.phase == "train"].loss.iloc[-1]
     assert "step 20/20" in job.log() and job.log(1) == ""
     assert (job.run.log_dir / "console-rank0.log").read_text() == job.log(0)
-    with pytest.raises(ConfigError, match="there is no rank 2: the job has ranks 0 to 1"):
-        job.log(2)
     train("--config", CONFIG, "--run-name", "from_a_shell", ranks=2)
     tables = [open(f"runs/{name}/metrics.csv").read() for name in ("whole", "from_a_shell")]
     losses = [[line.split(",")[:6] for line in table.splitlines()] for table in tables]
@@ -95,7 +82,7 @@ async def ticks_until(job: TrainingJob) -> int:
 
 
 def test_a_stopped_job_has_saved_goes_on_and_is_kept_when_its_name_is_taken_anew(running):
-    job = running(run_name="stopped_twice")
+    job = running("stopped_twice")
     assert psutil.Process(job.processes[1]).environ()["MINE"] == "a secret"
     with pytest.raises(ConfigError, match="run stopped_twice is not elastic"):
         job.add_worker()
@@ -108,31 +95,10 @@ def test_a_stopped_job_has_saved_goes_on_and_is_kept_when_its_name_is_taken_anew
         launch(CONFIG, run_name="stopped_twice")  # the cell is run twice
     wait_until(lambda: "step" in again.status, 60, "the first step")
     again.stop()
-    with pytest.raises(ConfigError, match="np=0"):
-        launch(CONFIG, 0, run_name="stopped_twice")
     assert f"resuming at step {saved['global_step']} of" in again.log()
     table = (again.run.run_dir / "metrics.csv").read_text()
     launch(CONFIG, run_name="stopped_twice").stop()
     assert (again.run.run_dir.with_name("stopped_twice.1") / "metrics.csv").read_text() == table
-
-
-@pytest.mark.parametrize(
-    ("rank", "number"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)][: None if FULL else 1]
-)
-def test_a_dead_or_frozen_rank_is_named_in_time(running, rank, number, note_fault):
-    job = running(run_name=f"dead{rank}{number}")
-    wait_until(lambda: any(job.run.checkpoint_dir.glob("*.pt")), 30, "a checkpoint")
-    os.kill(job.processes[rank], number)
-    since = time.monotonic()
-    with pytest.raises(RankError, match=f"rank {rank} was .*; rank {1 - rank} was ended") as caught:
-        asyncio.run(until(job))
-    seconds = time.monotonic() - since
-    note_fault(seconds, caught.value)
-    assert seconds < SECONDS_TO_DETECT
-    assert caught.value is job.error or str(caught.value) == str(job.error)
-    assert job.status.startswith("failed after step ") and f"console-rank{rank}.log" in job.status
-    assert children() == []
-    assert read_checkpoint(job.run.checkpoint_dir)["global_step"] > 0
 
 
 def test_what_a_failing_rank_said_is_in_the_error_and_the_job_is_complete(monkeypatch):
@@ -163,7 +129,7 @@ def test_an_interrupt_of_await_ends_the_job_and_says_so(kernel):
 
 
 def test_ranks_end_when_the_supervisor_itself_is_killed(running):
-    job = running(run_name="unwatched")
+    job = running("unwatched")
     [supervisor] = filter(is_left_over, psutil.Process().children())
     supervisor.kill()
     with pytest.raises(RankError, match="its supervisor was killed"):
@@ -175,10 +141,9 @@ def test_ranks_end_when_the_supervisor_itself_is_killed(running):
     ("options", "sentence"),
     [
         ({"np": 0}, "np=0: there must be at least one rank"),
-        ({"np": 0, "elastic": True}, "np=0: there must be at least one rank"),
         (
-            {"np": 3, "overrides": {"distributed.hosts": [{"name": "localhost", "slots": 2}]}},
-            "np=3 does not fit the hosts' 2 slots",
+            {"overrides": {"distributed.hosts": [{"name": "host1", "slots": 2}]}},
+            r"launch trains on this host; on those of distributed.hosts: .*launch\.hosts --config",
         ),
         ({"np": 10**11, "elastic": True}, "100000000000 ranks are too many: with "),
         ({"run_name": "nobody", "resume": True}, "run 'nobody' has no checkpoint to resume from"),
@@ -194,30 +159,3 @@ def test_what_cannot_be_launched_is_one_sentence(options, sentence):
     with pytest.raises(ConfigError, match=sentence):
         launch(CONFIG, **options)
     assert children() == []
-
-
-def test_the_variables_of_the_ranks_are_copied_to_their_hosts_first():
-    # That they are read there: test_variables_reach_the_ranks_of_their_host_and_no_command_line
-    with pytest.raises(DistributedError, match=r"^cannot reach 192.0.2.1 \("):
-        launch(CONFIG, overrides=ABSENT, run_name="absent")
-
-
-def test_an_elastic_job_loses_a_rank_gains_another_and_can_be_stopped(running):
-    job = running(run_name="elastic", elastic=True)
-    wait_until(lambda: len(job.processes) == 2, 30, "both ranks")
-    assert psutil.Process(job.processes[1]).environ()["MINE"] == "a secret"
-    os.kill(job.processes[1], signal.SIGKILL)
-    wait_until(lambda: worlds(job) == [1], 60, "a world of one rank")
-    assert job.is_running and job.add_worker() == "127.0.0.01"
-    wait_until(lambda: worlds(job) == [1, 2], 90, "a world of two ranks again")
-    with pytest.raises(ConfigError, match="there is no worker 'mars': there are localhost, 127"):
-        job.remove_worker("mars")
-    status = job.stop()
-    assert status.startswith("stopped by you after step ") and "elastic=True)" in status
-    assert read_checkpoint(job.run.checkpoint_dir)["world_changes"] == 2
-
-
-def worlds(job: TrainingJob) -> list[int]:
-    """Return how many ranks there were after each change, as rank 0 has written it."""
-    events = RunView(job.run.run_dir).update()
-    return [one["ranks"] for one in events if one["event"] == "new_world" and one["rank"] == 0]

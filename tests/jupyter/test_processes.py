@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -15,7 +14,7 @@ import pytest
 
 from horovod_lm.jupyter.run_cell.horovodrun_job import JobProcess, JobSpec
 from horovod_lm.jupyter.run_cell.processes import SupervisedProcess
-from tests.jupyter.conftest import needs_horovod, wait_until
+from tests.jupyter.conftest import wait_until
 
 # A grandchild in a session of its own, whose parent has ended: no process group finds it.
 DAEMON = """
@@ -29,8 +28,6 @@ if os.fork() == 0:
     os._exit(0)
 os.wait()
 """
-
-
 KERNEL = """
 import os, sys, time
 from horovod_lm.jupyter.run_cell.processes import SupervisedProcess
@@ -43,14 +40,12 @@ print(process.pid, flush=True)
 
 @pytest.fixture
 def supervised(nothing_left):
-    """Start Python code, or another command; return its process and a reader of events."""
+    """Start Python code; return its process and a reader of events."""
     started: list[SupervisedProcess] = []
 
-    def start(
-        code: str, *command: str, **options: Any
-    ) -> tuple[SupervisedProcess, Callable[[str], dict[str, Any]]]:
+    def start(code: str, **options: Any):
         events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        process = SupervisedProcess(command or [sys.executable, "-c", code], events.put, **options)
+        process = SupervisedProcess([sys.executable, "-c", code], events.put, **options)
         started.append(process)
 
         def until(kind: str) -> dict[str, Any]:
@@ -115,13 +110,7 @@ def test_a_command_ends_with_its_kernel_also_one_that_is_frozen(end):
     wait_until(lambda: not psutil.pid_exists(int(command)), 10, "its end")
 
 
-def test_a_command_that_does_not_exist_has_ended(supervised):
-    _, until = supervised("", "/nowhere/python")
-    ended = until("ended")
-    assert ended["code"] == 127 and "/nowhere/python" in ended["printed"]
-
-
-@needs_horovod
+@pytest.mark.horovod
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_job_whose_reader_fails_ends_with_a_sentence(nothing_left, tmp_path):
     heard: list[str] = []

@@ -49,7 +49,7 @@ def test_a_command_that_is_killed_or_missing_is_named(kernel):
     assert "exit code 127: no-such-program" in complaint(kernel, "!no-such-program")
 
 
-def test_a_command_that_ends_well_is_as_before(kernel):
+def test_a_command_that_ends_well_is_as_before_and_none_runs_in_the_background(kernel):
     code = (
         "def f(local):\n    lines = !echo {local} {word}; echo more >&2\n    return lines\n"
         "word = 'b'\nprint(*f('a'), sep='|')\n!printf '%s' $word\nprint(_exit_code)"

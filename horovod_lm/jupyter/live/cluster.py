@@ -59,10 +59,8 @@ class HorovodCluster:
             raise ConfigError(f"HorovodCluster(n={n}): there must be at least one rank")
         self.n, self.threads, self.stall, self.process_sets = n, threads, stall, process_sets
         self._ranks: dict[int, LiveRank] = {}  # by rank; empty: not running
-        self._rendezvous: Rendezvous | None = None
+        self._rendezvous: Any = None  # the server through which the ranks find each other
         self._broken = ""
-
-    # ---- from start to stop ---------------------------------------------------------------------
 
     def start(self) -> HorovodCluster:
         """Start the ranks, give the notebook its `%%px`, and return this cluster.
@@ -83,8 +81,7 @@ class HorovodCluster:
             self.stop()
             raise
         HorovodCluster.current = self
-        shell = get_ipython()
-        if shell is not None:
+        if shell := get_ipython():
             shell.extension_manager.load_extension("horovod_lm.jupyter")
         return self
 
@@ -95,9 +92,7 @@ class HorovodCluster:
         for rank in self._ranks.values():
             rank.close()
         self._ranks = {}
-        if self._rendezvous is not None:
-            self._rendezvous.close()
-            self._rendezvous = None
+        self._close_rendezvous()
         if HorovodCluster.current is self:
             HorovodCluster.current = None
 
@@ -132,19 +127,42 @@ class HorovodCluster:
             self._ranks[number] = LiveRank(number, threads)
         for number in new:
             self._ranks[number].wait_until_ready()
-        if self._rendezvous is not None:
-            self._rendezvous.close()
-        self._rendezvous = Rendezvous(self.n, self.stall)
         groups = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"} if self.process_sets else {}
-        arguments = [
-            ({**(env or {}), **own, **groups}, threads) for own in self._rendezvous.settings
-        ]
+        settings = self._open_rendezvous()
+        arguments = [({**(env or {}), **own, **groups}, threads) for own in settings]
         error = perform(list(self._ranks.values()), "start", arguments).error()
-        self._broken = "" if error is None else str(error)
-        if error is not None:
+        self._broken = str(error or "")
+        if error:
             raise DistributedError(f"the ranks did not start: {error}; {RESTART}")
 
-    # ---- work -----------------------------------------------------------------------------------
+    def _open_rendezvous(self) -> list[dict[str, str]]:
+        """Start the server that each start of Horovod needs anew; return each rank's settings."""
+        from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+        from horovod.runner.gloo_run import create_slot_env_vars
+        from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
+
+        self._close_rendezvous()
+        slots = get_host_assignments(parse_hosts(f"localhost:{self.n}"), self.n)
+        # Not Horovod's RendezvousServer, which listens on every interface: whoever can connect can
+        # join.
+        self._rendezvous = RendezvousHTTPServer((LOOPBACK, 0), RendezvousHandler, 0)
+        self._rendezvous.init(slots)
+        threading.Thread(target=self._rendezvous.serve_forever, daemon=True).start()
+        common = {
+            "HOROVOD_GLOO_RENDEZVOUS_ADDR": LOOPBACK,
+            "HOROVOD_GLOO_RENDEZVOUS_PORT": str(self._rendezvous.server_address[1]),
+            "HOROVOD_GLOO_IFACE": loopback_interface(),
+            "HOROVOD_CONTROLLER": "gloo",
+            "HOROVOD_CPU_OPERATIONS": "gloo",
+            **stall_settings(self.stall, GLOO_TIMEOUT_SECONDS, longest_period=2),
+        }
+        return [{**common, **create_slot_env_vars(slot)} for slot in slots]
+
+    def _close_rendezvous(self) -> None:
+        if self._rendezvous is not None:
+            self._rendezvous.shutdown()
+            self._rendezvous.server_close()
+            self._rendezvous = None
 
     def run(self, work: str | Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Run code, or call a function, on every rank; show what they print, rank by rank.
@@ -189,44 +207,6 @@ class HorovodCluster:
                 raise RanksStopped(text)
             raise RankError(text, error.rank, error.code, error.trace)
         return result.load_values()
-
-
-class Rendezvous:
-    """The server through which ranks on this host find each other; each start needs a new one.
-
-    Args:
-        size: the number of ranks.
-        stall: seconds after which ranks that wait for one another are freed; 0: never.
-
-    Attributes:
-        settings: each rank's environment variables, by rank.
-    """
-
-    def __init__(self, size: int, stall: int) -> None:
-        from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
-        from horovod.runner.gloo_run import create_slot_env_vars
-        from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
-
-        slots = get_host_assignments(parse_hosts(f"localhost:{size}"), size)
-        # Not Horovod's RendezvousServer, which listens on every interface: whoever can connect can
-        # join.
-        self._server = RendezvousHTTPServer((LOOPBACK, 0), RendezvousHandler, 0)
-        self._server.init(slots)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        common = {
-            "HOROVOD_GLOO_RENDEZVOUS_ADDR": LOOPBACK,
-            "HOROVOD_GLOO_RENDEZVOUS_PORT": str(self._server.server_address[1]),
-            "HOROVOD_GLOO_IFACE": loopback_interface(),
-            "HOROVOD_CONTROLLER": "gloo",
-            "HOROVOD_CPU_OPERATIONS": "gloo",
-            **stall_settings(stall, GLOO_TIMEOUT_SECONDS, longest_period=2),
-        }
-        self.settings = [{**common, **create_slot_env_vars(slot)} for slot in slots]
-
-    def close(self) -> None:
-        """Stop listening, and release the port."""
-        self._server.shutdown()
-        self._server.server_close()
 
 
 def _update(values: dict[str, Any]) -> None:

@@ -31,9 +31,7 @@ _shutting_down = threading.Lock()
 def start_rank(env: dict[str, str], threads: int) -> bytes:
     """Make this process a rank with a GPU, if there is one; its variables stay.
 
-    Args:
-        env: Horovod's settings, the rank and the size among them.
-        threads: CPU threads of this rank.
+    `env` holds Horovod's settings, the rank and the size among them.
     """
     import horovod.torch as hvd
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -27,22 +28,12 @@ SECONDS_FOR_OUTPUT = 2.0  # after the answer
 
 
 class LiveRank:
-    """The process of a live rank, which ends with the notebook.
-
-    Args:
-        number: the rank.
-        threads: its CPU threads.
-
-    Attributes:
-        connection: where answers are received.
-        events: "frozen" and "rank_ended", for `JobResult`.
-        ended_at: when the process ended, as `time.monotonic` gives it; infinity while it lives.
-    """
+    """The process of a live rank, with its CPU threads; it ends with the notebook."""
 
     def __init__(self, number: int, threads: int) -> None:
         self.number = number
-        self.events: list[dict[str, Any]] = []
-        self.ended_at = math.inf
+        self.events: list[dict[str, Any]] = []  # "frozen" and "rank_ended", for `JobResult`
+        self.ended_at = math.inf  # as `time.monotonic` gives it; infinity while it lives
         self._text, self._lock = "", threading.Lock()
         self.connection, theirs = Pipe()
         paths = os.pathsep.join(path for path in sys.path if path)
@@ -74,16 +65,13 @@ class LiveRank:
                     " cluster.stop() and cluster.start() when the machine has less to do"
                 )
         how = how_it_ended(self.events[-1]["code"])
-        raise DistributedError(
-            f"rank {self.number} {how} before it was ready: {last_line(self._text)}"
-        )
+        why = last_line(self._text)
+        raise DistributedError(f"rank {self.number} {how} before it was ready: {why}")
 
     def send(self, *request: Any) -> None:
         """Send a request."""
-        try:
+        with contextlib.suppress(OSError):  # it has just ended, and will be reported
             self.connection.send(request)
-        except OSError:  # it has just ended, and will be reported
-            pass
 
     def receive(self) -> Any:
         """Return the next answer; None: there is none yet, or the process is ending."""
@@ -125,13 +113,7 @@ def perform(
 
     If any rank has ended before, none is asked. When the notebook is interrupted, so is every rank.
 
-    Args:
-        ranks: all live ranks.
-        operation: a key of `rank_loop.OPERATIONS`.
-        arguments: the operation's arguments for each rank.
-
-    Returns:
-        What became of it; its `code` is 0 if every rank has answered without an error.
+    `operation` is a key of `rank_loop.OPERATIONS`; `arguments` are its arguments for each rank.
     """
     result, kill_at = JobResult(len(ranks)), math.inf
     asked = [] if any(rank.has_ended for rank in ranks) else ranks

@@ -26,57 +26,35 @@ MOST_RANKS_PER_CORE = 32
 
 @dataclass
 class JobSpec:
-    """What to run, where, and how.
+    """What to run, where, and how."""
 
-    Attributes:
-        size: the number of ranks.
-        call: horovodrun with its options, and what each rank runs.
-        env: environment variables of every rank, on top of the kernel's.
-        what: its name in error messages.
-        elastic: whether ranks may come and go.
-        cell_folder: the folder that `rank_cell.write_cell` has filled; None: no cell is run.
-        grace_period: seconds between SIGTERM and SIGKILL when it is stopped.
-        log_dir: where each rank's output is kept, as `console-rankN.log`; None: nowhere.
-        cwd: the working directory.
-        launcher: the module that takes the place of the call's first word, and reports events.
-    """
-
-    size: int
-    call: list[str]
-    env: dict[str, str] = field(default_factory=dict)
-    what: str = "the cell"
-    elastic: bool = False
-    cell_folder: Path | None = None
-    grace_period: float = 2.0
-    log_dir: Path | None = None
+    size: int  # the number of ranks
+    call: list[str]  # horovodrun with its options, and what each rank runs
+    env: dict[str, str] = field(default_factory=dict)  # of every rank, on top of the kernel's
+    what: str = "the cell"  # its name in error messages
+    elastic: bool = False  # whether ranks may come and go
+    cell_folder: Path | None = None  # that `rank_cell.write_cell` has filled; None: no cell is run
+    grace_period: float = 2.0  # seconds between SIGTERM and SIGKILL when it is stopped
+    log_dir: Path | None = None  # gets each rank's output as `console-rankN.log`; None: no logs
     cwd: str = field(default_factory=os.getcwd)
-    launcher: str = HOROVODRUN
+    launcher: str = HOROVODRUN  # the module that runs instead of horovodrun, and reports events
 
 
 class JobProcess:
     """The processes of one job, which end with the kernel at the latest.
 
-    Args:
-        spec: what to run.
-        on_event: called with each event (see `processes`), in a thread of its own.
-
-    Attributes:
-        result: what is known so far.
-        seconds: how long it ran; 0 while it runs.
-        ended: resolved with the result when no process of the job is left.
+    `on_event` is called with each event (see `processes`), in a thread of its own.
 
     Raises:
         DistributedError: Horovod is not installed.
     """
 
-    def __init__(
-        self, spec: JobSpec, on_event: Callable[[dict[str, Any]], None] | None = None
-    ) -> None:
+    def __init__(self, spec: JobSpec, on_event: Callable[[dict[str, Any]], None]) -> None:
         require_horovod()
         self._spec, self._on_event = spec, on_event
-        self.result = JobResult(spec.size, spec.what, spec.elastic)
-        self.ended: Future[JobResult] = Future()
-        self.seconds = 0.0
+        self.result = JobResult(spec.size, spec.what, spec.elastic)  # what is known so far
+        self.ended: Future[JobResult] = Future()  # has a result when no process of the job is left
+        self.seconds = 0.0  # how long it ran; 0 while it runs
         self._started = time.monotonic()
         self._logs: dict[int, TextIO] = {}
         env = {**spec.env, "HOROVOD_GRACEFUL_TERMINATION_SECONDS": str(spec.grace_period)}
@@ -101,24 +79,21 @@ class JobProcess:
         return self.ended.result(timeout)
 
     def _hear(self, event: dict[str, Any]) -> None:
+        has_ended = event["event"] == "ended"
         with contextlib.ExitStack() as always:  # whoever waits for the end must hear of it
-            if event["event"] == "ended":
+            if has_ended:
                 always.callback(self.ended.set_result, self.result)
-            if self._on_event is not None:
-                always.callback(self._on_event, event)
-            self._note(event)
-
-    def _note(self, event: dict[str, Any]) -> None:
-        self.result.add(event)
-        if event["event"] == "output" and event["rank"] is not None:
-            self._log(event["rank"], event["text"])
-        elif event["event"] == "ended":
-            self.seconds = time.monotonic() - self._started
-            for rank, report in rank_cell.read_reports(self._spec.cell_folder).items():
-                self.result.take(rank, report)
-            for log in self._logs.values():
-                with contextlib.suppress(OSError):  # a full disk
-                    log.close()
+            always.callback(self._on_event, event)
+            self.result.add(event)
+            if event["event"] == "output" and event["rank"] is not None:
+                self._log(event["rank"], event["text"])
+            if has_ended:
+                self.seconds = time.monotonic() - self._started
+                for rank, report in rank_cell.read_reports(self._spec.cell_folder).items():
+                    self.result.take(rank, report)
+                for log in self._logs.values():
+                    with contextlib.suppress(OSError):  # a full disk
+                        log.close()
 
     def _log(self, rank: int, text: str) -> None:
         if self._spec.log_dir is None:
@@ -146,7 +121,7 @@ def stall_settings(seconds: int, gloo_timeout: int, longest_period: int) -> dict
     Args:
         seconds: how long they wait; 0: for ever.
         gloo_timeout: seconds after which a rank that does not answer is taken for lost.
-        longest_period: at most so many seconds lie between two checks, which can print a warning.
+        longest_period: seconds between two checks, which can print a warning, at most.
     """
     # Horovod: it checks once in each warning period, so only a period that divides the limit works.
     periods = range(longest_period, 0, -1)

@@ -80,36 +80,21 @@ class StallReports:
 
 @dataclass
 class JobResult:
-    """What is known about the ranks of a cell or a job.
+    """What is known about the ranks of a cell or a job; each dictionary's keys are ranks."""
 
-    Attributes:
-        size: the number of ranks.
-        what: what they run, for error messages: "the cell", or a command's name.
-        elastic: whether the job continues when ranks fail; then only its end counts.
-        processes: process ids of the ranks on this host, by rank.
-        printed: each rank's output, by rank.
-        values: the pickled last values, by rank.
-        errors: what `rank_cell.describe` returned, by rank.
-        code: the exit code of horovodrun; None while it runs.
-        was_stopped: whether the user has ended the ranks.
-    """
-
-    size: int
-    what: str = "the cell"
-    elastic: bool = False
-    processes: dict[int, int] = field(default_factory=dict)
+    size: int  # the number of ranks
+    what: str = "the cell"  # what they run, for error messages
+    elastic: bool = False  # whether the job continues when ranks fail; then only its end counts
+    processes: dict[int, int] = field(default_factory=dict)  # ids, of ranks on this host
     printed: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
-    values: dict[int, bytes] = field(default_factory=dict)
-    errors: dict[int, dict[str, Any]] = field(default_factory=dict)
-    code: int | None = None
-    was_stopped: bool = False
+    values: dict[int, bytes] = field(default_factory=dict)  # the last values, pickled
+    errors: dict[int, dict[str, Any]] = field(default_factory=dict)  # see `rank_cell.describe`
+    code: int | None = None  # of horovodrun; None while it runs
+    was_stopped: bool = False  # whether the user has ended the ranks
     _launcher_output: str = ""
     _codes: dict[int, int] = field(default_factory=dict)
     _own_codes: dict[int, int] = field(default_factory=dict)
     _frozen: dict[int, float] = field(default_factory=dict)
-    _missing: dict[int, str] = field(default_factory=dict)
-    _reports: dict[int, StallReports] = field(default_factory=lambda: defaultdict(StallReports))
-    _stalled: int = 0
 
     def add(self, event: dict[str, Any]) -> None:
         """Record an event of `processes` or of `framed_horovodrun`."""
@@ -119,7 +104,6 @@ class JobResult:
             self._launcher_output += event["text"]
         elif kind == "output":
             self.printed[rank].append(event["text"])
-            self._look_for_a_stall(rank, event["text"])
         elif kind == "rank_started":
             self.processes[rank] = event["pid"]
         elif kind == "rank_ended":
@@ -146,7 +130,7 @@ class JobResult:
         failed = self.errors or self._codes or self._own_codes
         if self.code == 0 and (self.elastic or not failed):
             return None
-        return (
+        return (  # the most certain cause
             self._own_error()
             or self._frozen_rank()
             or self._stalled_ranks()
@@ -160,16 +144,21 @@ class JobResult:
         Raises:
             RankError: the notebook cannot make an object of it.
         """
-        return [
-            load_value(rank, self.values[rank]) if rank in self.values else None
-            for rank in range(self.size)
-        ]
+        loaded = []
+        for rank in range(self.size):
+            try:
+                loaded.append(pickle.loads(self.values[rank]) if rank in self.values else None)
+            except Exception as error:
+                raise RankError(
+                    f"the last value of rank {rank} cannot be loaded in the notebook"
+                    f" ({type(error).__name__}: {error}): end the cell with numbers, tensors or"
+                    " plain containers of them"
+                ) from None
+        return loaded
 
     def text(self, rank: int) -> str:
         """Return what a rank has printed so far."""
-        return "".join(self.printed[rank])
-
-    # ---- causes, the most certain first ----------------------------------------------------------
+        return "".join(self.printed.get(rank, []))
 
     def _own_error(self) -> RankError | None:
         own = {
@@ -196,22 +185,36 @@ class JobResult:
         return RankError(text + self._others(rank), rank, 128 + signal.SIGKILL)
 
     def _stalled_ranks(self) -> RankError | None:
-        if not self._stalled or not self._missing:
+        tensors, seconds = self._reported_stalls()
+        if not seconds or not tensors:
             return None
-        missing = sorted(self._missing.items())
-        waiting = [other for other in range(self.size) if other not in self._missing]
+        missing = sorted(tensors.items())
+        waiting = [other for other in range(self.size) if other not in tensors]
         rule = "every rank must make the same collective calls in the same order"
         if not waiting:  # each waited in a call of its own
             each = ", ".join(f"rank {rank} did not come to {tensor!r}" for rank, tensor in missing)
-            return RankError(
-                f"the ranks waited for each other for {self._stalled} s: {each}; {rule}"
-            )
+            return RankError(f"the ranks waited for each other for {seconds} s: {each}; {rule}")
         rank, tensor = missing[0]
         text = (
-            f"{rank_list(sorted(self._missing))} did not come to {tensor!r}, where"
-            f" {rank_list(waiting)} waited for {self._stalled} s: {rule}"
+            f"{rank_list(sorted(tensors))} did not come to {tensor!r}, where"
+            f" {rank_list(waiting)} waited for {seconds} s: {rule}"
         )
         return RankError(text, rank)
+
+    def _reported_stalls(self) -> tuple[dict[int, str], int]:
+        """Return the tensor that each missing rank did not come to, and the limit in seconds."""
+        tensors, seconds = {}, 0
+        for lines in self.printed.values():
+            reports = StallReports()
+            for line in lines:
+                text = readable(line)
+                missing = _MISSING.match(text.strip())
+                if reports.includes(text) and missing:
+                    name = missing[2].split(", ")[0]
+                    tensors[int(missing[1])] = name.partition(".")[2] or name
+                elif ends := _STALL_ENDS.search(line):
+                    seconds = int(ends[1])
+        return tensors, seconds
 
     def _ended_first(self) -> RankError | None:
         # The others are ended by SIGTERM, so the first one that ended is the cause; before it come
@@ -238,39 +241,13 @@ class JobResult:
         useful = [line for line in lines if line and not _NOISE.match(line)]
         last = useful[-1] if useful else f"it ended with exit code {self.code}"
         last = last.removeprefix("horovodrun: ")
-        return RankError(f"horovodrun could not run {self.what}: {last}", trace="")
+        return RankError(f"horovodrun could not run {self.what}: {last}")
 
     def _others(self, *failed: int) -> str:
         others = [rank for rank in range(self.size) if rank not in failed]
         if not others:
             return ""
         return f"; {rank_list(others)} {'was' if len(others) == 1 else 'were'} ended with it"
-
-    def _look_for_a_stall(self, rank: int, text: str) -> None:
-        line = readable(text)
-        missing = _MISSING.match(line.strip())
-        if self._reports[rank].includes(line) and missing:
-            name = missing[2].split(", ")[0]
-            self._missing[int(missing[1])] = name.partition(".")[2] or name
-        ends = _STALL_ENDS.search(text)
-        if ends:
-            self._stalled = int(ends[1])
-
-
-def load_value(rank: int, packed: bytes) -> Any:
-    """Unpickle the last value of a rank's cell.
-
-    Raises:
-        RankError: the notebook cannot make an object of it.
-    """
-    try:
-        return pickle.loads(packed)
-    except Exception as error:
-        raise RankError(
-            f"the last value of rank {rank} cannot be loaded in the notebook"
-            f" ({type(error).__name__}: {error}): end the cell with numbers, tensors or plain"
-            " containers of them"
-        ) from None
 
 
 def rank_list(numbers: list[int]) -> str:

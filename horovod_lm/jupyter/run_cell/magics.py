@@ -25,7 +25,6 @@ import shlex
 import sys
 import tempfile
 import traceback
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -160,14 +159,16 @@ def _spec(arguments: argparse.Namespace) -> JobSpec:
 def _run(spec: JobSpec) -> JobResult:
     """Run a cell to its end and show its output; an interrupt stops every rank."""
     events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    job, shown, interrupted = JobProcess(spec, events.put), _Output(), False
+    job, first, interrupted = JobProcess(spec, events.put), _RankOutput(0), False
     try:
         while True:
             try:
                 event = events.get()
                 if event["event"] == "ended":
                     break
-                shown.add(event)
+                if event["event"] == "output" and event["rank"] == 0:
+                    first.show(event["text"])
+                    sys.stdout.flush()
             except KeyboardInterrupt:
                 if interrupted:
                     raise
@@ -175,40 +176,33 @@ def _run(spec: JobSpec) -> JobResult:
                 job.terminate()
     finally:
         result = job.stop()  # nothing is left to stop, unless an error has ended the loop
-        shown.finish()
+        for rank in sorted(result.printed.keys() - {0}):
+            other = _RankOutput(rank)
+            for line in result.printed[rank]:
+                if not line.endswith("\r"):  # a line of progress is overwritten by the next one
+                    other.show(line)
+        sys.stdout.flush()
     result.was_stopped = interrupted
     return result
 
 
-class _Output:
-    """Shows what the ranks print: rank 0's lines at once, the others' by rank at the end."""
+class _RankOutput:
+    """Shows the lines of a rank; of equal reports of Horovod's stall check, only the first."""
 
-    def __init__(self) -> None:
-        self._later: dict[int, list[str]] = defaultdict(list)
-        self._reports: dict[int, StallReports] = defaultdict(StallReports)
-        self._reported: set[tuple[int, str]] = set()
+    def __init__(self, rank: int) -> None:
+        self._rank, self._reports = rank, StallReports()
+        self._reported: set[str] = set()
 
-    def add(self, event: dict[str, Any]) -> None:
-        rank = event.get("rank")
-        if event["event"] != "output" or rank is None:
-            return
-        text = readable(event["text"])
-        if self._reports[rank].includes(text):
+    def show(self, line: str) -> None:
+        text = readable(line)
+        if self._reports.includes(text):
             # Horovod: whether it reports once more before it gives up is a matter of chance.
             text = text.replace("!: [", ": [", 1)
-            if (rank, text) in self._reported:
+            if text in self._reported:
                 return
-            self._reported.add((rank, text))
-        if text and rank == 0:
-            sys.stdout.write(f"[0] {text}")
-            sys.stdout.flush()
-        elif text and not text.endswith("\r"):  # a line of progress is overwritten by the next one
-            self._later[rank].append(f"[{rank}] {text}")
-
-    def finish(self) -> None:
-        for _, lines in sorted(self._later.items()):
-            sys.stdout.writelines(lines)
-        sys.stdout.flush()
+            self._reported.add(text)
+        if text:
+            sys.stdout.write(f"[{self._rank}] {text}")
 
 
 def _check_syntax(cell: str) -> None:

@@ -50,14 +50,9 @@ class SupervisedProcess:
         command: the program and its arguments.
         on_event: called with each event, in a thread of its own.
         env: environment variables on top of this process's.
-        cwd: its working directory; None: this process's.
         grace_period: seconds between SIGTERM and SIGKILL when it is stopped.
         ranks: how many Horovod ranks it runs on this host, which are watched and stopped first; 0:
             they come and go.
-        pass_fds: descriptors that the command inherits.
-
-    Attributes:
-        pid: the command's process id; None until it has started.
     """
 
     def __init__(
@@ -65,7 +60,7 @@ class SupervisedProcess:
         env: Mapping[str, str] | None = None, *, cwd: str | None = None, grace_period: float = 2.0,
         ranks: int = 1, pass_fds: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        self.pid: int | None = None
+        self.pid: int | None = None  # the command's; None until it has started
         self._on_event, self._was_stopped = on_event, False
         (self._output, output_end), (self._events, events_end) = os.pipe(), os.pipe()
         self._lifeline, lifeline_end = socket.socketpair()
@@ -86,9 +81,10 @@ class SupervisedProcess:
         _ALL.add(self)
 
     def stop(self) -> None:
-        """Stop the command; return at once."""
+        """Make the supervisor stop the command; return at once."""
         self._was_stopped = True
-        self._release()
+        with contextlib.suppress(OSError):  # it has ended
+            self._lifeline.shutdown(socket.SHUT_WR)
 
     def signal(self, number: int) -> None:
         """Send a signal to the command's own process."""
@@ -101,18 +97,13 @@ class SupervisedProcess:
         self.stop()
         self._thread.join()
 
-    def _release(self) -> None:
-        """Make the supervisor stop the command."""
-        with contextlib.suppress(OSError):  # it has ended
-            self._lifeline.shutdown(socket.SHUT_WR)
-
     def _read(self) -> None:
         message = ""
         try:
             self._follow()
         except Exception as error:
             message = f"the reader of its events failed: {type(error).__name__}: {error}\n"
-            self._release()
+            self.stop()
         code = self._supervisor.wait()
         if code < 0:
             code = 128 + signal.SIGKILL

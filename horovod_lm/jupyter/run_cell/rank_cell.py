@@ -28,11 +28,8 @@ SECONDS_BEHIND_LOST = 2.0  # the rank that was lost should end first
 def write_cell(folder: Path, source: str, pushed: bytes, wanted: bool) -> None:
     """Write what the ranks of a cell read to an empty folder.
 
-    Args:
-        folder: the folder.
-        source: the cell's body.
-        pushed: a pickled dictionary of the variables that it sees.
-        wanted: whether its last value goes to the notebook instead of being printed.
+    `pushed` is a pickled dictionary of the variables that the cell sees. If its last value is
+    `wanted`, that goes to the notebook instead of being printed.
     """
     paths = [path for path in sys.path if path]
     (folder / "cell.pickle").write_bytes(pickle.dumps((source, pushed, wanted, paths)))
@@ -62,22 +59,17 @@ def parse(source: str) -> tuple[types.CodeType, types.CodeType | None]:
 def execute(source: str, namespace: dict[str, Any], magic: str, wanted: bool) -> Any:
     """Run a cell's body in a namespace; return the value of the expression at its end.
 
-    Args:
-        source: the body.
-        namespace: its global variables.
-        magic: the cell's first line, for tracebacks.
-        wanted: False: print the value if a notebook would show it, and return None.
+    If it is not `wanted`, print it if a notebook would show it, and return None. `magic` is the
+    cell's first line, for tracebacks.
     """
     lines = [f"{magic}\n", *source.splitlines(keepends=True)]
     linecache.cache[CELL] = (sum(map(len, lines)), None, lines, CELL)
     body, expression = parse(source)
     exec(body, namespace)
     value = eval(expression, namespace) if expression else None
-    if wanted:
-        return value
-    if value is not None and not source.rstrip().endswith(";"):
+    if not wanted and value is not None and not source.rstrip().endswith(";"):
         print(repr(value))
-    return None
+    return value if wanted else None
 
 
 def new_main_module() -> dict[str, Any]:
@@ -92,8 +84,9 @@ def describe(error: BaseException) -> dict[str, Any]:
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename != CELL:
         trace = trace.tb_next
-    at = [frame.lineno for frame in traceback.extract_tb(trace) if frame.filename == CELL]
-    line = at[-1] if at else getattr(error, "lineno", None)
+    line = getattr(error, "lineno", None)
+    for frame in traceback.extract_tb(trace):
+        line = frame.lineno if frame.filename == CELL else line
     try:
         text = str(error)
     except Exception:
@@ -113,11 +106,7 @@ def _displayable(text: str) -> str:
 
 
 def pickled_value(value: Any) -> bytes:
-    """Return a cell's last value, pickled.
-
-    Raises:
-        TypeError: it cannot be pickled.
-    """
+    """Return a cell's last value, pickled; raise a TypeError that says why it cannot be."""
     import cloudpickle
 
     try:

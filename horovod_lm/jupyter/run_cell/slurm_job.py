@@ -7,6 +7,7 @@ On SIGTERM, every rank saves a checkpoint and ends; a job that is still in the q
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -40,12 +41,7 @@ def submit(
 ) -> list[str]:
     """Submit a job of `size` tasks, each of which runs `call`; return the call that watches it.
 
-    Args:
-        call: what each rank runs.
-        run: the run; it gives the job its name and the place of its log.
-        size: the number of ranks.
-        options: more options of `sbatch`.
-        cwd: the job's working directory.
+    `run` gives the job its name and the place of its log; `options` are more options of `sbatch`.
 
     Raises:
         ConfigError: Slurm is not here, or refuses the job.
@@ -98,20 +94,17 @@ def main() -> int:
     while is_live:
         # Before the log is read: it is complete when it is read for the last time.
         is_live = find(job, "JobState") in LIVE
-        if os.path.exists(log):
-            with open(log, "rb") as file:
-                file.seek(position)
-                lines = file.read().splitlines(keepends=True)
-            if lines and is_live and not lines[-1].endswith(b"\n"):
-                del lines[-1]  # not yet complete
-            position += sum(map(len, lines))
-            for line in lines:
+        with contextlib.suppress(FileNotFoundError), open(log, "rb") as file:
+            file.seek(position)
+            for line in file:
+                if is_live and not line.endswith(b"\n"):
+                    break  # not yet complete
+                position += len(line)
                 for event in events_of(line.decode("utf-8", "replace")):
                     os.write(events, json.dumps(event).encode() + b"\n")
         if is_live:
             time.sleep(POLL_INTERVAL)
-    code = find(job, "ExitCode").partition(":")[0]
-    return int(code or 1)
+    return int(find(job, "ExitCode").partition(":")[0] or 1)
 
 
 if __name__ == "__main__":

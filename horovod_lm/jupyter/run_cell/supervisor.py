@@ -111,11 +111,7 @@ def main() -> int:
         with contextlib.suppress(OSError):  # the kernel is gone
             lifeline.sendall(json.dumps({"event": event, **values}).encode() + b"\n")
 
-    try:
-        command = subprocess.Popen(sys.argv[4:], close_fds=False, start_new_session=True)
-    except OSError as error:
-        print(error)
-        return 127
+    command = subprocess.Popen(sys.argv[4:], close_fds=False, start_new_session=True)
     report("started", pid=command.pid)
     arguments = (command, lifeline, int(sys.argv[2]), float(sys.argv[3]), report)
     threading.Thread(target=supervise, args=arguments, daemon=True).start()
