@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from horovod_lm.training.run_logger import TrainingResult
     from horovod_lm.training.trainer import run_distributed_training
 
-__all__ = ["TrainingResult", "load_checkpoint", "run_distributed_training", "save_checkpoint"]
-_MODULES = {"TrainingResult": "run_logger", "run_distributed_training": "trainer"}
+__all__ = ["load_checkpoint", "run_distributed_training", "save_checkpoint"]
 
 EXAMPLES = """examples:
   python -m horovod_lm.train --config configs/tiny.yaml
@@ -38,7 +37,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name, and torch with it, on first use: `--help` needs neither."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _MODULES.get(name, "checkpoint")
+    module = "trainer" if name == "run_distributed_training" else "checkpoint"
     return getattr(import_module(f"horovod_lm.training.{module}"), name)
 
 
@@ -53,18 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     world_size, rank, local_rank, _ = distributed.setup_horovod(
         arguments.elastic, config.distributed, config.training.device
     )
-    if not arguments.elastic:  # ranks that join an elastic run later would wait here
-        # Horovod: the disks of other hosts may lack the run, have another, or lack the YAML file.
-        plan = distributed.broadcast_object((config, run_name, checkpoint), "plan")
-        if arguments.resume or not run_name:
-            config, run_name, checkpoint = plan
-            distributed.set_threads(config.distributed, distributed.get_local_size())
-    if arguments.elastic:
+    if arguments.elastic:  # ranks that join later would wait for a broadcast
         # Horovod: imported here, because it needs an installed Horovod.
         from horovod_lm.training.elastic import run_elastic_training
 
         result = run_elastic_training(config, run_name, checkpoint)
     else:
+        # Horovod: the disks of other hosts may lack the run, have another, or lack the YAML file.
+        plan = distributed.broadcast_object((config, run_name, checkpoint), "plan")
+        if arguments.resume or not run_name:
+            config, run_name, checkpoint = plan
+            distributed.set_threads(config.distributed, distributed.get_local_size())
         result = run_distributed_training(
             config, rank, world_size, local_rank, checkpoint, run_name
         )

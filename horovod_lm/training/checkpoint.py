@@ -59,7 +59,7 @@ def save_checkpoint(
     """Write one checkpoint atomically: to a temporary file, synced to disk, then renamed.
 
     If the writer is killed, the file is complete or absent. In distributed training only rank 0
-    calls it.
+    calls it. Returns the path of the file.
 
     Args:
         model: saved as its `state_dict()`; a compiled model under its uncompiled names.
@@ -69,15 +69,11 @@ def save_checkpoint(
         loss: the latest loss, in nats per token.
         checkpoint_dir: created if it does not exist.
         filename: for example `checkpoint_epoch5.pt`.
-        scheduler: a learning rate scheduler; None: not saved.
-        scaler: a gradient scaler; None: not saved.
+        scheduler, scaler: saved if they are given.
         global_step: optimizer steps since the start of the run.
         config: `Config.to_dict()`, to rebuild the model from the checkpoint alone.
         tokenizer: the tokenizer as JSON text, to generate from the checkpoint alone.
         **extra: more plain values, for example other fields of `TrainState`.
-
-    Returns:
-        The path of the file.
 
     Raises:
         CheckpointError: the folder cannot be written, the disk is full, or loading would refuse a
@@ -117,11 +113,7 @@ def checkpoint_content(
 
 
 def write_checkpoint(content: Mapping[str, Any], path: Path) -> Path:
-    """Write what `checkpoint_content` returned, atomically. Return the path.
-
-    Raises:
-        CheckpointError: the folder cannot be written, or the disk is full.
-    """
+    """Write what `checkpoint_content` returned, atomically, or raise CheckpointError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,9 +155,7 @@ class CheckpointWriter:
         """Copy what `checkpoint_content` returned, and begin to write it atomically.
 
         A second file with the same position has the same tensors, and does not wait for the first.
-
-        Raises:
-            CheckpointError: an earlier file could not be written.
+        Raises CheckpointError if an earlier file could not be written.
         """
         tensors = ("model", "optimizer")
         position = {key: value for key, value in content.items() if key not in tensors}
@@ -191,11 +181,7 @@ class CheckpointWriter:
         return not all(job.done() for job in self._jobs)
 
     def wait(self) -> None:
-        """Wait until all files are complete.
-
-        Raises:
-            CheckpointError: one could not be written.
-        """
+        """Wait until all files are complete; raise CheckpointError if one could not be written."""
         futures.wait(self._jobs)
         jobs, self._jobs = self._jobs, []
         for job in jobs:
@@ -211,10 +197,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Read a checkpoint and restore the given objects from it.
 
-    With Horovod, pass the wrapped optimizer: wrapping discards the optimizer's state.
-
-    Returns:
-        The whole checkpoint, tensors on the CPU; its keys are the arguments of `save_checkpoint`.
+    With Horovod, pass the wrapped optimizer: wrapping discards the optimizer's state. Returns the
+    whole checkpoint, tensors on the CPU; its keys are the arguments of `save_checkpoint`.
 
     Raises:
         CheckpointError: as for `read_checkpoint`, or the file is of another model.
@@ -227,9 +211,8 @@ def load_checkpoint(
 def read_checkpoint(checkpoint_path: str | Path) -> dict[str, Any]:
     """Read a checkpoint, tensors on the CPU, without executing code that a file may contain.
 
-    Args:
-        checkpoint_path: a file, or a folder: then its newest checkpoint that can be read. A warning
-            is printed for each newer one that cannot.
+    Of a folder, the newest checkpoint that can be read is returned. A warning is printed for each
+    newer one that cannot.
 
     Raises:
         CheckpointError: the file is missing, damaged, contains code, or is not a checkpoint.
@@ -352,13 +335,9 @@ def _same_types(saved: Any, own: Any) -> bool:
 
 def find_checkpoints(checkpoint_dir: str | Path) -> list[Path]:
     """Return a run's numbered and final checkpoints, newest first."""
-    paths = [
-        path
-        for path in Path(checkpoint_dir).glob("checkpoint_epoch*_step*.pt")
-        if checkpoint_step(path)
-    ]
-    final = Path(checkpoint_dir) / FINAL
-    numbered = sorted(paths, key=checkpoint_step, reverse=True)
+    folder = Path(checkpoint_dir)
+    paths = filter(checkpoint_step, folder.glob("checkpoint_epoch*_step*.pt"))
+    numbered, final = sorted(paths, key=checkpoint_step, reverse=True), folder / FINAL
     if not final.is_file():
         return numbered
     # A run that was extended after its end has numbered checkpoints that are newer than the final.
@@ -395,11 +374,8 @@ def check_same_data(
 ) -> None:
     """Raise CheckpointError if a checkpoint was trained with another tokenizer or other tokens.
 
-    Args:
-        checkpoint: compared as far as it knows its data.
-        tokenizer: the tokenizer as JSON text.
-        data: a hash for each part of the data.
-        name: the checkpoint in the message.
+    `tokenizer` is its JSON text, `data` a hash of each part of the data. A checkpoint is compared
+    as far as it knows them.
     """
     saved = {**(checkpoint.get("data") or {}), "tokenizer": checkpoint.get("tokenizer")}
     here = {**data, "tokenizer": tokenizer}
@@ -482,11 +458,7 @@ def _is_dense(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Convert NumPy scalars to Python numbers: loading with `weights_only` refuses the former.
-
-    Raises:
-        CheckpointError: loading would refuse a value of this type.
-    """
+    """Convert NumPy scalars to Python numbers; raise CheckpointError for what loading refuses."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Mapping):

@@ -163,11 +163,7 @@ class ElasticState(State):
             raise HostsUpdatedInterrupt(skip_sync=False) from None
 
     def wait_for_next_world(self) -> None:
-        """Leave this world; return in the next one, or end the process after the time limit.
-
-        Raises:
-            SystemExit: this rank's host is no longer listed.
-        """
+        """Leave this world; return in the next one, or end the process after the time limit."""
         # In a thread, because the main thread waits inside Horovod.
         timer = threading.Timer(self.config.training.elastic_timeout_seconds, self.give_up)
         timer.daemon = True

@@ -18,6 +18,8 @@ from horovod_lm.models.transformer_lm import TransformerLM
 if TYPE_CHECKING:
     from horovod_lm.data.tokenizers import Tokenizer
 
+WINDOWS_PER_BATCH = 16  # in `score_texts`
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -67,9 +69,6 @@ def evaluate(
         device: the model's device; None: that of its parameters.
         autocast: for example `torch.autocast("cpu", torch.bfloat16)`; None: full precision.
         max_batches: maximum number of batches; None: all.
-
-    Returns:
-        The sums over all predicted tokens.
     """
     device = device or next(model.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, correct
@@ -101,7 +100,6 @@ def score_texts(
     tokenizer: Tokenizer,
     texts: Sequence[str],
     device: torch.device | str | None = None,
-    batch_size: int = 16,
 ) -> list[float]:
     """Return -log p of each text and its end, in nats.
 
@@ -109,15 +107,7 @@ def score_texts(
     than the model's context is processed in windows that overlap by half; each token is scored
     once, with at least half a context before it.
 
-    Args:
-        model: evaluated without dropout; its mode is restored afterwards.
-        tokenizer: the model's tokenizer.
-        texts: any texts, also empty ones.
-        device: the model's device; None: that of its parameters.
-        batch_size: windows per forward pass.
-
-    Returns:
-        One sum per text, in order.
+    `device` is the model's; None: that of its parameters.
     """
     device = device or next(model.parameters()).device
     windows = [
@@ -130,8 +120,8 @@ def score_texts(
     windows.sort(key=lambda window: len(window[1]))  # similar lengths together: less padding
     totals = [0.0] * len(texts)
     with _evaluation_mode(model):
-        for start in range(0, len(windows), batch_size):
-            batch = windows[start : start + batch_size]
+        for start in range(0, len(windows), WINDOWS_PER_BATCH):
+            batch = windows[start : start + WINDOWS_PER_BATCH]
             # Padding on the right needs no mask: attention is causal.
             inputs = _pad([inputs for _, inputs, _ in batch], tokenizer.eot_id).to(device)  # (B, T)
             targets = _pad([targets for _, _, targets in batch], IGNORE_INDEX).to(device)  # (B, T)

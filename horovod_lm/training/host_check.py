@@ -119,22 +119,19 @@ def hash_of_code(folder: Path) -> str:
 def hash_of_data(folder: Path) -> str | None:
     """Return a hash of prepared data, or None if there are none.
 
-    Of the JSON files everything counts; of the token files, which may have many GB, the size and
-    both ends.
+    It covers all of the JSON files, and of the token files the size and both ends.
     """
     if not (folder / "metadata.json").is_file():
         return None
     total = hashlib.sha256()
-    for file in sorted(one for one in folder.iterdir() if one.suffix in (".json", ".bin")):
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.bin")]):
         size = file.stat().st_size
         total.update(f"{file.name}\0{size}\0".encode())
         with open(file, "rb") as content:
-            if file.suffix == ".json":
-                total.update(content.read())
-                continue
             total.update(content.read(END_BYTES))
-            content.seek(max(0, size - END_BYTES))
-            total.update(content.read(END_BYTES))
+            if file.suffix == ".bin":
+                content.seek(max(0, size - END_BYTES))
+            total.update(content.read())
     return total.hexdigest()[:HASH_LENGTH]
 
 

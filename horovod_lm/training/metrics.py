@@ -43,12 +43,9 @@ PARTS_OF_A_STEP = tuple(name for name in COLUMNS if name.startswith("seconds_"))
 class MetricsRecorder:
     """Writes the metrics of a run as they are measured.
 
-    Args:
-        run_dir: folder of `metrics.csv`.
-        log_dir: folder of `rank0.jsonl`, `rank1.jsonl`, ...
-        tensorboard_dir: folder of TensorBoard's event files.
-        rank: this process's number; only rank 0 writes the table and the events.
-        resume_step: drop rows of the table after this step, which will be repeated; None: drop all.
+    Each rank writes a `rank0.jsonl`, `rank1.jsonl` ... into `log_dir`. Only rank 0 writes the table
+    `metrics.csv` into `run_dir`, and events into `tensorboard_dir`. Rows of the table after
+    `resume_step` are dropped, because their steps will be repeated; None: drop all.
 
     A file that cannot be written, for example on a full disk, is left out with a warning.
     """
@@ -78,12 +75,7 @@ class MetricsRecorder:
                 )
 
     def record(self, phase: str, **values: Any) -> None:
-        """Record one measurement.
-
-        Args:
-            phase: `train` or `validation`.
-            **values: some of `COLUMNS`; other values go to the JSON lines alone.
-        """
+        """Record one measurement: some of `COLUMNS`; other values go to the JSON lines alone."""
         row = {"phase": phase, **values}
         self.event("metrics", **row)
         if self._table is not None:
@@ -109,8 +101,7 @@ class MetricsRecorder:
                     file.close()
 
     def _add_row(self, row: dict[str, Any]) -> None:
-        writer = csv.DictWriter(self._table, COLUMNS, extrasaction="ignore", restval="")
-        writer.writerow(row)
+        csv.DictWriter(self._table, COLUMNS, extrasaction="ignore").writerow(row)
         self._table.flush()
 
     def _try(self, path: Path, write: Callable[[], Any]) -> Any:
@@ -145,9 +136,6 @@ class StepTimer:
 
     A GPU works asynchronously, so its clock is read by CUDA events: a part lasts from the end of
     the work before it to the end of its own.
-
-    Args:
-        device: where the step is computed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -183,14 +171,8 @@ class StepTimer:
 def read_metrics(run_dir: str | Path, phase: str | None = None) -> list[dict[str, Any]]:
     """Return the rows of a run's `metrics.csv` with numbers converted and empty cells left out.
 
-    Lines that cannot be read, for example after a power cut, are left out with a warning.
-
-    Args:
-        run_dir: the run's folder.
-        phase: return only rows of this phase; None: all.
-
-    Raises:
-        DataError: the file is missing or cannot be read.
+    Lines that cannot be read, for example after a power cut, are left out with a warning. `phase`
+    is `train` or `validation`; None: both. Raises DataError if the file cannot be read.
     """
     path = Path(run_dir) / "metrics.csv"
     try:

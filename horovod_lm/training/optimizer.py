@@ -73,14 +73,8 @@ def build_scheduler(
     """Return the learning rate scheduler after `steps_done` steps.
 
     Build it after the optimizer is wrapped and its state is loaded: wrapping makes a new optimizer,
-    and a scheduler of the old one changes nothing.
-
-    Args:
-        optimizer: the wrapped optimizer.
-        training: peak rate, warmup and decay.
-        total_steps: optimizer steps of the whole run, at which the decay ends.
-        world_size: multiplies the peak rate if `scale_lr_with_world_size` is set.
-        steps_done: optimizer steps that a resumed run has taken.
+    and a scheduler of the old one changes nothing. The decay ends at `total_steps`, those of the
+    whole run.
     """
     peak = training.learning_rate * (world_size if training.scale_lr_with_world_size else 1)
     for group in optimizer.param_groups:

@@ -44,11 +44,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, config: Config, run_name: str) -> RunFolder:
-        """Return the folders of a run, from `config.paths` and the run's name.
-
-        Raises:
-            ConfigError: the name cannot be a folder's name.
-        """
+        """Return the folders of a run; raise ConfigError if its name cannot be a folder's name."""
         is_valid = run_name.isprintable() and 0 < len(run_name.encode()) <= LONGEST_NAME
         if not is_valid or run_name in (".", "..") or set(run_name) & set("/\\"):
             raise ConfigError(
@@ -61,8 +57,7 @@ class RunFolder:
     def archive_existing_run(self) -> Path | None:
         """Rename the folders of an earlier run to those of the run NAME.1, NAME.2 ...
 
-        Returns:
-            The new path of the run's folder; None: there is no such run.
+        Returns the new path of the run's folder, or None if there is no such run.
 
         Raises:
             ConfigError: the run is being trained, a folder cannot be renamed, or the folder of
@@ -100,14 +95,7 @@ class RunFolder:
             ) from None
 
     def describe(self, config: Config, world_size: int, devices: str) -> None:
-        """Create the folder and write `config.yaml` and `run.json`.
-
-        `run.json` describes every session: command, versions, host and devices of each time that
-        the run was started or resumed.
-
-        Raises:
-            ConfigError: the folder cannot be written.
-        """
+        """Write `config.yaml` and `run.json`, which has an entry for each start or resumption."""
         session = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": [_VARIABLES.sub(r"\1...", word) for word in sys.argv],
@@ -140,13 +128,10 @@ def _resolve_paths(config: Config, run_name: str) -> list[Path]:
 
 @contextmanager
 def lock_run(run: RunFolder) -> Iterator[None]:
-    """Keep other processes from writing a run and its checkpoints.
+    """Keep other processes from writing a run and its checkpoints, or raise ConfigError.
 
     Other hosts see the lock if their shared disk supports POSIX locks; a disk without locks is not
     locked. The system releases the lock when the process ends, however it ends.
-
-    Raises:
-        ConfigError: another process trains there, or a folder cannot be written.
     """
     with ExitStack() as files:
         # Both, because `paths` may give two runs the same checkpoints.

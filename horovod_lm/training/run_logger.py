@@ -29,7 +29,6 @@ from horovod_lm.utils.progress import ProgressLine, format_seconds
 class TrainingResult:
     """The results of a run. Losses are in nats per token, over all ranks."""
 
-    run_name: str
     run_dir: Path
     steps: int
     stopped: bool  # by the user, before the last step
@@ -40,11 +39,6 @@ class TrainingResult:
     tokens_per_second: float  # of all ranks together, over this session's training steps
     seconds: float  # of this session
     checkpoint: Path | None  # the last one written
-    nats_per_story: float | None = None  # of held-out stories, if `data.source` is stories
-    entropy_per_story: float | None = None  # the lower bound for any model
-    world_size: int = 1  # ranks at the end
-    world_changes: int = 0  # times that ranks left or joined an elastic run
-    steps_replayed: int = 0  # steps that an elastic run lost with a rank and repeated
 
 
 @dataclass
@@ -66,13 +60,8 @@ class TrainState:
 class RunLogger:
     """Prints the progress of a run on rank 0, and records metrics on every rank.
 
-    Args:
-        config: the configuration; written to the run's folder.
-        run: the run's folder. For a new run, an existing one is renamed.
-        rank, world_size: this process's number, and how many there are.
-        devices: the devices of all ranks, in one line.
-        progress: prints for rank 0.
-        resume_step: the step to resume from; None: a new run.
+    It writes `config` to the run's folder, beside `devices`, those of all ranks in one line.
+    `resume_step` is the step to resume from; None: a new run, and an existing one is renamed.
     """
 
     def __init__(
@@ -215,10 +204,7 @@ class RunLogger:
         self.progress.say(self.how_to_resume())
 
     def how_to_resume(self, checkpoint: Path | None = None) -> str:
-        """Return the line that says how to resume the run, from its newest checkpoint or another.
-
-        On several hosts, it names the one that has the checkpoints.
-        """
+        """Return the line that says how to resume the run, and on which of several hosts."""
         call = resume_command(
             self.config, self.run.run_dir, self._hosts, elastic_launcher(), checkpoint
         )
@@ -252,12 +238,7 @@ def resume_command(
 ) -> str:
     """Return the command that resumes a run with as many ranks on the same hosts.
 
-    Args:
-        config: the configuration of the run.
-        run_dir: the run's folder.
-        hosts: the host of each rank, in the order of ranks.
-        elastic: whether training is elastic: its call of horovodrun is known to the user only.
-        checkpoint: one of its checkpoints; None: the newest.
+    `hosts` names the host of each rank. `checkpoint` is one of the run's; None: the newest.
     """
     options: list[str | Path] = ["--resume", checkpoint or run_dir]
     if checkpoint and checkpoint.parent.parent != run_dir:

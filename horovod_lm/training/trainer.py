@@ -74,10 +74,8 @@ def run_distributed_training(
     resumed. Ctrl-C stops every rank after the current step and saves a checkpoint.
 
     Args:
-        config: the configuration; `configs/` explains every key.
-        rank: this process's number among `world_size`, from `setup_horovod`.
-        world_size: number of ranks, at least 1.
-        local_rank: this process's number on its host; selects its GPU.
+        config: the configuration; `configs/config.yaml` explains every key.
+        rank, world_size, local_rank: from `setup_horovod`; `local_rank` selects the GPU.
         resume_checkpoint: the checkpoint to resume from, at any world size, or a folder with
             checkpoints. Only rank 0 reads it.
         run_name: name of the run's folder under `runs/`; None: a new name with the time in it.
@@ -117,15 +115,8 @@ def run_distributed_training(
 class Trainer:
     """Trains one rank's replica of the model.
 
-    Args:
-        config, rank, world_size: as for `run_distributed_training`.
-        run_folder: the folder of the run, new or resumed.
-        device: this rank's device, and where its gradients are reduced.
-        progress: prints for rank 0.
-        stop: whether the user has asked to stop.
-        resume: the content of the checkpoint to resume from, the same on every rank.
-        name: that checkpoint's name in messages.
-        commit: called every `training.commit_interval` steps in elastic training.
+    `resume` is the content of the checkpoint to resume from, the same on every rank, and `name`
+    its name in messages. Elastic training calls `commit` every `training.commit_interval` steps.
     """
 
     def __init__(
@@ -158,10 +149,7 @@ class Trainer:
         )
 
     def _build(self, staged: bool, resume: Mapping[str, Any] | None) -> None:
-        """Build data, model and optimizer, the same on every rank except for its part of the data.
-
-        `staged` reduces gradients in CPU memory. A run that is resumed keeps its `amp_dtype`.
-        """
+        """Build data, model and optimizer; a run that is resumed keeps its `amp_dtype`."""
         config = self.config
         data_dir = config.resolve(config.data.data_dir)
         self.data = data_hashes(data_dir)
@@ -234,7 +222,9 @@ class Trainer:
         self.save(FINAL)
         self._remove_old_checkpoints()
         self.writer.wait()
-        return self._result(evaluation, stories=self._score_stories())
+        if self.config.data.source == "stories":
+            self._score_stories()
+        return self._result(evaluation)
 
     def train_epoch(self) -> bool:
         """Train to the end of the current epoch. Return whether a rank was asked to stop."""
@@ -471,8 +461,6 @@ class Trainer:
             f" ({' '.join(str(error).split())})"
         )
 
-    # ---- the end --------------------------------------------------------------------------------
-
     def close(self) -> None:
         """Wait for a checkpoint that is being written, and close the logs; also after an error."""
         try:
@@ -482,10 +470,8 @@ class Trainer:
         finally:
             self.logger.close()
 
-    def _score_stories(self) -> dict[str, float]:
-        """Return nats per held-out story and their exact entropy; nothing for other text."""
-        if self.config.data.source != "stories":
-            return {}
+    def _score_stories(self) -> None:
+        """Record nats per held-out story beside their exact entropy."""
         from horovod_lm.data.synthetic.stories import generate_story, story_entropy
 
         first = self.config.data.num_stories  # earlier stories are training and validation data
@@ -494,18 +480,10 @@ class Trainer:
         stories = [generate_story(self.config.seed, number) for number in own]
         nats = torch.tensor([sum(score_texts(self.model, self.tokenizer, stories, self.device))])
         total = distributed.reduce_sum(nats, "stories").item()  # Horovod: over all ranks
-        mean, entropy = total / HELD_OUT_STORIES, story_entropy()
-        self.logger.stories(mean, entropy)
-        return {"nats_per_story": mean, "entropy_per_story": entropy}
+        self.logger.stories(total / HELD_OUT_STORIES, story_entropy())
 
-    def _result(
-        self,
-        evaluation: Evaluation,
-        stopped: bool = False,
-        stories: Mapping[str, float] | None = None,
-    ) -> TrainingResult:
+    def _result(self, evaluation: Evaluation, stopped: bool = False) -> TrainingResult:
         result = TrainingResult(
-            run_name=self.run_folder.name,
             run_dir=self.run_folder.run_dir,
             steps=self.state.global_step,
             stopped=stopped,
@@ -516,20 +494,12 @@ class Trainer:
             tokens_per_second=self.logger.tokens_per_second,
             seconds=self.logger.seconds,
             checkpoint=self.last_checkpoint,
-            world_size=self.world_size,
-            world_changes=self.state.world_changes,
-            steps_replayed=self.state.steps_replayed,
-            **(stories or {}),
         )
         return distributed.broadcast_object(result, name="result")  # Horovod: the same everywhere
 
 
 def build_model(config: Config, eot_id: int | None = None) -> TransformerLM:
-    """Return an untrained model; `pad_token_id: null` in the configuration means `eot_id`.
-
-    Raises:
-        ConfigError: the model does not fit into memory.
-    """
+    """Return an untrained model; `pad_token_id: null` in the configuration means `eot_id`."""
     settings = config.model.model_dump()
     if settings["pad_token_id"] is None:
         settings["pad_token_id"] = eot_id
@@ -544,12 +514,7 @@ def build_model(config: Config, eot_id: int | None = None) -> TransformerLM:
 
 
 def check_can_compile(device: torch.device) -> None:
-    """Check that `torch.compile` works on a device.
-
-    Raises:
-        ConfigError: torch is in a folder whose name contains a space, which its linker commands for
-            the CPU do not quote.
-    """
+    """Raise ConfigError where torch's linker commands for the CPU do not quote its folder."""
     folder = str(Path(torch.__file__).parent)
     if device.type == "cpu" and " " in folder:
         raise ConfigError(
@@ -563,10 +528,8 @@ def prepare_data_once_per_host(
 ) -> None:
     """Prepare the tokens on each host's first rank, while the host's other ranks wait.
 
-    A run that is resumed keeps the tokens that it began with, whatever became of its text.
-
-    Raises:
-        UserError: the data cannot be prepared, or the hosts differ in code or data.
+    A run that is resumed keeps the tokens that it began with, whatever became of its text. Raises
+    a UserError if the data cannot be prepared, or the hosts differ in code or data.
     """
 
     def show(phase: str, done: float) -> None:

@@ -300,15 +300,7 @@ class Config(Section):
         return self.model_dump(mode="json")
 
     def resolve(self, path: str | Path, run_name: str | None = None) -> Path:
-        """Return `path` as an absolute path: relative ones start at the project root.
-
-        Args:
-            path: a path that may contain `${run_name}`.
-            run_name: replaces `${run_name}`.
-
-        Raises:
-            ConfigError: `path` contains `${run_name}` and no run name is given, or is not a path.
-        """
+        """Return `path` as an absolute path: relative ones start at the project root."""
         text = str(path)
         if RUN_NAME in text and run_name is None:
             raise ConfigError(f"the path {text} needs a run name; give one with --run-name")
@@ -403,17 +395,12 @@ def config_from_dict(
 ) -> Config:
     """Make a `Config` of nested plain values, such as `Config.to_dict()` gives.
 
-    Args:
-        content: sections and their settings.
-        project_root: where relative paths start; default: found from the working directory.
-        name: the name of the source in an error.
-        overrides: changes on top of `content`, as for `load_config`.
+    Relative paths start at `project_root`, by default found from the working directory. `overrides`
+    are changes on top of `content`, as for `load_config`.
 
     Raises:
         ConfigError: one sentence with `name`, the key, and the nearest valid key.
     """
-    if isinstance(overrides, str):
-        overrides = [overrides]
     if not isinstance(overrides, Mapping):
         overrides = dict(map(_parse_override, overrides))
     try:

@@ -161,15 +161,10 @@ def set_threads(settings: DistributedConfig, local_size: int) -> None:
 
 
 def choose_device(wanted: torch.device | str | None = None, local_rank: int = 0) -> torch.device:
-    """Return the device for one process.
+    """Return the device for one process; ranks beyond the last GPU share the GPUs.
 
-    Args:
-        wanted: "cpu", "cuda", "cuda:1" ...: the CPU, with a note, if there is no such GPU; None or
-            "auto": a GPU if there is one.
-        local_rank: number of the process on its host. Ranks beyond the last GPU share the GPUs.
-
-    Raises:
-        ConfigError: torch has no device of this name.
+    `wanted` is "cpu", "cuda", "cuda:1" ...: the CPU, with a note, if there is no such GPU. None or
+    "auto" is a GPU if there is one.
     """
     if wanted in (None, "auto"):
         if not torch.cuda.is_available():
@@ -198,14 +193,8 @@ def agree_on_devices(wanted: str, local_rank: int) -> DeviceChoice:
     """Choose this rank's device and how gradients are reduced; a collective call.
 
     NCCL reduces them on the GPUs if each rank has a GPU of its own; it refuses two ranks on one.
-    Otherwise every rank copies its gradients to CPU memory: see `StagedGradients`.
-
-    Args:
-        wanted: "auto": a GPU where torch finds one; "cuda"; "cpu".
-        local_rank: this rank's number on its host.
-
-    Raises:
-        ConfigError: on every rank, if "cuda" is wanted and a rank has no GPU.
+    Otherwise every rank copies its gradients to CPU memory: see `StagedGradients`. `wanted` is
+    `training.device`: every rank raises ConfigError if it is "cuda" and a rank has no GPU.
     """
     device = choose_device("cpu" if wanted == "cpu" else "auto", local_rank)
     if device.type == "cuda":
@@ -259,11 +248,7 @@ def elastic_launcher() -> bool:
 
 
 def hang_watchdog(stop: StopRequest) -> AbstractContextManager[Any]:
-    """Return a context in which this rank is killed if it hangs; a process alone is not.
-
-    Args:
-        stop: tells whether the rank writes a checkpoint, and so does not hang.
-    """
+    """Return a context in which this rank is killed if it hangs; a process alone is not."""
     if get_world_size() == 1:
         return nullcontext()
     limit = float(os.environ.get("HOROVOD_GLOO_TIMEOUT_SECONDS", _GLOO_TIMEOUT))
@@ -305,9 +290,7 @@ def is_main_process() -> bool:
 def reduce_sum(values: torch.Tensor, name: str) -> torch.Tensor:
     """Return the sum of `values` over all ranks, in float64, on the CPU.
 
-    Args:
-        values: any shape, the same on every rank.
-        name: identifies the reduction, the same on every rank.
+    Their shape, and the `name` of the reduction, are the same on every rank.
     """
     return finish_reduce_sum(start_reduce_sum(values, name)).cpu()
 
@@ -418,8 +401,7 @@ def broadcast_parameters(model: torch.nn.Module, root_rank: int = 0) -> None:
 def local_rank_zero_first(work: Callable[[], Any]) -> None:
     """Run `work` on the first rank of each host, in a thread; the host's other ranks wait.
 
-    Raises:
-        Exception: on every rank, the first exception that `work` raised on any host.
+    Every rank raises the first exception that `work` raised on any host.
     """
     if get_world_size() == 1:
         work()
@@ -452,15 +434,10 @@ def distributed_optimizer(
 ) -> torch.optim.Optimizer:
     """Wrap `optimizer` so that gradients are averaged over the ranks during the backward pass.
 
-    Args:
-        optimizer: any torch optimizer without state: wrapping discards it.
-        named_parameters: of the uncompiled model, the same names on every rank.
-        backward_passes_per_step: backward passes whose gradients are summed before the reduction.
-        settings: compression and reduction groups.
-        staged: reduce gradients in CPU memory; see `agree_on_devices`.
-
-    Returns:
-        The wrapped optimizer, or `optimizer` itself when Horovod is not initialised.
+    The gradients of `backward_passes_per_step` passes are summed first; `staged` reduces them in
+    CPU memory, see `agree_on_devices`. The names are those of the uncompiled model, the same on
+    every rank. Wrapping discards the optimizer's state. When Horovod is not initialised,
+    `optimizer` itself is returned.
     """
     if not is_distributed():
         return optimizer

@@ -45,10 +45,9 @@ def available_cores() -> int:
 def container_cores(root: Path = CGROUP, membership: Path = MEMBERSHIP) -> float | None:
     """Return the CPU quota of this process's control groups in cores; None: no limit.
 
-    Args:
-        root: mount point of the control groups, version 2 or 1
-            (https://docs.kernel.org/admin-guide/cgroup-v2.html).
-        membership: the file in which the kernel lists the groups of this process.
+    `root` is the mount point of the control groups, version 2
+    (https://docs.kernel.org/admin-guide/cgroup-v2.html) or 1. In the file `membership`, the kernel
+    lists the groups of this process.
     """
     quotas = []
     for folder in _control_groups("cpu", root, membership):
@@ -61,10 +60,7 @@ def container_cores(root: Path = CGROUP, membership: Path = MEMBERSHIP) -> float
 
 
 def container_memory(root: Path = CGROUP, membership: Path = MEMBERSHIP) -> int | None:
-    """Return the bytes left in this process's control groups; None: no limit.
-
-    Arguments as for `container_cores`.
-    """
+    """Return the bytes left in this process's control groups; None: no limit."""
     free = []
     for folder in _control_groups("memory", root, membership):
         words = _words(folder / "memory.max") + _words(folder / "memory.current") or (
@@ -174,12 +170,11 @@ def bfloat16_peak(device: torch.device) -> float | None:
         return None
     import torch
 
-    return _peak_of_card(torch.cuda.get_device_name(device))
-
-
-def _peak_of_card(name: str) -> float | None:
+    name = torch.cuda.get_device_name(device)
+    if "MIG" in name:  # a part of a card
+        return None
     found = (peak for card, peak in _BFLOAT16_PEAKS.items() if re.search(rf"\b{card}\b", name))
-    return None if "MIG" in name else next(found, None)  # MIG: a part of a card
+    return next(found, None)
 
 
 def package_version(package: str) -> str | None:

@@ -17,11 +17,7 @@ class ProgressLine:
 
     If the output is lost (the terminal was closed, the disk is full), it says so once and prints
     nothing more: the work is worth more than its messages. A reader that has ended, such as `head`,
-    is not worth a warning.
-
-    Args:
-        enabled: False prints nothing: for all ranks except rank 0.
-        stream: the output; None: standard output.
+    is not worth a warning. All ranks except rank 0 have `enabled=False`, and print nothing.
     """
 
     def __init__(self, enabled: bool = True, stream: TextIO | None = None) -> None:

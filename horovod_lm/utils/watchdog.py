@@ -33,17 +33,12 @@ HEARTBEAT, SAVING = b".", b"!"
 
 
 class Watchdog:
-    """Inside `with Watchdog(seconds, name):` this process is killed if it hangs for `seconds`.
+    """Inside `with Watchdog(...):` this process is killed if it hangs for `seconds`.
 
-    Args:
-        seconds: the time limit.
-        name: the name of this process in the message.
-        is_saving: returns whether the process writes a checkpoint.
+    The message calls it `name`. `is_saving` returns whether it writes a checkpoint.
     """
 
-    def __init__(
-        self, seconds: float, name: str, is_saving: Callable[[], bool] = lambda: False
-    ) -> None:
+    def __init__(self, seconds: float, name: str, is_saving: Callable[[], bool]) -> None:
         self._seconds, self._name, self._is_saving = seconds, name, is_saving
         self._ended = threading.Event()
 

@@ -16,8 +16,6 @@ from horovod_lm.training.checkpoint import (
     BEST,
     FINAL,
     CheckpointWriter,
-    check_same_data,
-    check_same_model,
     checkpoint_content,
     checkpoint_name,
     find_checkpoints,
@@ -28,7 +26,7 @@ from horovod_lm.training.checkpoint import (
     write_checkpoint,
 )
 from horovod_lm.training.optimizer import build_optimizer, build_scheduler
-from horovod_lm.utils.config import TrainingConfig, config_from_dict
+from horovod_lm.utils.config import TrainingConfig
 from horovod_lm.utils.distributed import map_tensors
 from horovod_lm.utils.errors import CheckpointError
 
@@ -138,7 +136,7 @@ def test_a_checkpoint_without_optimizer_loads_for_generation_only(tmp_path, trai
     other = Setup(seed=1)
     load_checkpoint(path, other.model)
     for part in ("optimizer", "scheduler", "scaler"):
-        said = complaint(lambda part=part: load_checkpoint(path, **{part: getattr(other, part)}))
+        said = complaint(load_checkpoint, path, **{part: getattr(other, part)})
         assert f"has no {part} state" in said and str(path) in said
 
 
@@ -195,17 +193,6 @@ def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
     assert read_checkpoint(tmp_path / BEST)["global_step"] == 7
 
 
-def test_a_checkpoint_cut_at_any_byte_is_a_sentence(tmp_path, content):
-    path = tmp_path / "cut.pt"
-    ends = {*range(0, 100), *range(0, len(content), 197), *range(len(content) - 100, len(content))}
-    for end in ends:
-        path.write_bytes(content[:end])
-        said = complaint(read_checkpoint, path)
-        assert f"{path} is damaged or truncated" in said, end
-    path.write_bytes(content)
-    assert read_checkpoint(path)["global_step"] == 13
-
-
 def test_a_missing_checkpoint_names_what_is_there(tmp_path, trained):
     trained.save(tmp_path, "checkpoint_epoch0_step5.pt")
     said = complaint(read_checkpoint, tmp_path / BEST)
@@ -227,16 +214,13 @@ class Code:
     ("change", "says"),
     [
         (lambda whole: Code(), "could execute code"),
-        (lambda whole: {**whole, "extra": Code()}, "could execute code"),
         (lambda whole: {**whole, "model": {"w": Code()}}, "could execute code"),
         (lambda whole: {"a": 1}, "not a checkpoint of horovod_lm"),
-        (lambda whole: whole | {"model": 3}, "not a checkpoint of horovod_lm"),
         (lambda whole: whole["model"], "not a checkpoint of horovod_lm"),
         (lambda whole: whole | {"format": 1}, "has format 1, but this version reads format 2"),
         # As nanoGPT's ckpt.pt.
         (lambda whole: {"model": whole["model"]}, "has no 'format', but this version"),
         (lambda whole: whole | {"optimizer": {"state": {}}}, "incompatible optimizer state"),
-        (lambda whole: whole | {"optimizer": None}, "has no optimizer state"),
     ],
 )
 def test_another_content_is_a_sentence(tmp_path, content, monkeypatch, change, says):
@@ -254,9 +238,8 @@ def test_another_content_is_a_sentence(tmp_path, content, monkeypatch, change, s
     ("shape", "says"),
     [
         ({"n_layers": 1}, "unexpected key blocks.1."),
-        ({"vocab_size": 19}, "token_embedding.weight has shape (17, 8), the model's has (19, 8)"),
         ({"n_layers": 3}, "missing key blocks.2."),
-        ({"max_seq_len": 16}, "(8, 8), the model's has (16, 8)"),
+        ({"vocab_size": 19}, "token_embedding.weight has shape (17, 8), the model's has (19, 8)"),
     ],
 )
 def test_another_model_is_a_sentence_and_changes_nothing(tmp_path, trained, shape, says):
@@ -280,42 +263,18 @@ def test_a_loaded_optimizer_has_the_settings_of_the_configuration(trained, tmp_p
     assert "it is of another optimizer; keep training.optimizer" in said
 
 
-def test_resuming_with_another_shape_names_the_setting(trained, tmp_path):
-    here = config_from_dict({"model": SHAPE})
-    there = config_from_dict({"model": SHAPE | {"d_ff": 32, "dropout": 0.5}})
-    check_same_model({"config": here.to_dict()}, here, "x.pt")
-    check_same_model({"config": None}, here, "x.pt")
-    said = complaint(check_same_model, {"config": there.to_dict()}, here, "x.pt")
-    assert "x.pt" in said and "model.d_ff=32" in said and "16" in said
-
-
-def test_other_data_are_refused_and_named():
-    saved = {"tokenizer": "{}", "data": {"training tokens": "a", "validation tokens": "b"}}
-    check_same_data(saved, "{}", saved["data"], "x.pt")
-    check_same_data({"tokenizer": None}, "{}", saved["data"], "x.pt")  # it does not know
-    grown = {**saved["data"], "training tokens": "c"}
-    said = complaint(check_same_data, saved, "{1}", grown, "x.pt")
-    assert said.startswith("x.pt was trained with other data")
-    assert "(training tokens, tokenizer differ)" in said
-
-
-def test_the_newest_ones_and_best_and_final_are_kept(tmp_path, trained):
-    numbers = [(0, 5), (0, 10), (1, 20), (1, 100), (2, 110)]
-    for epoch, step in numbers:
-        trained.save(tmp_path, checkpoint_name(epoch, step), optimizer=None)
-    for name in (BEST, FINAL, "checkpoint_epoch5.pt"):
-        trained.save(tmp_path, name, optimizer=None)
+def test_the_newest_ones_and_best_and_final_are_kept(tmp_path):
+    numbered = [checkpoint_name(*where) for where in ((0, 5), (1, 20), (1, 100), (2, 110))]
+    for name in (*numbered, BEST, FINAL, "checkpoint_epoch5.pt"):
+        (tmp_path / name).touch()
     remove_old_checkpoints(tmp_path, keep=2)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        BEST, FINAL, "checkpoint_epoch5.pt", "checkpoint_epoch1_step100.pt",
-        "checkpoint_epoch2_step110.pt",
-    }  # fmt: skip
-    assert [path.name for path in find_checkpoints(tmp_path)] == [
-        FINAL, "checkpoint_epoch2_step110.pt", "checkpoint_epoch1_step100.pt"]  # fmt: skip
-    # A run that goes on after its end.
-    trained.save(tmp_path, "checkpoint_epoch3_step120.pt", optimizer=None)
-    assert [path.name for path in find_checkpoints(tmp_path)][:2] == [
-        "checkpoint_epoch3_step120.pt", FINAL]  # fmt: skip
+    kept = {BEST, FINAL, "checkpoint_epoch5.pt", *numbered[2:]}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    later = tmp_path / checkpoint_name(3, 120)  # of a run that was extended after its end
+    later.touch()
+    os.utime(later, (4e9, 4e9))
+    found = [later.name, FINAL, numbered[3], numbered[2]]
+    assert [path.name for path in find_checkpoints(tmp_path)] == found
 
 
 @pytest.mark.parametrize("value", [Path("x"), [np.zeros(1)], {"a": (1, object())}])
@@ -323,19 +282,3 @@ def test_a_value_that_could_not_be_loaded_again_is_not_saved(tmp_path, trained, 
     said = complaint(trained.save, tmp_path, FINAL, optimizer=None, note=value)
     assert said.startswith("a checkpoint cannot contain a value of the type ")
     assert not (tmp_path / FINAL).exists()
-
-
-def test_a_folder_means_its_newest_checkpoint_that_can_be_read(tmp_path, trained, content, capsys):
-    assert "has no checkpoint to resume from" in complaint(read_checkpoint, tmp_path)
-    for step in (5, 10):
-        trained.save(tmp_path, checkpoint_name(0, step), optimizer=None, global_step=step)
-    assert read_checkpoint(tmp_path)["global_step"] == 10
-    assert capsys.readouterr().err == ""
-    truncated = tmp_path / checkpoint_name(1, 15)
-    truncated.write_bytes(content[:1000])
-    assert read_checkpoint(tmp_path)["global_step"] == 10
-    warning = capsys.readouterr().err
-    assert warning.startswith("warning: ") and str(truncated) in warning
-    assert warning.count("\n") == 1
-    trained.save(tmp_path, FINAL, optimizer=None, global_step=12)
-    assert read_checkpoint(tmp_path)["global_step"] == 12

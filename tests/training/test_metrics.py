@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import shutil
@@ -10,8 +9,6 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from horovod_lm.training import metrics
 from horovod_lm.training.metrics import COLUMNS, MetricsRecorder, StepTimer, read_metrics
@@ -20,18 +17,10 @@ from horovod_lm.utils.errors import DataError
 
 @pytest.fixture
 def open_recorder(tmp_path):
-    def recorder(rank: int = 0, resume_step: int | None = None) -> MetricsRecorder:
-        tmp_path.mkdir(exist_ok=True)
-        return MetricsRecorder(
-            tmp_path, tmp_path / "logs", tmp_path / "events", rank, resume_step
-        )  # fmt: skip
+    def recorder(resume_step: int | None = None) -> MetricsRecorder:
+        return MetricsRecorder(tmp_path, tmp_path / "logs", tmp_path / "events", 0, resume_step)
 
     return recorder
-
-
-def lines(folder, rank: int = 0) -> list[dict]:
-    text = (folder / "logs" / f"rank{rank}.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def fill(recorder: MetricsRecorder, first: int, last: int) -> None:
@@ -46,36 +35,29 @@ def test_the_table_has_the_designs_columns(tmp_path, open_recorder):
     recorder = open_recorder()
     recorder.record("train", step=1, loss=2.5, unknown="only in the lines", seconds_data=0.25)
     recorder.close()
-    with open(tmp_path / "metrics.csv", newline="") as file:
-        header, row = csv.reader(file)
-    assert tuple(header) == COLUMNS == (
+    header, row = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert tuple(header.split(",")) == COLUMNS == (
         "phase", "epoch", "step", "tokens", "learning_rate", "loss", "perplexity", "accuracy",
         "tokens_per_second", "gradient_norm", "seconds_data", "seconds_forward",
         "seconds_backward", "seconds_allreduce", "seconds_update", "world_size", "steps_replayed",
     )  # fmt: skip
-    assert dict(zip(header, row, strict=True)) == dict.fromkeys(COLUMNS, "") | {
-        "phase": "train", "step": "1", "loss": "2.5", "seconds_data": "0.25"}  # fmt: skip
+    assert row == "train,,1,,,2.5,,,,,0.25,,,,,,"
     assert read_metrics(tmp_path) == [
         {"phase": "train", "step": 1, "loss": 2.5, "seconds_data": 0.25}]  # fmt: skip
-    (line,) = lines(tmp_path)
+    line = json.loads((tmp_path / "logs" / "rank0.jsonl").read_text())
     assert (line["event"], line["rank"], line["unknown"]) == ("metrics", 0, "only in the lines")
 
 
-@given(st.lists(st.floats(), max_size=20))
-@settings(max_examples=50, deadline=None)
-def test_numbers_come_back_to_the_bit(tmp_path_factory, values):
-    folder = tmp_path_factory.mktemp("run")
-    recorder = MetricsRecorder(folder, folder, folder / "events")
-    recorder._events = None  # TensorBoard keeps float32
+def test_numbers_come_back_to_the_bit(tmp_path, open_recorder):
+    values = [0.1, 1 / 3, 5e-324, 1.7e308, -0.0, 2.0, math.inf, -math.inf, math.nan]
+    recorder = open_recorder()
     for step, value in enumerate(values):
         recorder.record("train", step=step, loss=value)
-        assert len(read_metrics(folder)) == step + 1  # on the disk at once
+        assert len(read_metrics(tmp_path)) == step + 1  # on the disk at once
     recorder.close()
-    rows = read_metrics(folder)
-    assert [row["step"] for row in rows] == list(range(len(values)))
-    for row, value in zip(rows, values, strict=True):
-        assert type(row["step"]) is int and type(row["loss"]) is float
-        assert row["loss"] == value or (math.isnan(value) and math.isnan(row["loss"]))
+    rows = read_metrics(tmp_path)
+    assert str([row["step"] for row in rows]) == str([*range(len(values))])
+    assert str([row["loss"] for row in rows]) == str(values)
 
 
 def test_a_resumed_run_drops_the_rows_that_will_come_again(tmp_path, open_recorder):
@@ -89,12 +71,14 @@ def test_a_resumed_run_drops_the_rows_that_will_come_again(tmp_path, open_record
     recorder.close()
     assert (tmp_path / "metrics.csv").read_text() == whole
     assert not (tmp_path / "metrics.tmp").exists()
+    assert [row["step"] for row in read_metrics(tmp_path, "validation")] == [5, 10]
+    open_recorder().close()  # a new run
+    assert read_metrics(tmp_path) == []
 
 
 @pytest.mark.parametrize(
     ("whole", "damaged"),
-    [(b"0.5,", b"0.\xff5,"), (b"0.5,", b"\0" * 40), (b"0.5,", b""), (b"0.5,", b"9" * 200_000),
-     (b"train,0,2", b"trai,2"), (b"phase", b"ph\0se")],
+    [(b"0.5,", b"0.\xff5,"), (b"0.5,", b"\0" * 40), (b"0.5,", b""), (b"phase", b"ph\0se")],
 )  # fmt: skip
 def test_damaged_lines_of_a_table_are_left_out_with_a_warning(
     tmp_path, open_recorder, whole, damaged
@@ -111,30 +95,9 @@ def test_damaged_lines_of_a_table_are_left_out_with_a_warning(
             assert read_metrics(tmp_path) == [rows[0], rows[2]]
     open_recorder(resume_step=3).close()
     assert len(read_metrics(tmp_path)) == (3 if whole == b"phase" else 2)
-
-
-def test_a_table_that_is_missing_is_one_sentence(tmp_path):
+    table.unlink()
     with pytest.raises(DataError, match=r"metrics.csv cannot be read: No such file"):
         read_metrics(tmp_path)
-
-
-def test_a_new_run_begins_a_new_table(tmp_path, open_recorder):
-    recorder = open_recorder(resume_step=3)  # there is nothing to keep
-    fill(recorder, 1, 5)
-    recorder.close()
-    assert [row["step"] for row in read_metrics(tmp_path, "validation")] == [5]
-    open_recorder().close()
-    assert read_metrics(tmp_path) == []
-
-
-def test_other_ranks_write_their_own_lines_and_nothing_else(tmp_path, open_recorder):
-    recorder = open_recorder(rank=1)
-    fill(recorder, 1, 2)
-    recorder.event("start", pid=7)
-    recorder.close()
-    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
-    assert [line["event"] for line in lines(tmp_path, 1)] == ["metrics", "metrics", "start"]
-    assert all(line["rank"] == 1 and line["time"] > 0 for line in lines(tmp_path, 1))
 
 
 def test_tensorboard_shows_the_same_numbers_and_is_optional(tmp_path, open_recorder, monkeypatch):

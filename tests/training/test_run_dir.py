@@ -7,7 +7,6 @@ import platform
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 import torch
@@ -34,12 +33,6 @@ def described(config: Config, name: str) -> RunFolder:
     run.run_dir.mkdir(parents=True, exist_ok=True)
     run.describe(config, world_size=2, devices="2 ranks on the CPU")
     return run
-
-
-def test_a_run_is_one_folder_under_the_project(config, tmp_path):
-    run, base = RunFolder.of(config, "first"), tmp_path / "runs" / "first"
-    assert (run.name, run.run_dir, run.checkpoint_dir) == ("first", base, base / "checkpoints")
-    assert (run.log_dir, run.tensorboard_dir) == (base / "logs", base / "tensorboard")
 
 
 def test_a_run_describes_command_host_and_versions(config, monkeypatch):
@@ -78,11 +71,6 @@ def test_a_resumed_run_keeps_its_earlier_sessions(config):
         run = described(config, "first")
     assert len(read_sessions(run.run_dir)) == 2
     assert sorted(path.name for path in run.run_dir.iterdir()) == ["config.yaml", "run.json"]
-    for text in ("", "[]", "{", '{"name": "a"}', "7"):
-        (run.run_dir / "run.json").write_text(text)
-        assert read_sessions(run.run_dir) == []
-    (run.run_dir / "run.json").unlink()
-    assert read_sessions(run.run_dir) == []
 
 
 def test_an_earlier_run_is_renamed_and_never_overwritten(config):
@@ -146,28 +134,11 @@ def test_a_run_has_one_owner_until_its_process_ends(config):
     assert run.archive_existing_run()
 
 
-def test_runs_that_start_in_the_same_second_have_other_names():
-    assert len({default_run_name() for _ in range(20)}) > 1
-
-
 def test_the_newest_run_is_the_one_started_last(config):
+    assert len({default_run_name() for _ in range(20)}) > 1  # also within one second
     assert newest_run(config) is None
     for name, when in (("b", 300), ("a", 500), ("c", 400)):
         run = described(config, name)
         os.utime(run.run_dir / "run.json", (when, when))
     (run.run_dir.parent / "not a run").mkdir()
     assert newest_run(config) == "a"
-
-
-@pytest.mark.parametrize("name", ["../outside", "a/b", "", ".", "..", "/tmp/x", "a\0b"])
-def test_an_invalid_name_is_a_sentence(config, name):
-    with pytest.raises(ConfigError, match="run name"):
-        RunFolder.of(config, name)
-
-
-def test_a_folder_that_cannot_be_written_is_a_sentence(config, tmp_path):
-    (tmp_path / "runs").write_text("in the way")
-    run = RunFolder.of(config, "first")
-    with pytest.raises(ConfigError, match="first.* cannot be written") as error:
-        run.describe(config, world_size=1, devices="")
-    assert "\n" not in str(error.value) and isinstance(run.run_dir, Path)

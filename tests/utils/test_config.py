@@ -8,8 +8,6 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from horovod_lm import generate
 from horovod_lm.utils.config import (
@@ -27,7 +25,6 @@ from horovod_lm.utils.errors import ConfigError
 from tests.conftest import ROOT
 
 SHIPPED = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
-SECTIONS = list(Config.model_fields)
 SETTINGS = all_settings() | {
     f"distributed.hosts.{name}": field for name, field in HostConfig.model_fields.items()
 }
@@ -121,53 +118,11 @@ def test_the_options_of_a_command_are_explained_as_the_settings_are():
 # Round trips -----------------------------------------------------------------------------------
 
 
-@st.composite
-def valid_configs(draw) -> dict:
-    heads = draw(st.integers(1, 8))
-    vocabulary = draw(st.integers(2, 60000))
-    rate = st.floats(1e-12, 10, exclude_min=True)
-    return {
-        "model": {
-            "n_heads": heads, "d_model": heads * draw(st.integers(1, 64)), "vocab_size": vocabulary,
-            "pad_token_id": draw(st.none() | st.integers(0, vocabulary - 1)),
-            "dropout": draw(st.floats(0, 1, exclude_max=True)),
-            "gradient_checkpointing": draw(st.booleans()),
-        },
-        "training": {
-            "learning_rate": draw(rate), "epsilon": draw(rate),
-            "max_steps": draw(st.none() | st.integers(1, 10**9)),
-            "max_grad_norm": draw(st.none() | rate),
-            "device": draw(st.sampled_from(["auto", "cpu", "cuda"])),
-            "amp_dtype": draw(st.sampled_from(["auto", "float32", "bfloat16", "float16"])),
-        },
-        "data": {
-            "source": "files",
-            "path": draw(st.text(min_size=1) | st.lists(st.text(), min_size=1, max_size=3)),
-        },
-        "generation": {"seed": draw(st.none() | st.integers())},
-        "paths": {"run_dir": draw(st.text())},
-        "distributed": {
-            "threads_per_rank": draw(st.just("auto") | st.integers(1, 64)),
-            "hosts": draw(st.lists(st.fixed_dictionaries(
-                {"name": st.just("node-1.example"), "slots": st.integers(1, 8),
-                 "environment": st.dictionaries(st.just("NCCL_DEBUG"), st.text("a1 $'"))}),
-                max_size=2)),
-        },
-        "seed": draw(st.integers(0, 2**40)),
-    }  # fmt: skip
-
-
-@given(content=valid_configs())
-@settings(max_examples=60, deadline=None)
-def test_saved_and_loaded_is_the_same(tmp_path_factory, content):
-    config = config_from_dict(content, ROOT)
-    path = save_config(config, tmp_path_factory.mktemp("run") / "config.yaml")
-    loaded = load_config(path)
-    assert loaded.to_dict() == config.to_dict()
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_file_is_saved_and_loaded_as_it_is(tmp_path, name):
+    config = load_config(ROOT / "configs" / name)
+    assert load_config(save_config(config, tmp_path / "c.yaml")).to_dict() == config.to_dict()
     assert config_from_dict(config.to_dict(), ROOT) == config
-    for section, settings_given in content.items():
-        if section != "seed":
-            assert config.to_dict()[section] == {**config.to_dict()[section], **settings_given}
 
 
 @pytest.mark.parametrize(
@@ -225,7 +180,7 @@ def test_without_configs_paths_start_at_the_files_folder(tmp_path, run_dir):
 
 def test_run_name_stands_in_paths(write):
     config = load_config(write("paths: {log_dir: 'logs/${run_name}/${run_name}.d'}"))
-    assert config.resolve(config.paths.log_dir, "a") == config.project_root / "logs" / "a" / "a.d"
+    assert config.resolve(config.paths.log_dir, "a") == config.project_root / "logs/a/a.d"
     with pytest.raises(ConfigError, match=r"\$\{run_name\}.* needs a run name"):
         config.resolve(config.paths.log_dir)
 
@@ -240,7 +195,7 @@ def test_what_cannot_be_a_path_is_a_sentence(use):
 # YAML, as people write it ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["3e-4", "3E-4", "3.0e-4", ".3e-3", "0.0003", "+3e-04"])
+@pytest.mark.parametrize("text", ["3e-4", "3.0E-4", "0.0003", "+3e-04"])
 def test_a_number_in_exponent_form_is_a_number(write, text):
     path = write(f"training: {{learning_rate: {text}}}")
     assert load_config(path).training.learning_rate == pytest.approx(3e-4, rel=1e-15)
@@ -267,18 +222,13 @@ def test_set_takes_a_text_as_it_is(write, value, path):
     assert load_config(write("seed: 1"), [f"data.path={value}"]).data.path == path
 
 
-def test_set_takes_a_variable_as_text(write):
-    config = load_config(write("seed: 1"), ["distributed.environment.OMP_NUM_THREADS=1"])
-    assert config.distributed.environment == {"OMP_NUM_THREADS": "1"}
-
-
 def test_settings_of_an_anchor_are_merged_below_ones_own(write):
     hosts = "hosts: [&first {name: one, slots: 4}, {<<: *first, name: two}]"
     hosts = load_config(write(f"distributed: {{{hosts}}}")).distributed.hosts
     assert [(host.name, host.slots) for host in hosts] == [("one", 4), ("two", 4)]
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n", "model:\n", "model: {}\nseed: 42\n"])
+@pytest.mark.parametrize("text", ["", "# nothing\n", "model:\n"])
 def test_an_empty_file_or_section_means_the_defaults(write, text):
     assert load_config(write(text)).to_dict() == Config().to_dict()
 
@@ -293,7 +243,8 @@ def test_overrides_as_strings_and_as_mappings(write):
         config = load_config(path, overrides)
         assert (config.model.d_model, config.model.n_heads) == (32, 4)
         assert config.training.max_steps is None and config.data.paths == ["a", "b"]
-    assert load_config(path, "seed=3").seed == 3
+    config = load_config(path, ["distributed.environment.OMP_NUM_THREADS=1"])
+    assert config.distributed.environment == {"OMP_NUM_THREADS": "1"}  # a text
 
 
 # Bad input, one sentence each ------------------------------------------------------------------
@@ -303,51 +254,30 @@ BAD_FILES = [
     ("model: {d_modle: 8}", ["model.d_modle is not a setting; the nearest is model.d_model"]),
     ("data: {d_model: 8}", ["data.d_model", "the nearest is model.d_model"]),
     ("learning_rate: 1", ["learning_rate", "the nearest is training.learning_rate"]),
-    ("trainning: {}", ["trainning", "the nearest is training"]),
-    ("distributed: {enviroment: {}}", ["the nearest is distributed.environment"]),
     ("zzz: 1", ["zzz is not a setting"]),
-    ("project_root: /", ["project_root is not a setting"]),
     ("distributed: {hosts: [{nam: a}]}", ["hosts.0.nam ", "nearest is distributed.hosts.0.name"]),
     ("distributed: {hosts: [{slots: 2}]}", ["distributed.hosts.0.name is missing"]),
-    ("distributed: {hosts: [{name: a b}]}", ["distributed.hosts.0.name must match pattern"]),
     ("distributed: {environment: {MY-VAR: a}}",
      ["distributed.environment.MY-VAR must match pattern '^[A-Za-z_][A-Za-z0-9_]*$'"]),
-    ("distributed: {environment: {A: 1}}", ["environment.A must be a valid string, not 1"]),
     ("distributed: {threads_per_rank: all}",
      ["distributed.threads_per_rank must be a valid integer or 'auto', not 'all'"]),
     ("distributed: {ssh_user: me}", ["distributed: ssh_user needs ssh_identity_file"]),
-    ("model: {d_model: wide}", ["model.d_model must be a valid integer, not 'wide'"]),
-    ("model: {n_layers: 1.5}", ["model.n_layers must be a valid integer, not 1.5"]),
     ("model: {n_layers: true}", ["model.n_layers must be a valid integer, not True"]),
-    ("data: {data_dir: 3}", ["data.data_dir must be a valid string, not 3"]),
     ("data: {path: 3}", ["data.path must be a valid string or a valid list, not 3"]),
-    ("seed: '3e-4'", ["seed must be a valid integer"]),
     ("model: [1]", ["model must be a valid dictionary, not [1]"]),
-    ("training: {compile: 1}", ["training.compile must be a valid boolean"]),
     ("training: {optimizer: adam}", ["training.optimizer must be 'adamw' or 'sgd', not 'adam'"]),
     ("model: {d_model: 10, n_heads: 3}", ["d_model (10) must be divisible by n_heads (3)"]),
     ("model: {vocab_size: 10}", ["pad_token_id", "vocab_size"]),
-    ("model: {max_seq_len: 1}", ["model.max_seq_len must be greater than 1"]),
-    ("model: {dropout: 1.0}", ["model.dropout must be less than 1"]),
     ("training: {learning_rate: -1e-3}", ["learning_rate must be greater than 0, not -0.001"]),
-    ("training: {learning_rate: .inf}", ["training.learning_rate must be a finite number"]),
-    ("training: {weight_decay: .nan}", ["training.weight_decay must be", "not nan"]),
     ("generation: {top_p: 1.5}", ["generation.top_p must be less than or equal to 1, not 1.5"]),
     ("data: {source: files}", ["data: source 'files' needs a path"]),
-    ("data: {source: hub}", ["data: source 'hub' needs hub_dataset"]),
-    ("seed: 1\nmodel: {}\nseed: 2", [', line 3: found duplicate key "seed"']),
     ("model:\n  d_ff: 1\n  d_ff: 2", [', line 3: found duplicate key "d_ff"']),
     ("just words", ["must contain sections", "just words"]),
-    ("- 1", ["must contain sections"]),
     ("1: 2", ["1 must be strings, not 1"]),
-    ("? [1]\n: 2", ["must be strings"]),
     ("model: {d_ff: 3", ["line 1: expected ',' or '}'"]),
-    ("model:\n\td_ff: 3", ["line 2: found character"]),
-    ("a: 1\n---\nb: 2", ["line 2: but found another document"]),
     ("seed: !!python/object/apply:os.getpid []", ["line 1: could not determine a constructor"]),
     ("seed: 2024-13-45", ["cannot be read", "month"]),
     (b"\x80\x02\xff\x00", ["is not UTF-8 text: save it as UTF-8"]),
-    (b"\x00\x00", ["cannot be read"]),
     (r'paths: {run_dir: "\uD800"}', ["cannot be written"]),
     ("model: &knot {d_ff: *knot}", ["model.d_ff must be a valid integer"]),
     ("[" * 5000, ["cannot be read"]),
@@ -369,16 +299,11 @@ def test_a_bad_file_is_one_sentence_with_file_and_key(write, text, says):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("model.d_modle=8", "model.d_modle is not a setting; the nearest is model.d_model"),
-        ("model.d_model=wide", "model.d_model must be a valid integer, not 'wide'"),
         ("d_model=8", "d_model is not a setting; the nearest is model.d_model"),
         ("model.d_model", "--set takes KEY=VALUE, .*not 'model.d_model'"),
         ("=8", "--set takes KEY=VALUE"),
-        ("..=8", "is not a setting"),
         ("model.d_model=[8", r"model.d_model must be a valid integer, not '\[8'"),
         ("model.d_model.x=8", "model.d_model must be a valid integer"),
-        ("seed.x=8", "seed must be a valid integer"),
-        ("model=8", "model must be a valid dictionary"),
         ("model.n_heads=" + "[" * 5000, "model.n_heads must be a valid integer"),
         ("model=&knot {d_ff: *knot}", "is nested too deeply"),
     ],
@@ -392,10 +317,8 @@ def test_a_bad_override_is_one_sentence(write, override, sentence):
 def test_a_missing_file_is_one_sentence_that_names_the_others(write, monkeypatch):
     path = write("seed: 1", "tiny.yaml")
     write("seed: 1", "other.yaml")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match="no configuration file .*other.yaml, .*/tiny.yaml"):
         load_config(path.with_name("tinny.yaml"))
-    assert "no configuration file" in complaint(error)
-    assert "other.yaml" in complaint(error) and "tiny.yaml" in complaint(error)
     monkeypatch.chdir(path.parent.parent)
     with pytest.raises(ConfigError, match="configs/other.yaml, configs/tiny.yaml"):
         load_config("configs/tinny.yaml")

@@ -34,14 +34,12 @@ def write(root: Path, membership: str, files: dict[str, str]) -> tuple[Path, Pat
         (V2, {"cpu.max": "150000 100000"}, 1.5),
         # Nested: the smallest of all groups around the process, never of others.
         ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3.0),
-        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "100000 50000"}, 2.0),
         ("0::/a/b", {"cpu.max": "50000 100000", "a/b/cpu.max": "100000 50000"}, 0.5),
         ("0::/a", {"c/cpu.max": "100000 100000", "a/b/cpu.max": "100000 100000"}, None),
         # A container that sees the host's path, but only its own group.
         ("0::/system.slice/docker-1f.scope", {"cpu.max": "100000 100000"}, 1.0),
         ("0::/../job", {"cpu.max": "200000 100000"}, 2.0),
         (V1, {f"cpu/{QUOTA}": "-1", f"cpu/{PERIOD}": "100000"}, None),
-        (V1, {f"cpu/{QUOTA}": "400000", f"cpu/{PERIOD}": "100000"}, 4.0),
         ("3:cpu:/a:b", {f"cpu/a:b/{QUOTA}": "50000", f"cpu/a:b/{PERIOD}": "25000"}, 2.0),
         ("0::/a\n3:memory:/b", {"unified/a/cpu.max": "100000 100000"}, 1.0),
     ],
@@ -59,45 +57,6 @@ def test_the_smaller_of_affinity_and_quota_counts(monkeypatch, affinity, quota, 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)))
     monkeypatch.setattr(machine, "container_cores", lambda: quota)
     assert available_cores() == cores
-
-
-@pytest.fixture
-def group_of_one_core():
-    """The file to join a real control group that grants one core's time."""
-    parents = [path for line in Path("/proc/self/cgroup").read_text().splitlines()
-               for number, kinds, path in [line.split(":", 2)]
-               if "cpu" in kinds.split(",") or number == "0"]  # fmt: skip
-    for parent in parents:
-        for mount, settings in (
-            ("cpu", {PERIOD: "100000", QUOTA: "100000"}),
-            ("", {"cpu.max": "100000 100000"}),
-        ):
-            group = Path("/sys/fs/cgroup", mount, parent.strip("/"), f"horovod_lm-{os.getpid()}")
-            try:
-                group.mkdir()
-            except OSError:
-                continue
-            try:
-                for name, text in settings.items():
-                    (group / name).write_text(text)
-            except OSError:
-                group.rmdir()
-                continue
-            yield group / "cgroup.procs"
-            group.rmdir()
-            return
-    pytest.skip("no control group with a CPU quota can be made here: that needs root and a mount")
-
-
-def test_a_real_quota_is_seen(group_of_one_core):
-    code = (
-        "import os, sys; from horovod_lm.utils.machine import available_cores as cores;"
-        "before = cores(); open(sys.argv[1], 'w').write(str(os.getpid()));"
-        "print(before, cores())"
-    )
-    command = [sys.executable, "-c", code, str(group_of_one_core)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.stdout == f"{available_cores()} 1\n", done.stderr
 
 
 @pytest.mark.parametrize(
@@ -118,32 +77,21 @@ def test_a_product_takes_some_time_and_this_processors_flags_are_read():
     assert bool(machine.cpu_flags()) == ("\nflags" in Path("/proc/cpuinfo").read_text())
 
 
-ASK_FOR_DRIVER = """
-from horovod_lm.utils.machine import driver_cuda, has_gpu_driver
-print(has_gpu_driver(), driver_cuda())
-"""
-
-
 def ask_for_driver(**variables: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", ASK_FOR_DRIVER],
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.strip()
+    names = "has_gpu_driver, driver_cuda"
+    code = f"from horovod_lm.utils.machine import {names}; print(has_gpu_driver(), driver_cuda())"
+    command, environment = [sys.executable, "-c", code], os.environ | variables
+    return subprocess.check_output(command, env=environment, text=True).strip()
 
 
 def test_a_gpu_driver_is_its_library_or_its_program(tmp_path):
-    source = tmp_path / "driver.c"
-    source.write_text("int cuDriverGetVersion(int *version) { *version = 12040; return 0; }\n")
-    library = tmp_path / "libcuda.so.1"
-    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    library, program = tmp_path / "libcuda.so.1", tmp_path / "nvidia-smi"
+    source = b"int cuDriverGetVersion(int *version) { *version = 12040; return 0; }"
+    compiler = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+    subprocess.run(compiler, input=source, check=True)
     assert ask_for_driver(PATH="", LD_LIBRARY_PATH=str(tmp_path)) == "True (12, 4)"
     library.write_text("no library")
     assert ask_for_driver(PATH="", LD_LIBRARY_PATH=str(tmp_path)) == "False None"
-    program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     assert ask_for_driver(PATH=str(tmp_path), LD_LIBRARY_PATH=str(tmp_path)) == "True None"
@@ -155,8 +103,9 @@ def test_a_gpu_driver_is_its_library_or_its_program(tmp_path):
      ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L4", 121e12), ("Tesla T4", None),
      ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None)],
 )  # fmt: skip
-def test_the_peak_of_a_card_is_known_by_its_name(card, peak):
-    assert machine._peak_of_card(card) == peak
+def test_the_peak_of_a_card_is_known_by_its_name(monkeypatch, card, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    assert machine.bfloat16_peak(torch.device("cuda")) == peak
     assert machine.bfloat16_peak(torch.device("cpu")) is None
 
 

@@ -56,8 +56,7 @@ def test_lost_output_is_said_once_and_is_no_error(capfd):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0 s"), (-3, "0 s"), (7.4, "7 s"), (59.4, "59 s"), (59.6, "1:00"), (65, "1:05"),
-     (3599, "59:59"), (3600, "1:00:00"), (7384, "2:03:04"), (360000, "100:00:00")],
-)  # fmt: skip
+    [(-3, "0 s"), (59.4, "59 s"), (59.6, "1:00"), (3599, "59:59"), (7384, "2:03:04")],
+)
 def test_durations_as_a_person_writes_them(seconds, text):
     assert format_seconds(seconds) == text
