@@ -44,12 +44,7 @@ def interactive_generation(
 
     In a terminal, `exit`, `quit`, `q`, Ctrl-D or Ctrl-C at the prompt end the chat; Ctrl-C during
     generation stops only that text. `:temperature 0.5` changes a setting, `:help` lists them.
-
-    Args:
-        model: the model; it is moved to `device`.
-        tokenizer: its tokenizer.
-        config: its `generation` section gives the initial settings.
-        device: as for `generate_text`.
+    `config.generation` holds the initial settings; `device` is as for `generate_text`.
     """
     from horovod_lm.generation.text import stream_text
 

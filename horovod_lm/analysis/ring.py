@@ -38,23 +38,14 @@ class Message:
 
 @dataclass(frozen=True)
 class RingState:
-    """The data of every worker after a step.
+    """The data of every worker after a step."""
 
-    Attributes:
-        step: number of completed steps, from 0 to 2(N-1).
-        phase: "start", "reduce-scatter" or "allgather".
-        messages: the messages of this step, by sender; none at the start.
-        chunks: the data, as chunks[worker][chunk].
-        holds: the workers whose data are summed in each chunk, as holds[worker][chunk].
-        numbers_sent: elements that each worker has sent since the start.
-    """
-
-    step: int
-    phase: str
-    messages: tuple[Message, ...]
-    chunks: tuple[tuple[Tensor, ...], ...]
-    holds: tuple[tuple[frozenset[int], ...], ...]
-    numbers_sent: tuple[int, ...]
+    step: int  # number of completed steps, from 0 to 2(N-1)
+    phase: str  # "start", "reduce-scatter" or "allgather"
+    messages: tuple[Message, ...]  # of this step, by sender; none at the start
+    chunks: tuple[tuple[Tensor, ...], ...]  # the data: chunks[worker][chunk]
+    holds: tuple[tuple[frozenset[int], ...], ...]  # the workers whose data are summed in each chunk
+    numbers_sent: tuple[int, ...]  # elements that each worker has sent since the start
 
     @property
     def workers(self) -> int:

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BYTES_PER_GRADIENT = 4  # float32
 # Share of a step's arithmetic: forward 1/3, backward 2/3 (https://arxiv.org/abs/2001.08361, 2.1).
 BACKWARD_SHARE = 2 / 3
 GBIT = 1e9 / 8  # bytes
@@ -33,15 +32,10 @@ GBIT = 1e9 / 8  # bytes
 
 @dataclass(frozen=True)
 class Network:
-    """One kind of link.
+    """One kind of link."""
 
-    Attributes:
-        latency: seconds per message, independent of its size.
-        bandwidth: bytes per second that a worker sends while it receives as many.
-    """
-
-    latency: float
-    bandwidth: float
+    latency: float  # seconds per message, independent of its size
+    bandwidth: float  # bytes per second that a worker sends while it receives as many
 
     def allreduce_seconds(self, size: float, workers: int) -> float:
         """Return the seconds of a ring allreduce of `size` bytes per worker."""
@@ -64,24 +58,15 @@ class Measurement:
 class Job:
     """The work of each worker in one step, independent of their number (weak scaling).
 
-    Attributes:
-        parameters: number of gradients that are reduced.
-        seconds_per_step: arithmetic of one worker, without communication.
-        overlap: fraction of the backward pass during which gradients can be sent, 0 to 1. Horovod
-            starts as soon as the first gradients are ready.
-        passes: backward passes per reduction (gradient accumulation), inside `seconds_per_step`.
-        bytes_per_gradient: 4 for float32, 2 with fp16 compression.
+    `overlap` is the fraction of the backward pass during which gradients can be sent, 0 to 1:
+    Horovod starts as soon as the first gradients are ready.
     """
 
-    parameters: float
-    seconds_per_step: float
+    parameters: float  # number of gradients that are reduced
+    seconds_per_step: float  # arithmetic of one worker, without communication
     overlap: float = 1.0
-    passes: int = 1
-    bytes_per_gradient: float = BYTES_PER_GRADIENT
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.overlap <= 1:
-            raise ValueError(f"overlap must be between 0 and 1, got {self.overlap}")
+    passes: int = 1  # backward passes per reduction (gradient accumulation), in `seconds_per_step`
+    bytes_per_gradient: float = 4  # float32; 2 with fp16 compression
 
     @property
     def bytes_reduced(self) -> float:
@@ -96,19 +81,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Step:
-    """A predicted step.
+    """A predicted step."""
 
-    Attributes:
-        seconds: duration of the step.
-        communication: seconds of the allreduce.
-        exposed: seconds of communication that do not overlap with computation.
-        efficiency: speed of each worker relative to one worker alone, 0 to 1.
-    """
-
-    seconds: float
-    communication: float
-    exposed: float
-    efficiency: float
+    seconds: float  # duration of the step
+    communication: float  # seconds of the allreduce
+    exposed: float  # seconds of communication that do not overlap with computation
+    efficiency: float  # speed of each worker relative to one worker alone, 0 to 1
 
 
 def step(
@@ -155,12 +133,8 @@ def smallest_batch(
 ) -> float:
     """Return the smallest batch per worker whose backward pass hides the communication.
 
-    Args:
-        seconds_per_sample: arithmetic of one sample on one worker.
-        job: its gradients and overlap; `seconds_per_step` is not used.
-
-    Returns:
-        Samples per worker and pass; infinite without overlap.
+    It is in samples per pass, and infinite without overlap. `seconds_per_sample` is the arithmetic
+    of one sample on one worker; `job.seconds_per_step` is not used.
     """
     hidden_per_sample = job.overlap * BACKWARD_SHARE * seconds_per_sample
     communication = step(job, network, workers, workers_per_host, inside).communication
@@ -224,11 +198,7 @@ def flops_per_token(
 ) -> float:
     """Return the FLOPs of one token's forward and backward pass: 6 per parameter, plus attention.
 
-    Args:
-        parameters: without the position embeddings, which are only looked up.
-        n_layers: with the others, adds attention: 12 n_layers d_model context
-            (https://arxiv.org/abs/2204.02311, appendix B).
-        d_model: width.
-        context: tokens in the context.
+    `parameters` is without the position embeddings, which are only looked up; `context` is in
+    tokens (https://arxiv.org/abs/2204.02311, appendix B).
     """
     return 6 * parameters + 12 * n_layers * d_model * context

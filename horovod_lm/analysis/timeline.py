@@ -29,18 +29,11 @@ MICROSECOND = 1e-6
 
 @dataclass(frozen=True)
 class Span:
-    """One tensor in one phase.
+    """One tensor in one phase."""
 
-    Attributes:
-        tensor: its name with a prefix: `allreduce.blocks.0.attention.out_proj.weight`.
-        phase: NEGOTIATE_ALLREDUCE, ALLREDUCE, MEMCPY_IN_FUSION_BUFFER, GLOO_ALLREDUCE, ...
-        start: seconds since the start of the timeline.
-        end: seconds since the start of the timeline.
-    """
-
-    tensor: str
-    phase: str
-    start: float
+    tensor: str  # its name with a prefix: `allreduce.blocks.0.attention.out_proj.weight`
+    phase: str  # NEGOTIATE_ALLREDUCE, ALLREDUCE, MEMCPY_IN_FUSION_BUFFER, GLOO_ALLREDUCE, ...
+    start: float  # seconds since the start of the timeline
     end: float
 
     @property

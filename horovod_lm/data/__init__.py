@@ -9,11 +9,9 @@ _MODULE_OF = {
     "get_dataloaders": "loaders",
     "load_preprocessed_data": "loaders",
     "ShardedBatchSampler": "loaders",
-    "TokenBlockDataset": "loaders",
     "prepare_data": "prepare",
     "load_tokenizer": "tokenizers",
     "train_bpe": "tokenizers",
-    "generate_story": "synthetic.stories",
     "generate_stories": "synthetic.stories",
     "story_count": "synthetic.stories",
     "story_entropy": "synthetic.stories",
@@ -27,7 +25,3 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__

@@ -33,21 +33,15 @@ PREFETCHED_BATCHES = 2  # by each worker
 
 
 class TokenBlockDataset(Dataset[Batch]):
-    """Windows of `block_length` tokens over a memory-mapped file of token ids.
+    """Windows of `block_length` tokens (T) over a memory-mapped file of ids of NumPy type `dtype`.
 
-    Window i starts at token i * (block_length - 1): the last token of a window is the first of the
-    next. The model predicts every token of a window except the first, so every token of the file
-    except its first (an end-of-text) is predicted exactly once. The last window is padded with
-    `fill_id`, and the labels of the padding are ignored.
+    Window i starts at token i * (T - 1): the last token of a window is the first of the next. The
+    model predicts every token of a window except the first, so every token of the file except its
+    first (an end-of-text) is predicted exactly once. The last window is padded with `fill_id`, and
+    the labels of the padding are ignored.
 
     The file is opened once: if another one takes its place, the windows stay the same, also in
     worker processes.
-
-    Args:
-        path: the file.
-        block_length: tokens per window, T.
-        dtype: NumPy dtype of an id in the file.
-        fill_id: pads the last window.
     """
 
     def __init__(
@@ -99,16 +93,8 @@ class ShardedBatchSampler(Sampler[list[int]]):
     - a step's samples depend only on G: one rank with batch 2B uses those of two ranks with B;
     - the last step may be smaller, its pieces even empty, but no sample is dropped or repeated.
 
-    (`torch.utils.data.DistributedSampler` repeats samples to fill the last step.)
-
-    Args:
-        num_samples: samples in the dataset.
-        batch_size: samples in a micro-batch of one rank.
-        gradient_accumulation_steps: micro-batches of one rank in a step.
-        rank: this process, from 0.
-        world_size: number of processes.
-        seed: determines the permutations.
-        shuffle: False uses the samples in order.
+    (`torch.utils.data.DistributedSampler` repeats samples to fill the last step.) Without
+    `shuffle`, the samples are used in order.
     """
 
     def __init__(
@@ -168,8 +154,7 @@ def load_preprocessed_data(
 ) -> tuple[TokenBlockDataset, TokenBlockDataset]:
     """Return the training and validation windows of a folder that `prepare_data` made.
 
-    Args:
-        data_dir: the folder; a relative path starts at the project root.
+    A relative path starts at the project root.
 
     Raises:
         DataError: the folder has no prepared data.
@@ -184,12 +169,7 @@ def get_dataloaders(
 
     A batch holds `input_ids` and `labels`, (B, T) long; B may be 0 in the last step of an epoch.
     The training loader's `batch_sampler` is a `ShardedBatchSampler`: call its `set_epoch` before
-    each epoch.
-
-    Args:
-        config: the settings.
-        rank: this process; None: Horovod's rank.
-        world_size: number of processes; None: Horovod's size.
+    each epoch. `rank` and `world_size` are Horovod's by default.
 
     Raises:
         DataError: the data are not prepared, or were prepared with other settings.
@@ -209,12 +189,10 @@ def get_dataloaders(
 
 def stack_blocks(samples: Sequence[Batch], block_length: int) -> Batch:
     """Stack samples to `input_ids` and `labels`, (B, T) long; (0, T) without samples."""
-    return {
-        name: torch.stack([sample[name] for sample in samples])  # B x (T,) -> (B, T)
-        if samples
-        else torch.empty((0, block_length), dtype=torch.long)
-        for name in ("input_ids", "labels")
-    }
+    names = ("input_ids", "labels")
+    if not samples:
+        return {name: torch.empty((0, block_length), dtype=torch.long) for name in names}
+    return {name: torch.stack([sample[name] for sample in samples]) for name in names}
 
 
 def _loader(config: Config, dataset: TokenBlockDataset, sampler: ShardedBatchSampler) -> DataLoader:

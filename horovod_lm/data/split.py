@@ -31,8 +31,8 @@ class SplitText(NamedTuple):
         return len(self.text.encode("utf-8"))
 
 
+# Yields the text of documents, in order, with its part.
 Split = Callable[[Iterable[Document]], Iterator[SplitText]]
-"""Yields the text of documents, in order, with its part."""
 
 
 class CorpusStats(NamedTuple):

@@ -26,17 +26,11 @@ CONNECT_SECONDS = 5
 
 
 class Tokenizer(ABC):
-    """Base class of the tokenizers.
+    """Base class of the tokenizers."""
 
-    Attributes:
-        name: `bpe`, `byte` or `gpt2`.
-        vocab_size: number of ids, end-of-text included.
-        eot_id: the id of end-of-text.
-    """
-
-    name: str
-    vocab_size: int
-    eot_id: int
+    name: str  # `bpe`, `byte` or `gpt2`
+    vocab_size: int  # number of ids, end-of-text included
+    eot_id: int  # the id of end-of-text
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -63,9 +57,6 @@ class Tokenizer(ABC):
     def to_json(self) -> str:
         """Return the tokenizer as JSON text for `load_tokenizer`."""
         return json.dumps({"name": self.name})
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(vocab_size={self.vocab_size})"
 
 
 class ByteTokenizer(Tokenizer):
@@ -166,9 +157,7 @@ def _read_bpe(model: dict[str, Any]) -> BPETokenizer:
         raise ValueError("the ids of its vocabulary are not 0, 1, 2 ...")
     if not letters <= vocabulary.keys() or set("".join(vocabulary)) != letters:
         raise ValueError("its vocabulary is not one of bytes")
-    # Older versions of the library write a merge as one text.
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    merges = [(left, right) for left, right in pairs]
+    merges = [(left, right) for left, right in model["merges"]]
     if any(not {left, right, left + right} <= vocabulary.keys() for left, right in merges):
         raise ValueError("a merge is not in its vocabulary")  # the library would panic
     return BPETokenizer(_byte_level(models.BPE(vocab=vocabulary, merges=merges)))

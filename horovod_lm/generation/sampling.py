@@ -110,17 +110,10 @@ def generate_tokens(
     A prompt longer than the model's context is truncated on the left, with a warning. A row that
     fills the context continues from its newer half: position embeddings are absolute, so the kept
     tokens are processed again at their new positions, and keeping half makes that rare. A row's
-    text does not depend on its padding.
+    text does not depend on its padding. Dropout is off during generation.
 
-    Args:
-        model: the model; dropout is off during generation.
-        input_ids: (B, T) prompts, T >= 1.
-        settings: the maximum number of steps and the sampling settings.
-        eos_token_id: a row that samples this token has ended; None: no row ends early.
-        attention_mask: (B, T), zeros (padding), then ones; None: no padding.
-        generator: the random generator.
-        use_cache: False processes the whole row again for each token.
-        on_logits: called with the logits (B, V) that each step samples from.
+    Arguments as for `TransformerLM.generate`. `on_logits` is called with the logits (B, V) that
+    each step samples from.
 
     Yields:
         (B,) token ids; the padding token for ended rows. Stops when all rows have ended.

@@ -33,15 +33,11 @@ def generate_text(
     Args:
         model: the model; it is moved to `device`.
         tokenizer: the model's tokenizer.
-        prompt: any text, also an empty one. If it is longer than the model's context, only its end
-            is used.
+        prompt: any text, also an empty one; only its end if it is longer than the model's context.
         max_new_tokens, temperature, top_k, top_p: as for `TransformerLM.generate`.
-        num_samples: number of continuations, generated in one batch.
+        num_samples: number of texts to return, each the prompt and a continuation.
         device: as for `choose_device`; None: the model's own.
         seed: the same seed gives the same texts; None: new ones each time.
-
-    Returns:
-        `num_samples` texts: the prompt and its continuation.
 
     Raises:
         ConfigError: an invalid setting.

@@ -29,8 +29,7 @@ def naive_attention(
 
     Args:
         query: (B, H, T, D).
-        key: (B, H, S, D).
-        value: (B, H, S, D).
+        key, value: (B, H, S, D).
         mask: bool, broadcastable to (B, H, T, S); True where a query may attend. None: causal.
 
     Returns:
@@ -95,14 +94,12 @@ def causal_mask(
 ) -> Tensor:
     """Build the mask that hides future positions and padding.
 
-    The queries are the last `n_queries` of the `n_keys` positions. A padding position may attend
-    to itself, so that no row is fully masked; no other position attends to it.
+    The queries are the last T = `n_queries` of the S = `n_keys` positions. A padding position may
+    attend to itself, so that no row is fully masked; no other position attends to it.
 
     Args:
-        n_queries: T.
-        n_keys: S, at least T.
-        attention_mask: (B, S), 1 or True for a token and 0 or False for padding. None: no padding.
-        device: where to build the mask when there is no `attention_mask`.
+        attention_mask: (B, S), 1 for a token and 0 for padding; None: no padding, and the mask is
+            built on `device`.
 
     Returns:
         bool (B, 1, T, S), or (1, 1, T, S) without padding; True where a query may attend.
@@ -162,12 +159,9 @@ class KVCache:
 
 
 class MultiHeadAttention(nn.Module):
-    """Causal multi-head self-attention, as in GPT-2.
+    """Causal multi-head self-attention, as in GPT-2: H = `n_heads` heads of C / H numbers each.
 
-    Args:
-        d_model: C, numbers per position.
-        n_heads: H; must divide `d_model`.
-        dropout: probability of dropping an attention weight, in training.
+    `dropout` is the probability of dropping an attention weight in training.
     """
 
     def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0) -> None:
@@ -180,15 +174,10 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
-        """Attend from each position to itself and to earlier positions.
+        """Attend from each position to itself and to earlier ones: (B, T, C) -> (B, T, C).
 
-        Args:
-            x: (B, T, C).
-            mask: bool (B, 1, T, S) from `causal_mask`; None without padding.
-            cache: this layer's keys and values so far; the new ones are appended.
-
-        Returns:
-            (B, T, C).
+        `mask` is bool (B, 1, T, S) from `causal_mask`, or None without padding. `cache` holds this
+        layer's keys and values so far; the new ones are appended.
         """
         query, key, value = self.project(x)
         if cache is not None:

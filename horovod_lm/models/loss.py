@@ -31,15 +31,11 @@ VOCABULARY_MULTIPLE = {"cuda": 64}
 
 
 def shift_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Turn labels into targets: the target of position t is the token at t + 1.
+    """Turn labels (B, T) into targets (B, T): the target of position t is the token at t + 1.
 
-    Args:
-        labels: (B, T), the tokens of the text itself; -100 where nothing is to be learned.
-        attention_mask: (B, T), 1 for a token, 0 for padding. Padding is not predicted and does
-            not predict.
-
-    Returns:
-        (B, T) targets, -100 where a position does not count; the last position never counts.
+    Labels are the tokens of the text itself, or -100 where nothing is to be learned. Padding, 0 in
+    `attention_mask` (B, T), is not predicted and does not predict. A position that does not count
+    has the target -100; the last one never counts.
     """
     targets = torch.full_like(labels, IGNORE_INDEX, dtype=torch.long)
     targets[:, :-1] = labels[:, 1:]
@@ -74,9 +70,6 @@ def chunked_cross_entropy(
         targets: (...), token ids; -100 where nothing is to be learned.
         chunk_size: positions per chunk; None: so many that a chunk has at most
             `MAX_LOGITS_PER_CHUNK` logits.
-
-    Returns:
-        The mean over all targets that are not -100, in nats: a scalar; 0.0 when there are none.
     """
     hidden = hidden.reshape(-1, hidden.shape[-1])  # (..., C) -> (N, C)
     targets = targets.reshape(-1)  # (...) -> (N,)

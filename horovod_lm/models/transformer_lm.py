@@ -194,10 +194,7 @@ class TransformerLM(nn.Module):
         return None, self._chunked_cross_entropy(hidden, self.token_embedding.weight, targets)
 
     def hidden_states(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
         """Run every layer and the final norm: (B, T) token ids -> (B, T, C)."""
         x, mask = self._embed(input_ids, attention_mask, cache.length if cache else 0)
@@ -218,10 +215,8 @@ class TransformerLM(nn.Module):
     def attention_weights(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the attention weights of every layer and head, without dropout.
 
-        Arguments as for `forward`.
-
-        Returns:
-            (n_layers, B, H, T, T): row t holds the weights of position t over positions 0 to t.
+        Arguments as for `forward`. The result is (n_layers, B, H, T, T): row t holds the weights of
+        position t over positions 0 to t.
         """
         self.check_inputs(input_ids, attention_mask)
         layers = []

@@ -41,23 +41,17 @@ from horovod_lm.teaching.notebooks import (
 from horovod_lm.utils.cli import run_cli
 from horovod_lm.utils.errors import ConfigError, UserError
 
-COURSE = Path("notebooks")
+COURSE = Path("notebooks")  # the pages; the configurations are beside it
 CELL_TIMEOUT = 300  # seconds
 
 
 @dataclass(frozen=True)
 class Grade:
-    """The result of one exercise's check.
+    """The result of one exercise's check."""
 
-    Attributes:
-        exercise: the id of the stub's cell.
-        right: whether every check of the exercise passed.
-        said: the line that the first failing check printed, or the last line.
-    """
-
-    exercise: str
-    right: bool
-    said: str
+    exercise: str  # the id of the stub's cell
+    right: bool  # whether every check of the exercise passed
+    said: str  # the line that the first failing check printed, or the last line
 
 
 def handout(page: NotebookNode) -> NotebookNode:
@@ -85,21 +79,12 @@ def with_answers(page: NotebookNode, answers: NotebookNode) -> NotebookNode:
     return alone
 
 
-def grade(page: NotebookNode, answers: NotebookNode, course: Path = COURSE) -> list[Grade]:
-    """Run the checks of a page on the answers in a notebook.
-
-    Args:
-        page: the course's page.
-        answers: the notebook that was handed in.
-        course: the folder of the course's pages; the configurations are beside it.
-
-    Returns:
-        One grade per exercise, in the page's order.
-    """
+def grade(page: NotebookNode, answers: NotebookNode) -> list[Grade]:
+    """Run a page's checks on the answers in a notebook: a grade per exercise, in order."""
     failure = "the check printed nothing"
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "configs").symlink_to((course.parent / "configs").resolve())
-        file, executed = (Path(folder, course.name, name) for name in ("page.ipynb", "done.ipynb"))
+        Path(folder, "configs").symlink_to(Path("configs").resolve())
+        file, executed = (Path(folder, COURSE, name) for name in ("page.ipynb", "done.ipynb"))
         store(with_answers(page, answers), file)
         try:
             notebook = execute(file, executed, CELL_TIMEOUT, quiet=True)
@@ -108,19 +93,18 @@ def grade(page: NotebookNode, answers: NotebookNode, course: Path = COURSE) -> l
     return [_judge(stub.id, check, failure) for stub, check in _exercises(notebook)]
 
 
-def page_of(answers: NotebookNode, course: Path = COURSE) -> Path:
+def page_of(answers: NotebookNode) -> Path:
     """Return the page whose exercises a notebook answers; the file's name does not matter.
 
     Raises:
         NotebookError: no page has any of its cells as an exercise.
     """
     cells = {cell.id for cell in answers.cells}
-    for path in sorted(course.glob("*.ipynb")):
+    for path in sorted(COURSE.glob("*.ipynb")):
         if solutions(read_notebook(path)).keys() & cells:
             return path
     raise NotebookError(
-        f"no page in {course} has the exercises of this notebook: run it in the project's folder,"
-        " or set --course"
+        f"no page in {COURSE} has the exercises of this notebook: run it in the project's folder"
     )
 
 
@@ -140,7 +124,7 @@ def _judge(exercise: str, check: NotebookNode, failure: str) -> Grade:
     return Grade(exercise, not wrong, [*wrong, printed[-1]][0])
 
 
-def _grade_all(files: Sequence[Path], course: Path, table: Path | None) -> None:
+def _grade_all(files: Sequence[Path], table: Path | None) -> None:
     """Grade every file that can be graded, and write each row as soon as it is known."""
     try:
         # Line-buffered: an interrupt loses no row.
@@ -153,8 +137,8 @@ def _grade_all(files: Sequence[Path], course: Path, table: Path | None) -> None:
         for file in files:
             try:
                 answers = read_notebook(file)
-                path = page_of(answers, course)
-                grades = grade(read_notebook(path), answers, course)
+                path = page_of(answers)
+                grades = grade(read_notebook(path), answers)
             except (UserError, OSError) as error:
                 print(f"{file}: not graded: {error}")
                 rows.writerow((file, "", "", 0, error))
@@ -175,14 +159,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("action", choices=("handout", "solutions", "grade"))
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write the pages")
-    parser.add_argument(
-        "--course", type=Path, default=COURSE, metavar="FOLDER",
-        help="where the course's pages are, for grade (default: %(default)s)",
-    )  # fmt: skip
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a row per graded exercise")
     arguments = parser.parse_args(argv)
     if arguments.action == "grade":
-        _grade_all(arguments.files, arguments.course, arguments.csv)
+        _grade_all(arguments.files, arguments.csv)
         return 0
     if arguments.out is None:
         parser.error(f"{arguments.action} needs --out FOLDER")

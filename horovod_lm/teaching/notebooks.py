@@ -18,7 +18,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,15 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
+from horovod_lm.launch.hosts import replace_file
 from horovod_lm.utils.cli import EXIT_USER_ERROR, run_cli
 from horovod_lm.utils.errors import UserError
 from horovod_lm.utils.progress import ProgressLine, format_seconds
 
-KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+METADATA = {
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+    "language_info": {"file_extension": ".py", "name": "python"},
+}
 CELL_TIMEOUT = 1800  # seconds; the longest cell trains for minutes, and machines differ
 GRACE_PERIOD = 5  # seconds between SIGTERM and SIGKILL
 _FAILURES = (CellExecutionError, CellTimeoutError, DeadKernelError, asyncio.CancelledError)
@@ -75,9 +79,11 @@ def execute(
     """
     path, out = Path(path), Path(out)
     notebook = read_notebook(path)
-    with _written(out):  # before minutes of execution
+    try:  # before minutes of execution
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise NotebookError(f"{out} cannot be written: {error.strerror}") from None
     progress = ProgressLine(enabled=not quiet)
     started = time.monotonic()
     try:
@@ -120,28 +126,11 @@ def store(notebook: NotebookNode, path: Path) -> None:
     """Write a notebook atomically, without what differs between executions.
 
     Raises:
-        NotebookError: the file cannot be written.
+        ConfigError: the file cannot be written.
     """
     normalize(notebook)
     renew_table_of_contents(notebook)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with _written(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-@contextlib.contextmanager
-def _written(path: Path) -> Iterator[None]:
-    """Say in one sentence that a file cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise NotebookError(f"{path} cannot be written: {error.strerror}") from None
+    replace_file(path, nbformat.writes(notebook) + "\n")
 
 
 def for_each(files: Sequence[Path], act: Callable[[Path], object]) -> int:
@@ -158,13 +147,9 @@ def for_each(files: Sequence[Path], act: Callable[[Path], object]) -> int:
 
 def normalize(notebook: NotebookNode) -> None:
     """Remove times, widget states, and what depends on the kernel or the terminal."""
-    notebook.metadata = nbformat.from_dict(
-        {"kernelspec": KERNEL, "language_info": {"file_extension": ".py", "name": "python"}}
-    )
+    notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
-        cell.metadata = nbformat.from_dict(
-            {key: cell.metadata[key] for key in sorted(cell.metadata) if key != "execution"}
-        )
+        cell.metadata.pop("execution", None)
         for output in cell.get("outputs", []):
             if output.output_type == "stream":
                 # A command after `!` runs on a terminal, whose lines end with a carriage return.
@@ -186,17 +171,14 @@ def headings(notebook: NotebookNode) -> list[tuple[int, int, str]]:
 
 def table_of_contents(notebook: NotebookNode) -> str:
     """Return a list of links to every heading below the title."""
-    below = [
-        (level, text)
-        for index, level, text in headings(notebook)
+    lines = []
+    for index, level, text in headings(notebook):
         # Not to the heading above the list itself.
-        if level > 1 and TOC_START not in notebook.cells[index].source
-    ]
-    return "\n".join(
-        # A heading's link in Jupyter is its text as shown, with dashes for spaces.
-        f"{'  ' * (level - 2)}- [{text}](#{re.sub('[`*]', '', text).replace(' ', '-')})"
-        for level, text in below
-    )
+        if level > 1 and TOC_START not in notebook.cells[index].source:
+            # A heading's link in Jupyter is its text as shown, with dashes for spaces.
+            link = re.sub("[`*]", "", text).replace(" ", "-")
+            lines.append(f"{'  ' * (level - 2)}- [{text}](#{link})")
+    return "\n".join(lines)
 
 
 def renew_table_of_contents(notebook: NotebookNode) -> None:
@@ -226,7 +208,7 @@ class _Run(NotebookClient):
             store_widget_state=False,
             coalesce_streams=True,
             on_notebook_start=self._handle_signals,
-            on_cell_execute=self._show_position,
+            on_cell_execute=self._show_section,
             on_cell_executed=self._flush_line,
         )
         self._path, self._progress = path, progress
@@ -258,21 +240,17 @@ class _Run(NotebookClient):
 
     # ---- progress -------------------------------------------------------------------------------
 
-    def _show_position(self, cell: NotebookNode, cell_index: int) -> None:
-        """Show the number of a code cell, and the heading above it where a section begins."""
+    def _show_section(self, cell: NotebookNode, cell_index: int) -> None:
+        """Show the heading above a code cell where a section begins."""
         if cell.cell_type != "code":
             return
         self._cell = cell
         above = [text for index, _, text in self._headings if index < cell_index]
         section = above[-1] if above else self._path.stem
-        elapsed = format_seconds(time.monotonic() - self._started)
         if section != self._section:
             self._section = section
+            elapsed = format_seconds(time.monotonic() - self._started)
             self._progress.say(f"\n[{elapsed}] {section}")
-        self._progress.update(f"[{elapsed}] {self._position()}")
-
-    def _position(self) -> str:
-        return f"cell {self._code_cells.index(self._cell) + 1} of {len(self._code_cells)}"
 
     def process_message(
         self, msg: dict, cell: NotebookNode, cell_index: int
@@ -298,7 +276,8 @@ class _Run(NotebookClient):
         else:
             reason = "the kernel died (out of memory, or killed)"
         source = "".join(f"    {line}\n" for line in self._cell.source.splitlines())
-        return f"{self._path}, {self._position()}, under {self._section!r}:\n{source}{reason}"
+        place = f"cell {self._code_cells.index(self._cell) + 1} of {len(self._code_cells)}"
+        return f"{self._path}, {place}, under {self._section!r}:\n{source}{reason}"
 
     # ---- the end --------------------------------------------------------------------------------
 
@@ -344,16 +323,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--in-place", action="store_true", help="store the outputs in FILE")
     target.add_argument("--out", type=Path, metavar="OTHER", help="store the executed FILE here")
-    parser.add_argument(
-        "--timeout", type=int, default=CELL_TIMEOUT, metavar="SECONDS",
-        help="end a cell that takes longer (default: %(default)s)",
-    )  # fmt: skip
     arguments = parser.parse_args(argv)
     if arguments.out and len(arguments.files) > 1:
         parser.error("--out takes one FILE: use --in-place for several")
-    return for_each(
-        arguments.files, lambda file: execute(file, arguments.out or file, arguments.timeout)
-    )
+    return for_each(arguments.files, lambda file: execute(file, arguments.out or file))
 
 
 if __name__ == "__main__":

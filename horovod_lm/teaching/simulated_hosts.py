@@ -21,7 +21,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -123,34 +123,26 @@ class Hosts:
 
     Args:
         count: number of hosts.
-        slots: ranks on each host, one number for all or one per host.
         rate: rate of every host's link in each direction, as `tc` writes it ("100mbit"); None: not
             limited.
         own_folders: folders that each host sees as its own, initially empty, as if on its own disk.
-        wrong_names: lines to put first into a host's `/etc/hosts`: `{"host1": "127.0.1.1 host1"}`.
 
     Raises:
         DistributedError: this machine cannot simulate hosts; the sentence says why.
     """
 
     def __init__(
-        self,
-        count: int = 2,
-        slots: int | Sequence[int] = 1,
-        rate: str | None = None,
-        own_folders: Sequence[str | Path] = (),
-        wrong_names: Mapping[str, str] | None = None,
+        self, count: int = 2, rate: str | None = None, own_folders: Sequence[str | Path] = ()
     ) -> None:
         reason = why_not_here()
         if reason:
             raise DistributedError(reason)
         self.names = [f"host{number}" for number in range(count)]
         self.addresses = {name: f"{NETWORK}.{n + 1}" for n, name in enumerate(self.names)}
-        self.slots = [slots] * count if isinstance(slots, int) else list(slots)
         self.folder = Path(tempfile.mkdtemp(prefix=f"horovod-hosts-{os.getpid()}-"))
         self._all: dict[str, _Namespaces] = {}
         try:
-            self._write_settings(wrong_names or {})
+            self._write_settings()
             self._start([Path(folder).resolve() for folder in own_folders])
             if rate:
                 self.set_link(rate=rate)
@@ -174,13 +166,7 @@ class Hosts:
     # ---- running commands -----------------------------------------------------------------------
 
     def popen(self, command: Sequence[str], host: str = "host0", **options: Any) -> InHost:
-        """Start `command` on a host, in the current directory, and return at once.
-
-        Args:
-            command: the program and its arguments.
-            host: the host's name.
-            options: of `subprocess.Popen`.
-        """
+        """Start `command` on a host and return at once; see `subprocess.Popen` for the options."""
         call = self.enter(host, options.pop("cwd", None)) + list(command)
         env = {**os.environ, "PATH": ADMIN_PATH}
         return InHost(call, **{"start_new_session": True, "env": env, **options})
@@ -197,25 +183,21 @@ class Hosts:
         """Run `command` on a host and return its exit code and its output.
 
         Raises:
-            DistributedError: it ran for longer than `timeout` seconds.
+            subprocess.TimeoutExpired: it ran for longer than `timeout` seconds.
         """
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with self.popen(command, host, **{**pipes, **options}) as process:
             try:
                 output, _ = process.communicate(timeout=timeout)
-            except BaseException as error:
+            except BaseException:
                 process.kill()
-                if isinstance(error, subprocess.TimeoutExpired):
-                    text = f"{' '.join(command)} was still running on {host} after {timeout} s"
-                    raise DistributedError(text) from None
                 raise
         return subprocess.CompletedProcess(list(command), process.returncode, output)
 
     def configure(self, config: Config) -> Config:
         """Return `config` with these hosts in its `distributed` section."""
-        pairs = zip(self.names, self.slots, strict=True)
         distributed = {
-            "hosts": [{"name": name, "slots": slots} for name, slots in pairs],
+            "hosts": [{"name": name} for name in self.names],
             "interface": INTERFACE,
             "ssh_port": SSH_PORT,
             "ssh_identity_file": str(self.folder / "key"),
@@ -239,13 +221,10 @@ class Hosts:
 
     # ---- links and power ------------------------------------------------------------------------
 
-    def set_link(
-        self, host: str | None = None, rate: str | None = None, delay: str | None = None
-    ) -> None:
-        """Shape the outgoing traffic of a host until the next call.
+    def set_link(self, rate: str | None = None, delay: str | None = None) -> None:
+        """Shape the outgoing traffic of every host until the next call.
 
         Args:
-            host: its name; None: every host.
             rate: as `tc` writes it ("10mbit"); None: not limited.
             delay: of each packet ("50ms").
 
@@ -256,7 +235,7 @@ class Hosts:
             raise DistributedError(
                 "this machine's kernel has no netem: a link can have a rate, but no delay"
             )
-        for name in [host] if host else [name for name in self.names if name in self._all]:
+        for name in self.names:
             tc = [*self._at(name).enter("net"), "tc", "qdisc"]
             _run([*tc, "del", "dev", INTERFACE, "root"], check=False)  # there may be none
             if rate:
@@ -276,30 +255,29 @@ class Hosts:
     def power_off(self, host: str) -> None:
         """End every process of a host without a packet to the others, as a power cut does."""
         self.unplug(host)
-        self._all.pop(self._at(host).name).close()
+        self._all.pop(host).close()
+        self.names.remove(host)
 
     # ---- how they are made ----------------------------------------------------------------------
 
     def _at(self, host: str) -> _Namespaces:
-        if host not in self.names or host not in self._all:
-            there = ", ".join(name for name in self.names if name in self._all)
-            raise DistributedError(f"there is no host {host}; there are {there or 'none'}")
+        if host not in self._all:
+            raise DistributedError(f"there is no host {host}; there are {', '.join(self.names)}")
         return self._all[host]
 
     def _switch(self, *command: str) -> None:
         _run([*self._all[SWITCH].enter("net"), *command])
 
-    def _write_settings(self, wrong_names: Mapping[str, str]) -> None:
+    def _write_settings(self) -> None:
         folder = self.folder
         for key in ("key", "host_key"):
             _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)])
         for name, text in (("sshd_config", SSHD_CONFIG), ("ssh_config", SSH_CONFIG)):
             (folder / name).write_text(text.format(port=SSH_PORT, folder=folder))
         (folder / "known_hosts").write_text(f"* {(folder / 'host_key.pub').read_text()}")
-        lines = [f"{address} {name}" for name, address in self.addresses.items()]
-        for name in self.names:
-            own = [wrong_names.get(name, ""), "127.0.0.1 localhost", *lines]
-            (folder / f"{name}.hosts").write_text("\n".join(own) + "\n")
+        lines = [f"{address} {name}\n" for name, address in self.addresses.items()]
+        for name in self.names:  # a file each, so that one host's can be wrong
+            (folder / f"{name}.hosts").write_text("".join(["127.0.0.1 localhost\n", *lines]))
 
     def _start(self, own_folders: Sequence[Path]) -> None:
         self._all[SWITCH] = _Namespaces(SWITCH_SCRIPT, [], "the switch")
@@ -336,10 +314,8 @@ class InHost(subprocess.Popen):
 class _Namespaces:
     """One set of namespaces, held by its first process.
 
-    Args:
-        script: what the first process runs; it prints "ready" and waits for its input to end.
-        arguments: of the script.
-        name: its name in errors.
+    That process runs a script, which prints "ready" and waits for its input to end. The name is for
+    errors.
     """
 
     def __init__(self, script: str, arguments: Sequence[str], name: str) -> None:

@@ -26,8 +26,6 @@ CONF = """
 ClusterName=simulated
 SlurmctldHost={first}
 SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -37,13 +35,9 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=5,batch_sched_delay=0
-SwitchType=switch/none
-MpiDefault=none
 ReturnToService=2
 SlurmdParameters=config_overrides
 GresTypes=gpu
@@ -54,14 +48,11 @@ PartitionName=all Nodes={names} Default=YES MaxTime=INFINITE State=UP
 
 def why_not_here() -> str | None:
     """Return why Slurm cannot be simulated on this machine, or None if it can."""
-    missing = [name for name in ("slurmctld", "slurmd", "munged") if not _found(name)]
+    programs = ("slurmctld", "slurmd", "munged")
+    missing = [name for name in programs if not shutil.which(name, path=ADMIN_PATH)]
     if missing:
         return f"Slurm is not installed: {', '.join(missing)} (apt install slurm-wlm munge)"
     return why_no_hosts()
-
-
-def _found(name: str) -> str | None:
-    return shutil.which(name, path=ADMIN_PATH)
 
 
 class Slurm:
@@ -116,12 +107,7 @@ class Slurm:
             daemon.wait()
 
     def run(self, *command: str, cwd: str | Path | None = None, **env: str) -> str:
-        """Run a command on the first host, and return what it prints.
-
-        Args:
-            command: the program and its arguments.
-            cwd: its working directory; None: this process's.
-            env: environment variables on top of this process's.
+        """Run a command on the first host with further variables `env`, and return what it prints.
 
         Raises:
             DistributedError: it failed; the text is its last line.
@@ -143,7 +129,7 @@ class Slurm:
             f"NodeName={name} NodeAddr={address} CPUs={cpus} RealMemory={memory} Gres=gpu:{gpus}"
             for name, address in self.hosts.addresses.items()
         )
-        names = list(self.hosts.names)
+        names = self.hosts.names
         text = CONF.format(first=names[0], folder=self.folder, nodes=nodes, names=",".join(names))
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")

@@ -7,12 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from horovod_lm.analysis.ring import (
-    ALLGATHER,
-    REDUCE_SCATTER,
-    START,
-    ring_allreduce,
-)
+from horovod_lm.analysis.ring import ALLGATHER, REDUCE_SCATTER, START, ring_allreduce
 from horovod_lm.analysis.scaling import Network
 
 WORKERS = range(1, 9)
@@ -54,8 +49,8 @@ def test_workers_have_equal_bits_despite_rounding(dtype):
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_phases_and_finished_chunks(workers):
-    states = ring_allreduce(whole_numbers(workers, 20))
+def test_phases_messages_and_finished_chunks(workers):
+    states = ring_allreduce(whole_numbers(workers, 21))
     phases = [START, *[REDUCE_SCATTER] * (workers - 1), *[ALLGATHER] * (workers - 1)]
     assert [state.phase for state in states] == phases
     assert [state.step for state in states] == list(range(len(phases)))
@@ -65,19 +60,12 @@ def test_phases_and_finished_chunks(workers):
     finished = [[whose == everybody for whose in row] for row in middle]
     assert [sum(row) for row in finished] == [1] * workers
     assert [sum(column) for column in zip(*finished, strict=True)] == [1] * workers
-
-
-@pytest.mark.parametrize("workers", range(2, 9))
-def test_each_worker_sends_one_chunk_to_the_next_in_every_step(workers):
-    states = ring_allreduce(whole_numbers(workers, 21))
+    # In every step each worker sends one chunk to the next.
     for before, after in pairwise(states):
-        messages = after.messages
-        assert [one.sender for one in messages] == list(range(workers))
-        assert all(one.receiver == (one.sender + 1) % workers for one in messages)
-        for one in messages:
-            assert one.numbers == len(before.chunks[one.sender][one.chunk])
-            grown = after.numbers_sent[one.sender] - before.numbers_sent[one.sender]
-            assert grown == one.numbers
+        for sender, one in enumerate(after.messages):
+            assert (one.sender, one.receiver) == (sender, (sender + 1) % workers)
+            assert one.numbers == len(before.chunks[sender][one.chunk])
+            assert one.numbers == after.numbers_sent[sender] - before.numbers_sent[sender]
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -85,14 +73,11 @@ def test_the_traffic_is_that_of_the_cost_model_and_of_the_formula(workers):
     one_second_per_number = Network(latency=0, bandwidth=1)
     for length in (24 * workers, 24 * workers + 1):  # even and uneven chunks
         sent = ring_allreduce(whole_numbers(workers, length))[-1].numbers_sent
-        assert sum(sent) / workers == pytest.approx(2 * (workers - 1) / workers * length)
         seconds = one_second_per_number.allreduce_seconds(length, workers)
         assert sum(sent) / workers == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize(
-    "data", [[], [torch.ones(2), torch.ones(3)], [torch.ones(2, 2)], [torch.tensor(1.0)]]
-)
+@pytest.mark.parametrize("data", [[], [torch.ones(2), torch.ones(3)], [torch.tensor(1.0)]])
 def test_workers_that_do_not_match_are_refused(data):
     with pytest.raises(ValueError, match="1-D tensors of equal length, got"):
         ring_allreduce(data)

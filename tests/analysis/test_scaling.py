@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -17,7 +16,6 @@ from horovod_lm.analysis.scaling import (
     breaking_point,
     curve,
     fit_network,
-    flops_per_token,
     relative_errors,
     smallest_batch,
     step,
@@ -26,13 +24,6 @@ from horovod_lm.analysis.scaling import (
 LATENCIES = st.floats(1e-7, 1e-2)
 BANDWIDTHS = st.floats(1e6, 1e11)
 WORKERS = st.integers(2, 2048)
-
-
-@given(st.floats(1, 1e9), st.integers(2, 64), LATENCIES, BANDWIDTHS)
-def test_the_formula_is_the_sum_over_the_messages_of_the_ring(size, workers, latency, bandwidth):
-    messages = [latency + size / workers / bandwidth] * (2 * (workers - 1))
-    found = Network(latency, bandwidth).allreduce_seconds(size, workers)
-    assert found == pytest.approx(sum(messages), rel=1e-9)
 
 
 @given(LATENCIES, BANDWIDTHS, WORKERS)
@@ -69,11 +60,6 @@ def test_measurements_that_cannot_be_fitted_are_refused(rows, sentence):
         fit_network(Measurement(*row) for row in rows)
 
 
-def test_one_worker_does_not_communicate():
-    alone = step(Job(1e9, 0.1), Network(1.0, 1.0), workers=1)
-    assert (alone.seconds, alone.exposed, alone.efficiency) == (0.1, 0.0, 1.0)
-
-
 @given(WORKERS, LATENCIES, BANDWIDTHS, st.floats(0, 1), st.floats(1e-3, 10))
 def test_a_step_is_never_faster_than_its_parts(workers, latency, bandwidth, overlap, seconds):
     job = Job(1e7, seconds, overlap)
@@ -83,17 +69,14 @@ def test_a_step_is_never_faster_than_its_parts(workers, latency, bandwidth, over
     assert 0 < found.efficiency <= 1
 
 
-def with_batch(job: Job, factor: float) -> Job:
-    """Return the job with `factor` times the samples per worker, taking as much longer."""
-    return replace(job, seconds_per_step=job.seconds_per_step * factor)
-
-
 @given(LATENCIES, BANDWIDTHS, st.floats(0, 1))
 def test_efficiency_falls_with_workers_and_rises_with_batch(latency, bandwidth, overlap):
-    job, network = Job(1e8, 0.2, overlap), Network(latency, bandwidth)
-    falling = [one.efficiency for one in curve(job, network, (1, 2, 4, 64, 1024))]
+    network = Network(latency, bandwidth)
+    steps = curve(Job(1e8, 0.2, overlap), network, (1, 2, 4, 64, 1024))
+    falling = [one.efficiency for one in steps]
     assert falling == sorted(falling, reverse=True)
-    rising = [step(with_batch(job, factor), network, 64).efficiency for factor in (1, 2, 4, 8)]
+    jobs = [Job(1e8, seconds, overlap) for seconds in (0.2, 0.4, 0.8)]
+    rising = [step(job, network, 64).efficiency for job in jobs]
     assert rising == sorted(rising)
 
 
@@ -103,7 +86,7 @@ def test_at_the_smallest_batch_communication_is_just_hidden(workers, latency, ba
     batch = smallest_batch(per_sample, Job(1e7, 0.0, overlap), network, workers)
     at = Job(1e7, batch * per_sample, overlap)
     assert step(at, network, workers).exposed == pytest.approx(0, abs=1e-9 * at.seconds_per_step)
-    below = step(with_batch(at, 0.9), network, workers)
+    below = step(Job(1e7, 0.9 * batch * per_sample, overlap), network, workers)
     assert below.exposed > 0 and below.efficiency < 1
     assert smallest_batch(per_sample, Job(1e7, 0.0, overlap=0), network, workers) == math.inf
 
@@ -114,8 +97,6 @@ def test_workers_of_a_host_share_its_link_and_halving_the_bytes_halves_the_time(
     assert on_128_hosts.communication == step(job, network, 128).communication
     half = step(Job(138e6, 0.42, 0, bytes_per_gradient=2), network, 512, 4)
     assert half.communication == pytest.approx(on_128_hosts.communication / 2)
-    inside = step(job, network, 512, 4, inside=Network(0, 100 * GBIT))
-    assert inside.communication > on_128_hosts.communication
 
 
 @given(LATENCIES, BANDWIDTHS, st.integers(1, 16), st.floats(0.05, 0.99))
@@ -136,30 +117,14 @@ def test_a_quicker_link_inside_a_host_is_counted_in_every_prediction():
     slow = Network(1e-5, 1e7)
     assert breaking_point(job, network, 8) > 8 > breaking_point(job, network, 8, slow)
     [alone, pair] = curve(job, network, (1, 2), 8, slow)
-    assert alone.communication == 0 < pair.communication == slow.allreduce_seconds(4e8, 2)
+    assert (alone.seconds, alone.communication, alone.efficiency) == (0.2, 0, 1)
+    assert pair.communication == slow.allreduce_seconds(4e8, 2)
     inside = smallest_batch(0.01, job, network, 8, workers_per_host=8, inside=slow)
     at = Job(1e8, inside * 0.01)
     assert step(at, network, 8, 8, slow).exposed == pytest.approx(0, abs=1e-9)
-
-
-def test_a_ring_without_latency_never_falls_below_its_limit():
-    job, network = Job(1e8, 1.0, overlap=0), Network(0, 8e9)  # at most 2 x 0.4 GB at 8 GB/s: 0.1 s
-    assert breaking_point(job, network, efficiency=0.9) is None
-    assert breaking_point(job, network, efficiency=0.95) == 3
 
 
 def test_gradients_hide_only_behind_the_last_of_several_passes():
     network = Network(0, 1e9)
     once, four = Job(1e8, 1.0), Job(1e8, 1.0, passes=4)
     assert step(four, network, 2).exposed > step(once, network, 2).exposed == 0
-
-
-def test_an_overlap_in_percent_is_refused():
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        Job(1, 1, overlap=2)
-
-
-def test_flops_of_gpt2_small_by_hand():
-    # 85 M in the blocks, 38.6 M in the tied vocabulary; attention over 512 tokens.
-    found = flops_per_token(85.06e6 + 38.6e6, n_layers=12, d_model=768, context=512)
-    assert found == pytest.approx(6 * 123.66e6 + 12 * 12 * 768 * 512)

@@ -42,12 +42,11 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def in_microseconds(spans: list[Span]) -> list[tuple[str, str, int, int]]:
-    return [(one.tensor, one.phase, round(1e6 * one.start), round(1e6 * one.end)) for one in spans]
-
-
 def test_every_phase_has_its_tensor_start_and_end(tmp_path):
-    assert in_microseconds(read_timeline(write(tmp_path, WHOLE))) == [
+    spans = read_timeline(write(tmp_path, WHOLE))
+    assert [
+        (one.tensor, one.phase, round(1e6 * one.start), round(1e6 * one.end)) for one in spans
+    ] == [
         ("allreduce.weight", "NEGOTIATE_ALLREDUCE", 10, 40),
         ("allreduce.bias", "NEGOTIATE_ALLREDUCE", 30, 40),
         ("allreduce.bias", "ALLREDUCE", 50, 99),
@@ -73,16 +72,10 @@ def test_a_file_that_is_not_a_timeline_is_a_sentence(tmp_path):
         read_timeline(write(tmp_path, "step,loss\n1,2\n"))
 
 
-SPANS = st.lists(
-    st.tuples(st.integers(0, 50), st.integers(0, 20)).map(
-        lambda pair: Span("t", "p", pair[0], pair[0] + pair[1])
-    )
-)
-
-
-@given(SPANS)
-def test_busy_seconds_count_overlaps_once(spans):
-    seconds = {second for span in spans for second in range(int(span.start), int(span.end))}
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20))))
+def test_busy_seconds_count_overlaps_once(times):
+    spans = [Span("tensor", "phase", start, start + length) for start, length in times]
+    seconds = {second for start, length in times for second in range(start, start + length)}
     assert busy_seconds(spans) == len(seconds)
 
 

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
-from horovod_lm.utils.config import Config, config_from_dict
-
-MakeConfig = Callable[..., Config]
+from horovod_lm.utils.config import config_from_dict
 
 
 @pytest.fixture
-def make_config(tmp_path: Path) -> MakeConfig:
+def make_config(tmp_path):
     """Return a function that makes a configuration; its keywords are settings of section `data`."""
 
-    def make(
-        vocab_size: int = 400, max_seq_len: int = 16, seed: int = 7, batch: int = 4, **data: Any
-    ) -> Config:
+    def make(vocab_size=400, max_seq_len=16, seed=7, batch=4, **data):
         settings = {
             "model": {
                 "vocab_size": vocab_size, "max_seq_len": max_seq_len, "pad_token_id": None,

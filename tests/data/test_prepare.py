@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from horovod_lm.data import get_dataloaders, prepare_data
-from horovod_lm.data.prepare import FILES, TokenWriter, publish, read_metadata
+from horovod_lm.data.prepare import FILES, publish, read_metadata
 from horovod_lm.data.synthetic.stories import generate_stories
 from horovod_lm.data.tokenizers import load_tokenizer
 from horovod_lm.utils.config import Config, save_config
@@ -115,14 +115,22 @@ def test_a_changed_text_file_prepares_again_and_a_failure_keeps_the_old_data(mak
     assert not (folder_of(config) / ".partial").exists() and text.exists()
 
 
-def test_incomplete_data_are_prepared_again(make_config):
+def test_incomplete_data_are_prepared_again(make_config, tmp_path):
     config = make_config()
     prepare_data(config)
     whole, folder = contents(config), folder_of(config)
+
+    def publish_one_file_of_another_preparation():
+        (tmp_path / "another").mkdir()
+        shutil.copy(folder / "train.bin", tmp_path / "another")
+        with pytest.raises(FileNotFoundError):
+            publish(tmp_path / "another", folder)
+
     for damage in (
         *((folder / name).unlink for name in FILES),
         lambda: os.truncate(folder / "train.bin", 10),
         lambda: (folder / "tokenizer.json").write_text('{"name": "gpt2"}'),
+        publish_one_file_of_another_preparation,
     ):
         damage()
         assert read_metadata(folder) is None
@@ -150,17 +158,6 @@ def test_a_killed_preparation_keeps_the_old_data(make_config, tmp_path):
     assert not is_prepared_again(config)  # the old data are complete
     prepare_data(make_config(num_stories=101))  # the killed process holds no lock
     assert sorted(path.name for path in folder_of(config).iterdir()) == sorted([*FILES, ".lock"])
-
-
-def test_files_of_two_preparations_are_not_complete_data(make_config, tmp_path):
-    config = make_config()
-    prepare_data(config)
-    partial = tmp_path / "partial"
-    partial.mkdir()
-    shutil.copy(folder_of(config) / "train.bin", partial)
-    with pytest.raises(FileNotFoundError):  # after the first of the four files
-        publish(partial, folder_of(config))
-    assert read_metadata(folder_of(config)) is None
 
 
 def test_the_published_files_and_their_folder_are_synced(make_config, monkeypatch):
@@ -195,13 +192,6 @@ def test_a_bpe_is_trained_on_training_text_only(make_config, tmp_path):
         for document in documents_in(config, part):
             word = " " + document.split()[0]
             assert least <= len(tokenizer.encode(word)) <= most, (part, word)
-
-
-def test_a_large_vocabulary_takes_four_bytes_per_token(tmp_path):
-    writer = TokenWriter(tmp_path / "tokens.bin", "<u4")
-    writer.append([70_000, 65_536])
-    assert writer.close()["tokens"] == 2
-    assert np.fromfile(tmp_path / "tokens.bin", "<u4").tolist() == [70_000, 65_536]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")

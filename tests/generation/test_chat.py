@@ -27,18 +27,10 @@ def talk(monkeypatch, capsys, lines: str) -> tuple[list, str]:
     return asked, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("word", ["exit", "quit", "q", " QUIT ", ""])
-def test_stop_words_and_end_of_file_end_it(monkeypatch, capsys, word):
-    asked, _ = talk(monkeypatch, capsys, f"hello\n{word}\nmore\n" if word else "hello\n")
+@pytest.mark.parametrize("end", ["exit\nmore\n", "q\nmore\n", " QUIT \nmore\n", ""])
+def test_stop_words_and_end_of_file_end_it(monkeypatch, capsys, end):
+    asked, _ = talk(monkeypatch, capsys, f"hello\n{end}")
     assert [prompt for prompt, _ in asked] == ["hello"]
-
-
-def test_ctrl_c_at_the_prompt_ends_it(monkeypatch, capsys):
-    def interrupted(_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("builtins.input", interrupted)
-    chat(lambda prompt, settings: iter(()), CONFIG)
 
 
 def test_a_user_error_is_printed_and_the_chat_continues(monkeypatch, capsys):

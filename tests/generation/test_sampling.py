@@ -18,26 +18,9 @@ from horovod_lm.generation.sampling import (
 from horovod_lm.utils.config import GenerationConfig
 from horovod_lm.utils.errors import ConfigError
 
-PROBABILITIES = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
-LOGITS = PROBABILITIES.log()
-
 
 def how(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None):
     return generation_config(temperature=temperature, top_k=top_k, top_p=top_p)
-
-
-def kept(**settings) -> list[int]:
-    return filtered_probabilities(LOGITS, how(**settings)).nonzero().flatten().tolist()
-
-
-def test_top_k_keeps_the_k_most_likely_tokens_and_top_p_the_fewest_that_reach_p():
-    everything = [0, 1, 2, 3, 4]
-    for top_k, expected in {1: [1], 2: [1, 3], 99: everything}.items():
-        assert kept(top_k=top_k) == expected
-    tied = filtered_probabilities(torch.zeros(5), how(top_k=2))
-    assert tied.count_nonzero() == 2  # a tie is broken
-    for top_p, expected in {0.01: [1], 0.39: [1], 0.45: [1, 3], 0.9: [1, 2, 3, 4]}.items():
-        assert kept(top_p=top_p) == expected
 
 
 def by_hand(logits: list[float], temperature: float, top_k: int | None, top_p: float | None):
@@ -76,17 +59,12 @@ def test_any_setting_gives_the_distribution_by_hand(logits, temperature, top_k, 
 
 
 def deviations(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """How many standard deviations chi-square over the cells that can occur is above its mean.
-
-    Wilson-Hilferty: the cube root of chi-square / freedom is nearly normal.
-    """
+    """How many standard deviations chi-square over the cells that can occur is above its mean."""
     possible = expected > 0
     assert not counts[~possible].any(), "a filtered token was sampled"
-    difference = counts[possible] - expected[possible]
     freedom = int(possible.sum()) - 1
-    spread = 2 / (9 * freedom)
-    statistic = (difference**2 / expected[possible]).sum().item()
-    return ((statistic / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
+    squares = (counts - expected)[possible] ** 2 / expected[possible]
+    return (squares.sum().item() - freedom) / math.sqrt(2 * freedom)
 
 
 @pytest.mark.parametrize(
@@ -115,12 +93,6 @@ def test_each_row_is_sampled_from_its_own_distribution():
     assert sample(logits, how(), make_generator(0, "cpu")).tolist() == [5, 0, 3, 2]
 
 
-@pytest.mark.parametrize("seed", [7, -1, 10**30])
-def test_generators_repeat_with_any_seed(seed):
-    one, two = (torch.rand(4, generator=make_generator(seed, "cpu")) for _ in range(2))
-    assert torch.equal(one, two)
-
-
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -128,9 +100,7 @@ def test_generators_repeat_with_any_seed(seed):
         ({"temperature": math.nan}, "temperature must be a finite number"),
         ({"top_k": -1}, "top_k must be greater than or equal to 0, not -1"),
         ({"top_p": 0.0}, "top_p must be greater than 0, not 0.0"),
-        ({"top_p": math.nan}, "top_p must be"),
         ({"num_samples": 0}, "num_samples must be greater than 0, not 0"),
-        ({"max_new_tokens": -1}, "max_new_tokens must be greater than 0, not -1"),
     ],
 )
 def test_invalid_settings_are_one_sentence(change, sentence):

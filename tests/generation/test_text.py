@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
-import pty
 import signal
-import subprocess
 import sys
-import time
 
+import pexpect
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +15,7 @@ from hypothesis import strategies as st
 
 from horovod_lm.data.tokenizers import ByteTokenizer, train_bpe
 from horovod_lm.generate import generate_text, load_model_for_generation, main, stream_text
-from horovod_lm.generation import load
+from horovod_lm.generation.load import find_checkpoint
 from horovod_lm.generation.text import decode_stream
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.training.checkpoint import save_checkpoint
@@ -83,7 +81,7 @@ def test_the_weights_determine_the_sizes_not_the_configuration(model, run_folder
 def test_without_a_best_model_the_newest_is_loaded(model, tmp_path):
     for step in (3, 20, 7):
         save(model, tmp_path / "checkpoints", f"checkpoint_epoch0_step{step}.pt")
-    assert load.find_checkpoint(tmp_path).name == "checkpoint_epoch0_step20.pt"
+    assert find_checkpoint(tmp_path).name == "checkpoint_epoch0_step20.pt"
 
 
 def test_what_cannot_be_loaded_is_one_sentence(model, tmp_path):
@@ -104,23 +102,12 @@ def test_what_cannot_be_loaded_is_one_sentence(model, tmp_path):
 
 def test_matrices_are_loaded_in_column_major_order(model, run_folder):
     loaded, _, _ = load_model_for_generation(run_folder)
-    by_column = {
-        name
-        for name, tensor in loaded.state_dict().items()
-        if tensor.ndim == 2 and tensor.t().is_contiguous() and not tensor.is_contiguous()
-    }
-    parts = (
-        "attention.qkv_proj", "attention.out_proj", "feed_forward.up_proj", "feed_forward.down_proj"
-    )  # fmt: skip
-    assert by_column == {"token_embedding.weight"} | {
-        f"blocks.{block}.{part}.weight" for block in range(2) for part in parts
-    }
+    for name, tensor in loaded.state_dict().items():
+        if tensor.ndim == 2 and name != "position_embedding.weight":
+            assert tensor.t().is_contiguous() and not tensor.is_contiguous(), name
     ids = torch.randint(0, 256, (2, 9))
     with torch.no_grad():
         torch.testing.assert_close(loaded.cpu()(ids)[0], model(ids)[0])
-    copy_of_model = copy.deepcopy(model)
-    copy_of_model.load_state_dict(loaded.state_dict())  # a contiguous model stays contiguous
-    assert copy_of_model.token_embedding.weight.is_contiguous()
 
 
 def test_bfloat16_rounds_the_weights_and_nothing_else(model, run_folder, tmp_path):
@@ -134,16 +121,6 @@ def test_bfloat16_rounds_the_weights_and_nothing_else(model, run_folder, tmp_pat
     assert 0 < (logits - exact).norm() / exact.norm() < 0.02
     with pytest.raises(ConfigError, match="dtype must be float32 or bfloat16, got 'half'"):
         load_model_for_generation(run_folder, dtype="half")
-
-
-def test_texts_begin_with_the_prompt_and_a_seed_repeats_them(model):
-    texts, again, other = (
-        generate_text(model, ByteTokenizer(), "Once", 20, 5.0, num_samples=3, seed=seed)
-        for seed in (5, 5, 6)
-    )
-    assert len(texts) == 3 == len(set(texts))
-    assert all(text.startswith("Once") and len(text) > 4 for text in texts)
-    assert texts == again != other
 
 
 @pytest.mark.parametrize("prompt", ["", "Once upon", SENTENCE])
@@ -165,20 +142,13 @@ def test_streamed_text_is_the_text_for_any_prompt(model, prompt, seed, temperatu
     tokenizer = ByteTokenizer()
     text = generate_text(model, tokenizer, prompt, **how.model_dump())[0]
     assert prompt + "".join(stream_text(model, tokenizer, prompt, how)) == text
-    assert text.startswith(prompt)
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "sentence"),
-    [
-        ({"temperature": -1}, ConfigError, "temperature must be greater than or equal to 0"),
-        ({"device": "abacus"}, ConfigError, "'abacus' is no device"),
-        ({"prompt": "a\ud800b"}, DataError, "unpaired surrogate"),
-    ],
-)
-def test_invalid_arguments_are_one_sentence(model, change, error, sentence):
-    with pytest.raises(error, match=sentence):
-        generate_text(model, ByteTokenizer(), **({"prompt": "x"} | change))
+def test_invalid_arguments_are_one_sentence(model):
+    with pytest.raises(ConfigError, match="'abacus' is no device"):
+        generate_text(model, ByteTokenizer(), "x", device="abacus")
+    with pytest.raises(DataError, match="unpaired surrogate"):
+        generate_text(model, ByteTokenizer(), "a\ud800b")
 
 
 @settings(max_examples=200, deadline=None)
@@ -216,35 +186,17 @@ def test_a_conversation_in_a_terminal_survives_ctrl_c_in_a_text_and_ends_on_ctrl
     with torch.no_grad():
         endless.token_embedding.weight[256] = 0.0  # it never samples end-of-text
     save(endless, tmp_path)
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "horovod_lm.generate", "--checkpoint", str(tmp_path),
-         "--max-new-tokens", "1000000", "--temperature", "0"],
-        stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "TERM": "dumb"},
-    )  # fmt: skip
-    os.close(slave)
-    seen = ""
-
-    def wait_for(text: str) -> None:
-        nonlocal seen
-        deadline = time.monotonic() + 100
-        while text not in seen:
-            assert time.monotonic() < deadline, seen
-            seen += os.read(master, 4096).decode(errors="replace")
-        seen = seen[seen.index(text) + len(text) :]
-
-    try:
-        wait_for("> ")
-        os.write(master, b"Once upon\n")
-        wait_for("Once upon")  # echoed by the terminal
-        wait_for("Once upon")  # by the model, which would write for hours
-        process.send_signal(signal.SIGINT)
-        wait_for("[stopped]")
-        wait_for("> ")
-        os.write(master, b"\x04")  # Ctrl-D
-        assert process.wait(timeout=60) == 0
-    finally:
-        process.kill()
-        process.wait()
-        os.close(master)
+    arguments = ["-m", "horovod_lm.generate", "--checkpoint", str(tmp_path),
+                 "--max-new-tokens", "1000000", "--temperature", "0"]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "TERM": "dumb"}
+    with pexpect.spawn(sys.executable, arguments, timeout=100, env=env) as terminal:
+        terminal.expect_exact("> ")
+        terminal.sendline("Once upon")
+        terminal.expect_exact("Once upon")  # echoed by the terminal
+        terminal.expect_exact("Once upon")  # by the model, which would write for hours
+        terminal.kill(signal.SIGINT)
+        terminal.expect_exact("[stopped]")
+        terminal.expect_exact("> ")
+        terminal.sendeof()
+        terminal.expect_exact(pexpect.EOF)
+        assert terminal.wait() == 0

@@ -131,6 +131,5 @@ def test_weights_that_cannot_be_loaded_are_one_sentence(tmp_path):
 def test_a_folder_with_weights_loads(tmp_path):
     theirs = small_gpt2()
     theirs.save_pretrained(tmp_path)
-    torch.testing.assert_close(
-        load_gpt2(str(tmp_path)).state_dict(), from_gpt2(theirs).state_dict(), rtol=0, atol=0
-    )
+    loaded = load_gpt2(str(tmp_path)).state_dict()
+    torch.testing.assert_close(loaded, from_gpt2(theirs).state_dict(), rtol=0, atol=0)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from horovod_lm.models import attention
@@ -17,9 +12,9 @@ from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.errors import ConfigError, DataError
 
 
-def random_ids(n_sequences=3, length=12, vocab_size=50, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, vocab_size, (n_sequences, length), generator=generator)
+def random_ids(n_sequences=3, length=12):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1, 50, (n_sequences, length), generator=generator)
 
 
 def gradients(model, *args, **kwargs):
@@ -38,11 +33,9 @@ def test_gpt2_small_has_gpt2s_number_of_parameters():
 def test_compiled_layers_give_the_same_numbers_and_each_its_own_backward_pass():
     model, ids = TransformerLM(67, 32, 4, 3, 64, 16, 0.0, 0), random_ids(2, 16)
     eager = gradients(model, ids, labels=ids, return_logits=False)
-    names = set(model.state_dict())
     model.compile_layers(backend="aot_eager")
     found = gradients(model, ids, labels=ids, return_logits=False)
     torch.testing.assert_close(found, eager)
-    assert set(model.state_dict()) == names
     # Not one for the whole model, which would deliver all gradients at its end.
     nodes, compiled = [model(ids, labels=ids, return_logits=False)[1].grad_fn], set()
     while nodes:
@@ -63,12 +56,10 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(monkeypatch):
     assert model.flops_per_token() * ids.numel() == counter.get_total_flops()
 
 
-@settings(max_examples=30, deadline=None)
-@given(changed=st.integers(1, 11), padding=st.sampled_from(["none", "left", "right"]))
-def test_changing_a_future_token_changes_no_past_logit(changed, padding):
-    torch.manual_seed(0)
-    model = TransformerLM(50, 32, 4, 3, 64, 16, 0.0, 0).eval()
-    ids = random_ids()
+@pytest.mark.parametrize("changed", [1, 6, 11])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_changing_a_future_token_changes_no_past_logit(make_model, changed, padding):
+    model, ids = make_model().eval(), random_ids()
     mask = None
     if padding != "none":
         mask = torch.ones_like(ids)
@@ -83,32 +74,7 @@ def test_changing_a_future_token_changes_no_past_logit(changed, padding):
     assert not torch.equal(before[:, changed:], after[:, changed:])
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_the_content_of_padding_changes_nothing(make_model, side):
-    model = make_model(dropout=0.5).eval()
-    ids = random_ids(1, 7)
-    widths = (5, 0) if side == "left" else (0, 5)
-    with torch.no_grad():
-        alone, loss_alone = model(ids, labels=ids)
-        assert torch.equal(model(ids, torch.ones_like(ids))[0], alone)
-        mask = F.pad(torch.ones_like(ids), widths)
-        for filler in (0, 31):
-            padded = F.pad(ids, widths, value=filler)
-            logits, loss = model(padded, mask, padded)
-            torch.testing.assert_close(logits[mask.bool()], alone[0], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(loss, loss_alone)
-        assert not torch.equal(model.train()(ids)[0], alone)  # dropout, in training only
-
-
-def test_attention_weights_sum_to_one_and_are_causal(make_model, left_padded):
-    weights = make_model().attention_weights(*left_padded)
-    assert weights.shape == (3, 3, 4, 7, 7)  # layers, B, H, T, T
-    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 3, 4, 7))
-    assert not weights.triu(1).any()
-    assert not weights[:, 1, :, 3:, :3].any()  # the padding of the second row
-
-
-@pytest.mark.parametrize("parts", [[12], [1] * 12, [4, 1, 7]])
+@pytest.mark.parametrize("parts", [[1] * 12, [4, 1, 7]])
 def test_parts_with_a_cache_equal_one_forward_pass(make_model, parts):
     model = make_model().double().eval()
     ids = random_ids()
@@ -123,26 +89,6 @@ def test_parts_with_a_cache_equal_one_forward_pass(make_model, parts):
                 part_mask = None if given_mask is None else given_mask[:, :end]
                 logits.append(model(part, part_mask, cache=cache)[0])
         torch.testing.assert_close(torch.cat(logits, 1), whole)
-
-
-def test_the_initial_loss_is_about_log_of_the_vocabulary():
-    torch.manual_seed(0)
-    model = TransformerLM(1000, 64, 4, 4, 256, 64, 0.0)
-    ids = random_ids(4, 64, 1000)
-    # Scores of deviation s add s^2 / 2 to log V; s^2 = 768 * 0.02^2 at GPT-2's and any width.
-    expected = math.log(1000) + 768 * 0.02**2 / 2
-    assert model(ids, labels=ids)[1].item() == pytest.approx(expected, abs=0.05)
-
-
-def test_loss_without_logits_equals_loss_with_them(make_model, left_padded):
-    model = make_model().double()
-    ids, mask = left_padded
-    labels = ids.clone()
-    labels[0, 3] = -100
-    whole = gradients(model, ids, mask, labels)
-    chunked = gradients(model, ids, mask, labels, return_logits=False)
-    torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-12)
-    assert model(ids, mask, labels, return_logits=False)[0] is None
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
@@ -166,55 +112,41 @@ def test_an_empty_batch_gives_zero_loss_and_a_zero_gradient_to_every_parameter(
 @pytest.mark.parametrize("padded", [False, True])
 def test_gradient_checkpointing_changes_no_bit(make_model, left_padded, dropout, padded):
     ids, mask = left_padded
-    results = []
+    results, calls = [], []
     for checkpointing in (False, True):
         model = make_model(dropout=dropout, gradient_checkpointing=checkpointing).train()
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda block, _: calls.append(block))
         torch.manual_seed(1)
+        calls.clear()
         results.append(gradients(model, ids, mask if padded else None, ids, return_logits=False))
     torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-def test_gradient_checkpointing_recomputes_every_block_once(make_model):
-    model, calls, ids = make_model(gradient_checkpointing=True).train(), [], random_ids()
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda block, _: calls.append(block))
-    model(ids, labels=ids)[1].backward()
-    assert calls == [*model.blocks, *reversed(model.blocks)]
+    assert calls == [*model.blocks, *reversed(model.blocks)]  # each block is recomputed once
 
 
 def test_state_dict_holds_parameters_only_all_of_them_float(make_model):
     model = make_model()
-    state = model.state_dict()
-    assert set(state) == {name for name, _ in model.named_parameters()}
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
     assert not list(model.buffers())
-    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(("d_model", "deviation"), [(768, 0.02), (192, 0.04)])
 def test_weights_start_with_gpt2s_deviation_and_residual_projections_smaller(d_model, deviation):
     torch.manual_seed(0)
     block = TransformerLM(100, d_model, 4, 8, 512, 64).blocks[3]
-    small = deviation / 4  # sqrt(2 * 8) = 4
-    for layer, wanted in (
-        (block.attention.qkv_proj, deviation),
-        (block.attention.out_proj, small),
-        (block.feed_forward.down_proj, small),
-    ):
-        assert layer.weight.std().item() == pytest.approx(wanted, rel=0.05)
+    assert block.attention.qkv_proj.weight.std().item() == pytest.approx(deviation, rel=0.05)
+    for layer in (block.attention.out_proj, block.feed_forward.down_proj):
+        small = deviation / 4  # sqrt(2 * 8) = 4
+        assert layer.weight.std().item() == pytest.approx(small, rel=0.05)
         assert not layer.bias.any()
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"d_model": 30}, r"d_model \(30\) must be divisible by n_heads \(4\)"),
-        ({"n_layers": 0}, "TransformerLM: model.n_layers must be greater than 0, not 0"),
-        ({"dropout": 1.0}, "dropout must be less than 1, not 1.0"),
-    ],
-)
-def test_invalid_sizes_are_one_sentence(make_model, change, sentence):
-    with pytest.raises(ConfigError, match=sentence):
-        make_model(**change)
+def test_invalid_sizes_are_one_sentence(make_model):
+    with pytest.raises(ConfigError, match=r"d_model \(30\) must be divisible by n_heads \(4\)"):
+        make_model(d_model=30)
+    with pytest.raises(ConfigError, match="TransformerLM: model.n_layers must be greater than 0"):
+        make_model(n_layers=0)
 
 
 @pytest.mark.parametrize(
@@ -223,8 +155,7 @@ def test_invalid_sizes_are_one_sentence(make_model, change, sentence):
         ({"input_ids": torch.zeros(17, dtype=torch.long)}, r"shape \(batch, length\)"),
         ({"input_ids": torch.zeros(1, 4)}, "integers.*float32"),
         ({"input_ids": torch.zeros(1, 17, dtype=torch.long)}, "17 tokens, more .* = 16"),
-        ({"input_ids": torch.tensor([[3, 50]])}, r"token 50, outside .*vocabulary \(0 to 49\)"),
-        ({"input_ids": torch.tensor([[-1, 5]])}, r"token -1, outside .*vocabulary \(0 to 49\)"),
+        ({"input_ids": torch.tensor([[-1, 50]])}, r"token -1, outside .*vocabulary \(0 to 49\)"),
         ({"labels": torch.tensor([[3, -100, 99]])}, "labels contains token 99"),
         ({"labels": torch.tensor([[3, 4]])}, r"labels has shape \(1, 2\), expected \(1, 3\)"),
         ({"attention_mask": torch.ones(1, 4)}, r"attention_mask has shape \(1, 4\)"),

@@ -30,16 +30,13 @@ SLOT = re.compile(r"\{(?:(\w+)=)?(\w+)(?:\.(\w+))?\}")
 class Alternative:
     """One replacement of a symbol.
 
-    Args:
-        text: plain text with slots: `{animal}` draws the symbol `animal`; `{friend=animal}` also
-            stores the draw as `friend`; `{friend}` repeats the stored text; `{friend.habit}`
-            inserts the stored draw's feature `habit`.
-        weight: its frequency, relative to the symbol's other alternatives.
-        features: named texts that belong to it; they may contain slots.
+    `text` is plain text with slots: `{animal}` draws the symbol `animal`; `{friend=animal}` also
+    stores the draw as `friend`; `{friend}` repeats the stored text; `{friend.habit}` inserts the
+    stored draw's feature `habit`. Features are named texts, which may contain slots, too.
     """
 
     text: str
-    weight: float = 1.0
+    weight: float = 1.0  # its frequency, relative to the symbol's other alternatives
     features: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
@@ -67,9 +64,8 @@ Memory = Mapping[str, Alternative]
 class Grammar:
     """A finite, unambiguous, probabilistic grammar with stored draws.
 
-    Args:
-        rules: the alternatives of each symbol: plain strings have weight 1 and no features.
-        start: the symbol of a whole text.
+    `rules` holds the alternatives of each symbol; a plain string has weight 1 and no features.
+    `start` is the symbol of a whole text.
 
     Raises:
         ValueError: invalid rules; the message names the rule and the reason.
