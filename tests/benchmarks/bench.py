@@ -12,7 +12,6 @@ library. Limits of the machine are measured in the same run.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import platform
@@ -33,15 +32,28 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from horovod_lm.generation.load import to_column_major
 from horovod_lm.models.attention import sdpa_attention
-from horovod_lm.training.checkpoint import CheckpointWriter, checkpoint_content, write_checkpoint
+from horovod_lm.models.gpt2 import from_gpt2
+from horovod_lm.training.checkpoint import CheckpointWriter, checkpoint_content
 from horovod_lm.utils.cli import program
 from horovod_lm.utils.machine import available_cores
-from tests.benchmarks import generation
 from tests.benchmarks import step as steps
 from tests.benchmarks.step import ROOT, SHAPES
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+OUT = ROOT / "runs" / "bench"
+GENERATORS = {
+    "5M": {"vocab_size": 4096, "n_embd": 240, "n_layer": 6, "n_head": 6},
+    "30M": {"vocab_size": 8192, "n_embd": 512, "n_layer": 8, "n_head": 8},
+}
+CASES: dict[str, tuple[int, int, dict[str, Any]]] = {  # rows, tokens of the prompt, sampling
+    "greedy": (1, 16, {}),
+    "sampled": (1, 16, {"temperature": 0.8, "top_k": 50, "top_p": 0.9}),
+    "greedy, bfloat16": (1, 16, {}),
+    "greedy, 8 rows": (8, 16, {}),
+    "greedy, prompt of 512": (1, 512, {}),
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,10 @@ class Row:
     lowest: float
     highest: float
     goal: float
+
+    @property
+    def ratio_and_range(self) -> str:
+        return f"{self.ratio:.2f} ({self.lowest:.2f} to {self.highest:.2f})"
 
 
 def in_turns(
@@ -74,28 +90,15 @@ def in_turns(
 
 
 def compare(
-    what: str,
-    seconds: Mapping[str, list[float]],
-    amount: float,
-    unit: str,
+    what: str, seconds: Mapping[str, list[float]], amount: float, unit: str,
     goals: Mapping[str, float],
-) -> Iterator[Row]:
+) -> Iterator[Row]:  # fmt: skip
     """Yield a row for each peer: `seconds` has the key "ours" and one for each peer in `goals`."""
     for peer, goal in goals.items():
-        if peer not in seconds:
-            continue
         ratios = [b / a for a, b in zip(seconds["ours"], seconds[peer], strict=True)]
-        yield Row(
-            what,
-            peer,
-            amount / statistics.median(seconds["ours"]),
-            amount / statistics.median(seconds[peer]),
-            unit,
-            statistics.median(ratios),
-            min(ratios),
-            max(ratios),
-            goal,
-        )
+        ours, theirs = (amount / statistics.median(seconds[side]) for side in ("ours", peer))
+        middle = statistics.median(ratios)
+        yield Row(what, peer, ours, theirs, unit, middle, min(ratios), max(ratios), goal)
 
 
 # ---- limits of the machine -----------------------------------------------------------------------
@@ -105,8 +108,7 @@ def limits() -> dict[str, float]:
     """Measure what bounds every number below: the best of several tries."""
 
     def best(run: Callable[[], Any], tries: int = 5) -> float:
-        run()
-        return min(in_turns({"": run}, tries, warm_up=0)[""])
+        return min(in_turns({"": run}, tries)[""])
 
     found = {}
     for name, dtype in DTYPES.items():
@@ -149,11 +151,10 @@ def step(options: argparse.Namespace) -> Iterator[Row]:
                 peer: steps.make_step(peer, SHAPES[name], options.nanogpt, dtype)
                 for peer in ["ours", *peers]
             }
-            if options.compiled:
-                for peer in peers[1:]:
-                    runs[f"{peer}, compiled"] = steps.make_step(
-                        peer, SHAPES[name], options.nanogpt, dtype, compiled=True
-                    )
+            for peer in peers[1:] if options.compiled else []:
+                runs[f"{peer}, compiled"] = steps.make_step(
+                    peer, SHAPES[name], options.nanogpt, dtype, compiled=True
+                )
             seconds = in_turns(runs, options.rounds)
             tokens = SHAPES[name][-1] * SHAPES[name][-2]
             goals = {peer: 1.1 for peer in runs if peer not in ("ours", "plain")} | {"plain": 1.0}
@@ -203,40 +204,26 @@ def _two_ranks(
     how: str, model: str, shape: str, dtype: torch.dtype, n_steps: int, options: argparse.Namespace
 ) -> list[float]:
     """Start two ranks and return the seconds of rank 0's steps."""
-    script = [sys.executable, str(Path(__file__).with_name("ranks.py")), how, model, shape,
+    launcher = [program("horovodrun"), "-np", "2", sys.executable]
+    if how != "horovod":
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--local-addr=127.0.0.1", "--nproc-per-node=2"]  # fmt: skip
+    script = [str(Path(__file__).with_name("ranks.py")), how, model, shape,
               str(dtype).removeprefix("torch."), str(n_steps), options.nanogpt]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if how == "horovod":
-        command = [program("horovodrun"), "-np", "2", *script]
-        output = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, text=True, check=True
-        ).stdout
-        return json.loads(output.partition("<stdout>:")[2])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = [
-        subprocess.Popen(
-            script,
-            env=environment | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": port,
-                               "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        raise SystemExit(f"the ranks of {how} have failed")
-    return json.loads(outputs[0].strip().splitlines()[-1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    output = subprocess.run(
+        [*launcher, *script], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    # horovodrun prefixes a line with "[0]<stdout>:".
+    return json.loads(output.strip().splitlines()[-1].rpartition(":")[2])
 
 
 def generate(options: argparse.Namespace) -> Iterator[Row]:
     """Generation with the cache."""
     new_tokens = 60 if options.quick else 200
-    for size in ["30M"] if options.quick else generation.SIZES:
-        for case in list(generation.CASES)[: 3 if options.quick else None]:
-            ours, theirs, tokens = generation.pair(size, case, new_tokens)
+    for size in ["30M"] if options.quick else GENERATORS:
+        for case in list(CASES)[: 3 if options.quick else None]:
+            ours, theirs, tokens = _generators(size, case, new_tokens)
             seconds = in_turns({"ours": ours, "transformers": theirs}, options.rounds)
             goal = {"5M": 2.0, "30M": 1.6}[size]
             yield from compare(
@@ -244,45 +231,52 @@ def generate(options: argparse.Namespace) -> Iterator[Row]:
             )
 
 
+def _generators(
+    size: str, case: str, new_tokens: int
+) -> tuple[Callable[[], Any], Callable[[], Any], int]:
+    """Return both calls of a case, with the same weights, and how many tokens each generates."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    rows, prompt_length, settings = CASES[case]
+    torch.manual_seed(0)
+    config = GPT2Config(n_positions=1024, bos_token_id=0, eos_token_id=0, **GENERATORS[size])
+    theirs = GPT2LMHeadModel(config).eval()
+    ours = from_gpt2(theirs)
+    if case.endswith("bfloat16"):  # either as load_model_for_generation does
+        ours, theirs = ours.bfloat16(), theirs.bfloat16()
+    else:
+        to_column_major(ours)
+    prompt = torch.randint(1, config.vocab_size, (rows, prompt_length))
+    run_ours = partial(
+        ours.generate, prompt, new_tokens, eos_token_id=None, seed=0,
+        **(settings or {"temperature": 0.0}),
+    )  # fmt: skip
+    run_theirs = partial(
+        theirs.generate, prompt, attention_mask=torch.ones_like(prompt), use_cache=True,
+        do_sample=bool(settings), min_new_tokens=new_tokens, max_new_tokens=new_tokens,
+        pad_token_id=0, **settings,
+    )  # fmt: skip
+    return run_ours, run_theirs, rows * new_tokens
+
+
 def save(options: argparse.Namespace) -> Iterator[Row]:
-    """A checkpoint of 30 M parameters and AdamW's moments: the loop's stop, and 5 steps with it."""
+    """A checkpoint of 30 M parameters and AdamW's moments: for how long it stops the loop."""
     model, loss_of, optimizer = steps.build("ours", SHAPES["30M"])
-    take_step = steps.step_function(model, loss_of, optimizer, SHAPES["30M"])
-    take_step()  # now there are moments
-    writer, numbers = CheckpointWriter(), itertools.count()
+    steps.step_function(model, loss_of, optimizer, SHAPES["30M"])()  # now there are moments
+    writer = CheckpointWriter()
     seconds: dict[str, list[float]] = {"ours": [], "the whole save": []}
-
-    def content() -> dict[str, Any]:
-        return checkpoint_content(model, optimizer, global_step=next(numbers))
-
-    with tempfile.TemporaryDirectory(dir=options.out) as folder:
+    with tempfile.TemporaryDirectory(dir=OUT) as folder:
         path = Path(folder, "checkpoint.pt")
         for number in range(1 + 3 * options.rounds):
             started = time.perf_counter()
-            writer.write(content(), path)
+            writer.write(checkpoint_content(model, optimizer, global_step=number), path)
             stopped = time.perf_counter() - started
             writer.wait()
             if number:  # the first makes the memory for the copy
                 seconds["ours"].append(stopped)
                 seconds["the whole save"].append(time.perf_counter() - started)
         size = path.stat().st_size / 1e9
-        yield from compare("stop for a save, 30M", seconds, size, "GB/s", {"the whole save": 10.0})
-
-        def take_steps(begin: Callable[[], Any], end: Callable[[], Any]) -> None:
-            begin()
-            for _ in range(5):
-                take_step()
-            end()
-
-        runs = {
-            "ours": lambda: take_steps(lambda: writer.write(content(), path), writer.wait),
-            "saved at once": lambda: take_steps(int, lambda: write_checkpoint(content(), path)),
-            "no save": lambda: take_steps(int, int),
-        }
-        seconds = in_turns(runs, options.rounds)
-    tokens = 5 * SHAPES["30M"][-1] * SHAPES["30M"][-2]
-    goals = {"saved at once": 1.0, "no save": 0.9}
-    yield from compare("5 steps and a save, 30M", seconds, tokens, "tokens/s", goals)
+    yield from compare("stop for a save, 30M", seconds, size, "GB/s", {"the whole save": 10.0})
 
 
 def prepare(options: argparse.Namespace) -> Iterator[Row]:
@@ -325,26 +319,17 @@ def _bare_tokenizer(text: Path, vocab_size: int, folder: Path) -> None:
     texts = [path.read_text(encoding="utf-8") for path in sorted(text.iterdir())]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            min_frequency=2,
-            show_progress=False,
-        ),
-    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        min_frequency=2, show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
     ids = [np.asarray(encoding.ids, np.uint16) for encoding in tokenizer.encode_batch_fast(texts)]
     np.concatenate(ids).tofile(folder / "bare.bin")
 
 
 SECTIONS = {
-    "step": step,
-    "attention": attention,
-    "ranks": ranks,
-    "generate": generate,
-    "save": save,
-    "prepare": prepare,
+    section.__name__: section for section in (step, attention, ranks, generate, save, prepare)
 }
 
 
@@ -359,18 +344,13 @@ def markdown(found: Mapping[str, float], rows: list[Row], about: str) -> str:
     """Return the tables of limits and ratios."""
     lines = [about, "", "| limit of the machine | |", "|---|---|"]
     lines += [f"| {name} | {value:.3g} |" for name, value in found.items()]
-    lines += [
-        "",
-        "| | peer | ours | peer's | ratio, median (range) | goal |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines += ["", "| | peer | ours | peer's | ratio, median (range) | goal |"]
+    lines += ["|---|---|---|---|---|---|"]
     for row in rows:
-        ratio = f"{row.ratio:.2f} ({row.lowest:.2f} to {row.highest:.2f})"
         missed = "" if row.ratio >= row.goal else ", missed"
         lines.append(
             f"| {row.what}, {row.unit} | {row.peer} | {_number(row.ours)} | {_number(row.theirs)}"
-            f" | {ratio}"
-            f" | {row.goal:g}{missed} |"
+            f" | {row.ratio_and_range} | {row.goal:g}{missed} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -409,7 +389,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="default: 5, or 3 with --quick")
     parser.add_argument("--nanogpt", default="", metavar="PATH", help="nanoGPT's model.py")
     parser.add_argument("--compiled", action="store_true", help="steps with torch.compile too")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench")
     options = parser.parse_args()
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"there is no section {', '.join(sorted(unknown))}")
@@ -421,20 +400,17 @@ def main() -> None:
     )
     found = limits()
     rows: list[Row] = []
-    options.out.mkdir(parents=True, exist_ok=True)
+    OUT.mkdir(parents=True, exist_ok=True)
     for name in options.sections or SECTIONS:
         for row in SECTIONS[name](options):
-            print(
-                f"{row.what} / {row.peer}: {row.ratio:.2f} ({row.lowest:.2f} to {row.highest:.2f})",
-                flush=True,
-            )
+            print(f"{row.what} / {row.peer}: {row.ratio_and_range}", flush=True)
             rows.append(row)
     content = {"about": about, "limits": found, "rows": [asdict(row) for row in rows]}
-    (options.out / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
+    (OUT / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
     table = markdown(found, rows, about)
-    (options.out / "bench.md").write_text(table)
-    draw(rows, options.out / "bench.png")
-    print(f"\n{table}\nwritten to {options.out}: bench.md, bench.json, bench.png")
+    (OUT / "bench.md").write_text(table)
+    draw(rows, OUT / "bench.png")
+    print(f"\n{table}\nwritten to {OUT}: bench.md, bench.json, bench.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What watching a run costs the kernel: its CPU seconds over the time that passes.
 
-    python tests/benchmarks/dashboard.py [--updates 1000] [--rounds 5]
+    python tests/benchmarks/dashboard.py
 
 A real JupyterLab in a real Chromium, a training run of two ranks that takes many steps between two
 looks. In turns: the run alone, then watched by its dashboard, which a page shows. The kernel's
@@ -10,7 +10,6 @@ took while it showed the dashboard: whoever scrolls waits for them.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -22,8 +21,9 @@ from playwright.sync_api import sync_playwright
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.browser.conftest import CHROMIUM, FLAGS, Lab, Page, open_page
-from tests.conftest import TINY
+from tests.conftest import make_tiny_project
 
+UPDATES, ROUNDS = 1000, 5
 LAUNCH = """
 from horovod_lm.jupyter.launch import launch
 job = launch("configs/tiny.yaml", np=2, run_name="watched",
@@ -44,16 +44,15 @@ FRAMES = """() => {
 }"""
 
 
-def cpu_share(page: Page, until, seconds: float) -> float:
-    """Return the kernel's CPU time as a share of the time until something holds."""
+def cpu_share(page: Page, seconds: float) -> float:
+    """Return the kernel's CPU time as a share of the next seconds."""
     [kernel] = page.lab.kernels()
     cpu, started = sum(kernel.cpu_times()[:2]), time.monotonic()
-    while not until() and time.monotonic() - started < seconds:
-        time.sleep(1)
+    time.sleep(seconds)
     return (sum(kernel.cpu_times()[:2]) - cpu) / (time.monotonic() - started)
 
 
-def measure(page: Page, updates: int, rounds: int) -> None:
+def measure(page: Page) -> None:
     """Print the shares of every round and their medians."""
     page.run_cell(0)
     page.ask_kernel("job.status")  # when the first cell has ended
@@ -61,14 +60,14 @@ def measure(page: Page, updates: int, rounds: int) -> None:
     while not log.exists() or log.stat().st_size < 10_000:
         time.sleep(0.2)
     alone, watched, frames, steps = [], [], [], []
-    for _ in range(rounds):
-        alone.append(cpu_share(page, lambda: False, 20))
+    for _ in range(ROUNDS):
+        alone.append(cpu_share(page, 20))
         page.run_cell(1)
         page.wait_for("left")
         page.page.evaluate(FRAMES)
         before = json.loads(page.ask_kernel("print([len(updates), dashboard.view.step])"))
         # Two looks a second; asking the kernel itself would cost it something.
-        watched.append(cpu_share(page, lambda: False, updates / rounds / 2))
+        watched.append(cpu_share(page, UPDATES / ROUNDS / 2))
         after = json.loads(page.ask_kernel("print([len(updates), dashboard.view.step])"))
         frames += page.page.evaluate("() => frames_took")
         steps.append([late - early for early, late in zip(before, after, strict=True)])
@@ -87,28 +86,14 @@ def measure(page: Page, updates: int, rounds: int) -> None:
     )
 
 
-def prepare_project(folder: Path) -> None:
-    """Write a configuration of 10,000 parameters and prepare its data."""
-    from horovod_lm.data import prepare_data
-    from horovod_lm.utils.config import load_config
-
-    (folder / "configs").mkdir()
-    (folder / "configs" / "tiny.yaml").write_text(TINY, encoding="utf-8")
-    prepare_data(load_config(folder / "configs" / "tiny.yaml"))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--updates", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         lab = Lab(Path(folder))
-        prepare_project(lab.folder)
+        make_tiny_project(lab.folder)
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         try:
             page = open_page(lab, browser, LAUNCH, SHOW)
-            measure(page, arguments.updates, arguments.rounds)
+            measure(page)
             page.close()
         finally:
             browser.close()

@@ -28,10 +28,8 @@ def examine() -> dict[str, list[dict[str, str]]]:
         path = Path(project, "configs", "cluster.yaml")
         save_config(hosts.configure(load_config(CONFIG)), path)
         command = [sys.executable, "-m", "horovod_lm.setup.doctor", "--hosts", str(path), "--json"]
-        for state, names in (
-            ("broken", (INTERFACE, OTHER_NAME)),
-            ("cured", (OTHER_NAME, INTERFACE)),
-        ):
+        renamed = {"broken": (INTERFACE, OTHER_NAME), "cured": (OTHER_NAME, INTERFACE)}
+        for state, names in renamed.items():
             hosts.run(["sh", "-c", RENAME.format(*names)], "host1")
             report[state] = json.loads(hosts.run(command).stdout)["findings"]
     return report

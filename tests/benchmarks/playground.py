@@ -12,6 +12,7 @@ which include every token's distribution, says what streaming itself costs.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -22,13 +23,13 @@ import nbformat
 from playwright.sync_api import sync_playwright
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.benchmarks.options import parser_of
 from tests.browser.conftest import CHROMIUM, FLAGS, Lab, Page
 
 SIZES = {
     "tiny": {"vocab_size": 512, "d_model": 64, "n_heads": 4, "n_layers": 2, "d_ff": 256},
     "5M": {"vocab_size": 4096, "d_model": 240, "n_heads": 6, "n_layers": 6, "d_ff": 960},
 }
+HOW = {"max_new_tokens": 200, "seed": 1}
 SHOW = """
 import asyncio, json, time, torch
 from horovod_lm.data.synthetic.stories import generate_stories
@@ -57,22 +58,22 @@ for round in range(ROUNDS):
     await play._task
     cpu_streamed = time.process_time() - cpu_started
     one = play.continuation
-    streamed.append(one.n_tokens / one.seconds)
+    streamed.append(len(one.tokens) / one.seconds)
     started, cpu_started = time.perf_counter(), time.process_time()
-    texts = generate_text(model, tokenizer, one.prompt, **one.settings.model_dump())
-    plain.append(one.n_tokens / (time.perf_counter() - started))
+    [text] = generate_text(model, tokenizer, one.prompt, **one.settings.model_dump())
+    plain.append(len(one.tokens) / (time.perf_counter() - started))
     cpu.append((time.process_time() - cpu_started) / cpu_streamed)
-    assert texts == one.texts
+    assert text == one.text
 print(json.dumps({"streamed": streamed, "plain": plain, "cpu": cpu}), "compared")
 """
 FIRST_TOKEN = """() => new Promise(resolve => {
     const isButton = one => one.textContent.includes("Generate");
     const button = [...document.querySelectorAll("button")].find(isButton);
-    const old = document.querySelector(".lm-sample");
+    const old = document.querySelector(".lm-sample .lm-token");
     const started = performance.now();
     const look = () => {
-        const sample = document.querySelector(".lm-sample");
-        if (sample && sample !== old && sample.querySelector(".lm-token"))
+        const token = document.querySelector(".lm-sample .lm-token");
+        if (token && token !== old)
             requestAnimationFrame(() => setTimeout(() => resolve(performance.now() - started)));
         else requestAnimationFrame(look);
     };
@@ -81,10 +82,9 @@ FIRST_TOKEN = """() => new Promise(resolve => {
 })"""
 
 
-def measure(lab: Lab, browser, size: str, new_tokens: int, rounds: int) -> None:
+def measure(lab: Lab, browser, size: str, rounds: int) -> None:
     """Measure one model and print a line of each figure."""
-    how = {"max_new_tokens": new_tokens, "seed": 1}
-    code = SHOW.replace("SIZES", json.dumps(SIZES[size])).replace("HOW", json.dumps(how))
+    code = SHOW.replace("SIZES", json.dumps(SIZES[size])).replace("HOW", json.dumps(HOW))
     cells = [code, COMPARE.replace("ROUNDS", str(rounds))]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(one) for one in cells])
     nbformat.write(notebook, lab.folder / f"{size}.ipynb")
@@ -112,15 +112,15 @@ def measure(lab: Lab, browser, size: str, new_tokens: int, rounds: int) -> None:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, SIZES, rounds=9)
-    parser.add_argument("--new-tokens", type=int, default=200)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=9, help="their median counts")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         lab = Lab(Path(folder))
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         try:
-            for size in arguments.sizes:
-                measure(lab, browser, size, arguments.new_tokens, arguments.rounds)
+            for size in SIZES:
+                measure(lab, browser, size, arguments.rounds)
         finally:
             browser.close()
             lab.close()

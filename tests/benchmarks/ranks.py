@@ -1,6 +1,6 @@
 """One of two ranks that train, or one of two processes that never talk; `bench.py` starts both.
 
-    horovodrun -np 2 python tests/benchmarks/ranks.py horovod ours 30M float32 4
+    horovodrun -np 2 python tests/benchmarks/ranks.py horovod ours 30M float32 4 ""
 
 Prints the seconds of each step after two steps of warm-up, as JSON, on rank 0.
 """

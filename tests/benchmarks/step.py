@@ -108,15 +108,8 @@ def step_function(
 ) -> Callable[[], Tensor]:
     """Return a function that takes one step on random tokens and returns the loss.
 
-    A GPU works on when it returns; reading the loss waits for it.
-
-    Args:
-        model: the model, wrapped or compiled if need be.
-        loss_of: its loss.
-        optimizer: the optimizer of its parameters.
-        shape: see `Shape`.
-        dtype: of the matrix products, by autocast.
-        seed: of the tokens.
+    A GPU works on when it returns; reading the loss waits for it. `dtype` is that of the matrix
+    products, by autocast; `seed` is that of the tokens.
     """
     vocab_size, batch, length = shape[0], *shape[-2:]
     device = torch.get_default_device()
