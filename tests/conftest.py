@@ -24,6 +24,7 @@ import pytest
 # machine, small products then take fifty times as long. OpenMP reads this when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 ROOT = Path(__file__).resolve().parent.parent
+HOROVODRUN = Path(sys.executable).with_name("horovodrun")
 # Jobs on several hosts start `python` and `horovodrun` by name, also without an active environment.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
@@ -41,8 +42,12 @@ seed: 7
 
 @pytest.fixture(scope="session")
 def tiny_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with `configs/tiny.yaml`, 10,000 parameters, prepared data, a space in its path."""
-    root = tmp_path_factory.mktemp("a project")
+    """A project with a space in its path."""
+    return make_tiny_project(tmp_path_factory.mktemp("a project"))
+
+
+def make_tiny_project(root: Path) -> Path:
+    """Write `configs/tiny.yaml`, a model of 10,000 parameters, and prepare its data."""
     (root / "configs").mkdir()
     (root / "configs" / "tiny.yaml").write_text(TINY, encoding="utf-8")
     from horovod_lm.data import prepare_data
@@ -128,6 +133,18 @@ def alive(process: psutil.Process) -> bool:
     return False
 
 
+def skip_without_horovod() -> None:
+    if not HOROVODRUN.exists():
+        pytest.skip("Horovod is not installed: run python -m horovod_lm.setup.install_horovod")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skip what needs Horovod where it is not installed."""
+    if item.get_closest_marker("horovod"):
+        skip_without_horovod()
+
+
 def _starter(cwd: Path):
     """Yield a function that starts Python commands; kill what is left of them."""
     started: list[Command] = []
@@ -135,14 +152,9 @@ def _starter(cwd: Path):
     def start(
         arguments: Sequence[str], ranks: int = 0, env: dict[str, str] | None = None
     ) -> Command:
-        launcher = []
         if ranks:
-            horovodrun = Path(sys.executable).with_name("horovodrun")
-            if not horovodrun.exists():
-                pytest.skip(
-                    "Horovod is not installed: run python -m horovod_lm.setup.install_horovod"
-                )
-            launcher = [str(horovodrun), "-np", str(ranks)]
+            skip_without_horovod()
+        launcher = [str(HOROVODRUN), "-np", str(ranks)] if ranks else []
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
         started.append(Command([*launcher, sys.executable, *arguments], cwd, environment))
         return started[-1]
@@ -196,14 +208,10 @@ def note_fault(record_property):
         left: Sequence[int] | None = None,
         resumed: str = "",
     ) -> None:
-        """Add a row.
+        """Add a row: the seconds until the fault was detected, and what was said.
 
-        Args:
-            seconds: from the fault until it was detected, or the job had ended.
-            said: the message; the table shows its last line.
-            limit: the set limit in seconds; 0 for a fault that is detected at once.
-            left: processes that still run.
-            resumed: whether the resumed run equals one without a fault.
+        `limit` is the set limit in seconds, 0 for a fault that is detected at once; `left` are the
+        processes that still run; `resumed` says whether the resumed run equals one without a fault.
         """
         record_property(FAULT, (seconds, str(said), limit, left, resumed))
         assert limit is None or seconds is None or seconds <= limit + MAX_SECONDS_AFTER_LIMIT
@@ -214,9 +222,7 @@ def note_fault(record_property):
 
 def pytest_terminal_summary(terminalreporter, exitstatus):
     """Print the table of injected faults; `make faults` writes it to a file."""
-    ended = [
-        one for outcome in ("passed", "failed") for one in terminalreporter.getreports(outcome)
-    ]
+    ended = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
     rows = [
         _row(report.nodeid, *value)
         for report in ended
@@ -244,28 +250,15 @@ def _row(test, seconds, said, limit, left, resumed) -> list[str]:
     last = said.strip().splitlines()[-1].replace("|", "\\|") if said.strip() else ""
     last = re.sub(r"/[^'\"]*/a project\d+/", "", last)  # the folder of `tiny_project`
     last = last if len(last) <= 160 else f"{last[:159]}…"
-    return [
-        name,
-        "" if limit is None else f"{limit:g}",
-        "" if seconds is None else f"{seconds:.1f}",
-        "" if left is None else str(len(left)),
-        resumed,
-        last,
-    ]
+    numbers = ["" if limit is None else f"{limit:g}", "" if seconds is None else f"{seconds:.1f}"]
+    return [name, *numbers, "" if left is None else str(len(left)), resumed, last]
 
 
 # ---- several workers -----------------------------------------------------------------------------
 
 # Only one worker creates network namespaces at a time: the tests check that none are left.
-MAKE_HOSTS = (
-    "test_simulated_hosts",
-    "test_doctor_hosts",
-    "test_job_files",
-    "test_slurm",
-    "test_ray",
-    "test_links",
-    "test_readme",
-)
+MAKE_HOSTS = ("test_simulated_hosts", "test_doctor_hosts", "test_job_files", "test_slurm",
+              "test_ray", "test_links", "test_readme")  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -279,16 +272,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.fault)
 
 
-SMALL_MODEL = {
-    "vocab_size": 50,
-    "d_model": 32,
-    "n_heads": 4,
-    "n_layers": 3,
-    "d_ff": 64,
-    "max_seq_len": 16,
-    "dropout": 0.0,
-    "pad_token_id": 0,
-}
+SMALL_MODEL = {"vocab_size": 50, "d_model": 32, "n_heads": 4, "n_layers": 3, "d_ff": 64,
+               "max_seq_len": 16, "dropout": 0.0, "pad_token_id": 0}  # fmt: skip
 
 
 @pytest.fixture

@@ -66,13 +66,17 @@ def imports(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_imports_go_down_the_layers(file):
-    own = layer_of(file)
+def test_imports_go_down_the_layers_and_few_modules_use_horovod_or_jupyter(file):
+    own, modules = layer_of(file), imports(file)
     allowed = tuple(up for name, up in IMPORTS_UPWARDS if name == name_of(file))
-    for module in imports(file):
+    for module in modules:
         if own is not None and module.startswith("horovod_lm.") and not module.startswith(allowed):
             other = layer_of(PACKAGE / (module.split(".")[1] + ".py"))
             assert other is None or other <= own, f"{name_of(file)} imports {module}"
+    packages = {module.split(".")[0] for module in modules}
+    assert "horovod" not in packages or name_of(file) in USERS_OF_HOROVOD
+    if not name_of(file).startswith(("jupyter/", "teaching/")):
+        assert not packages & {"IPython", "ipywidgets", "matplotlib", "nbclient", "nbformat"}
 
 
 def test_no_module_imports_itself_through_others():
@@ -91,31 +95,9 @@ def test_a_folder_holds_few_modules():
         assert len(modules) <= MOST_MODULES, f"{name_of(folder)} holds {len(modules)} modules"
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_only_the_top_layers_import_jupyter_and_matplotlib(file):
-    if not name_of(file).startswith(("jupyter/", "teaching/")):
-        tops = {module.split(".")[0] for module in imports(file)}
-        assert not tops & {"IPython", "ipywidgets", "matplotlib", "nbclient", "nbformat"}
-
-
-def test_few_modules_import_horovod():
-    users = {
-        name_of(file)
-        for file in FILES
-        if any(module.split(".")[0] == "horovod" for module in imports(file))
-    }
-    assert "utils/distributed.py" in users and users <= USERS_OF_HOROVOD
-
-
-def test_modules_without_tensors_do_not_import_torch():
-    names = "horovod_lm.utils.config, horovod_lm.utils.machine, horovod_lm.data.prepare"
-    code = f"import sys, {names}; assert not {{'torch', 'horovod'}} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
 SHOW_HELP = """
 import runpy, sys
-import horovod_lm
+import horovod_lm, horovod_lm.data.prepare, horovod_lm.utils.machine
 for module in ("train", "generate", "data"):
     sys.argv = [module, "--help"]
     try:
@@ -126,7 +108,7 @@ for module in ("train", "generate", "data"):
 """
 
 
-def test_help_and_the_package_do_not_import_torch():
+def test_help_and_modules_without_tensors_do_not_import_torch():
     done = subprocess.run([sys.executable, "-c", SHOW_HELP], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: python -m horovod_lm.") == 3
@@ -136,29 +118,25 @@ def test_help_and_the_package_do_not_import_torch():
 def test_functions_fit_a_screen_and_public_ones_have_a_docstring(file):
     tree = ast.parse(file.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree), f"{name_of(file)} has no docstring"
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    for scope in (tree, *classes):
-        for node in scope.body:
-            if not isinstance(node, ast.FunctionDef):
-                continue
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
             docstring = ast.get_docstring(node, clean=False) or ""
             lines = node.end_lineno - node.lineno + 1 - len(docstring.splitlines())
             assert lines <= LONGEST_FUNCTION, (node.name, lines)
-            if not node.name.startswith("_") and scope is tree:
-                assert docstring, f"{name_of(file)}: {node.name} has no docstring"
+            public = node in tree.body and not node.name.startswith("_")
+            assert docstring or not public, f"{name_of(file)}: {node.name} has no docstring"
 
 
 def test_every_distributed_line_of_training_is_tagged():
     """Each statement of the trainer that calls utils/distributed.py has the tag `# Horovod:`."""
     lines = (PACKAGE / "training" / "trainer.py").read_text(encoding="utf-8").splitlines()
+    exempt = ("import", "config.distributed", "is_main_process", "is_lost_rank_error")
     uses = [
         number
         for number, line in enumerate(lines)
-        if "distributed." in line and "import" not in line and "config.distributed" not in line
+        if "distributed." in line and not any(word in line for word in exempt)
     ]
-    assert len(uses) >= 10
+    assert uses
     for number in uses:
-        if "is_main_process" in lines[number] or "is_lost_rank_error" in lines[number]:
-            continue
         near = "\n".join(lines[max(0, number - 3) : number + 1])
         assert "# Horovod:" in near, f"trainer.py:{number + 1}: {lines[number].strip()}"

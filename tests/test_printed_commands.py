@@ -16,11 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Command, Finished
+from tests.conftest import HOROVODRUN, ROOT, Command, Finished
 from tests.documented import ELSEWHERE, NOT_EXECUTED, documented, in_messages, shape
 
 PACKAGE = ROOT / "horovod_lm"
-COMMANDS = Path(sys.executable).parent
 # The rest of a line, starting with one of our programs; its path may have quotes and spaces.
 PRINTED = re.compile(
     r"""(?:^|\s)((?:[^\s']|'[^']*')*(?:'/[^'\n]*)?\b(?:python[\d.]*|horovodrun)'? -.*)$""", re.M
@@ -73,11 +72,9 @@ def shell(tmp_path, tiny_project):
 @pytest.mark.horovod
 @pytest.mark.slow
 def test_a_run_in_another_folder_is_resumed_and_talks_as_printed(shell):
-    if not (COMMANDS / "horovodrun").exists():
-        pytest.skip("Horovod is not installed: run python -m horovod_lm.setup.install_horovod")
     run = shell.folder.parent / "my project" / "runs" / "it's mine"
     first = shell.start(
-        f"'{COMMANDS}/horovodrun' -np 2 '{sys.executable}' -m horovod_lm.train"
+        f"'{HOROVODRUN}' -np 2 '{sys.executable}' -m horovod_lm.train"
         " --config '../my project/configs/tiny.yaml' --run-name \"it's mine\""
         " --set training.max_steps=150 --set training.num_epochs=20"
     )
@@ -99,9 +96,8 @@ def test_an_elastic_call_works_as_printed(shell):
     assert "horovod_lm.generate" in talk
 
 
-def plain_texts(tree: ast.Module) -> set[int]:
+def plain_texts(nodes: list[ast.AST]) -> set[int]:
     """Return the nodes of a module's docstrings and of the texts of --help."""
-    nodes = list(ast.walk(tree))
     helps = [node.value for node in nodes if isinstance(node, ast.keyword) and node.arg in PLAIN]
     names = {node.id for node in helps if isinstance(node, ast.Name)}
     helps += [node.value for node in nodes if isinstance(node, ast.Assign)
@@ -114,12 +110,12 @@ def plain_texts(tree: ast.Module) -> set[int]:
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: file.name)
 def test_messages_take_their_commands_from_one_place(file):
     """`command()` knows the program's path and quotes; a typed command does not."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
     if file.name in ACTIVATES_FIRST:
         return
-    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    texts = [node for node in nodes if isinstance(node, ast.Constant)]
     typed = [node for node in texts if isinstance(node.value, str) and TYPED.search(node.value)]
-    plain = plain_texts(tree)
+    plain = plain_texts(nodes)
     assert [(node.lineno, node.value) for node in typed if id(node) not in plain] == []
 
 

@@ -39,15 +39,6 @@ def test_the_conda_environment_holds_the_toolchain_with_the_versions_of_pyprojec
     assert not any(version for name, version in conda.items() if name not in ours)
 
 
-def test_only_pyproject_has_versions(project):
-    optional = sum(project["project"]["optional-dependencies"].values(), [])
-    requirements = project["project"]["dependencies"] + optional
-    packages = "|".join(name_and_version(requirement)[0] for requirement in requirements)
-    pinned = re.compile(rf"\b({packages})\s*[=~<>]=+\s*\d", re.IGNORECASE)
-    for file in ("Makefile", ".ci/run", "README.md"):
-        assert not pinned.search((ROOT / file).read_text(encoding="utf-8")), file
-
-
 def test_the_newest_entry_of_the_changelog_is_the_version_of_the_package(project):
     headings = re.findall("^## ([0-9.]+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
     assert headings[0] == project["project"]["version"]

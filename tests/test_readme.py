@@ -28,12 +28,6 @@ AFTER = {"job.add_worker()": "await job"}
 pytestmark = [pytest.mark.horovod, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def needs_horovod():
-    if not Path(sys.executable).with_name("horovodrun").exists():
-        pytest.skip("Horovod is not installed: run python -m horovod_lm.setup.install_horovod")
-
-
 @pytest.fixture(scope="module")
 def project(tiny_project, tmp_path_factory) -> Path:
     """A project as a reader has it: small configurations, and the environment."""

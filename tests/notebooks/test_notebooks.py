@@ -13,7 +13,6 @@ from horovod_lm.jupyter.exercises import solutions
 from horovod_lm.teaching.notebooks import MAY_RAISE, headings, read_notebook, table_of_contents
 from tests.conftest import ROOT
 
-EXAMPLE = ROOT / "horovod_transformer.example.ipynb"
 COURSE = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PAGES = [*sorted(ROOT.glob("*.ipynb")), *COURSE]
 NOT_COMPARED = {"nbval-ignore-output", "nbval-skip"}  # for times, process ids, a machine's name
@@ -31,8 +30,7 @@ def code_of(page: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in page.cells if cell.cell_type == "code"]
 
 
-def assert_executed(page: NotebookNode) -> None:
-    """Check that a page was executed in order, and holds no error and no private path."""
+def test_the_page_is_stored_executed_without_errors_or_private_paths(page):
     cells = [cell for cell in code_of(page) if cell.source.strip()]
     assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
     for cell in page.cells:
@@ -45,10 +43,6 @@ def assert_executed(page: NotebookNode) -> None:
         assert PRIVATE_PATH.findall("\n".join(texts)) == [], cell.id
 
 
-def test_the_page_is_stored_executed_without_errors_or_private_paths(page):
-    assert_executed(page)
-
-
 def test_headings_nest_below_one_title_and_the_contents_are_up_to_date(page):
     levels = [level for _, level, _ in headings(page)]
     assert levels[0] == 1 and levels.count(1) == 1
@@ -59,7 +53,7 @@ def test_headings_nest_below_one_title_and_the_contents_are_up_to_date(page):
 def test_ids_are_names_that_stay_and_no_cell_is_empty(page):
     ids = [cell.id for cell in page.cells]
     assert len(set(ids)) == len(ids)
-    # An id that an editor made up says nothing, and is made up anew when the cell is copied.
+    # An id that an editor made up is made up anew when the cell is copied.
     assert [name for name in ids if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f-]{27})?", name)] == []
     assert [cell.id for cell in page.cells if not cell.source.strip()] == []
 
@@ -88,9 +82,7 @@ def test_a_command_that_fails_stops_the_page(page):
     assert not with_commands or True in extension[: with_commands[0]]
     lines = [line for lines in commands for line in lines]
     assert [line for line in lines if re.search(r"\b(python|horovodrun)\b.*[^|]\|[^|]", line)] == []
-    other = [
-        line for text in cells for line in re.findall(r".*(?:subprocess\.|os\.system).*", text)
-    ]
+    other = re.findall(r".*(?:subprocess\.|os\.system).*", "\n".join(cells))
     assert [line for line in other if "check=True" not in line] == []
 
 
@@ -134,10 +126,3 @@ def test_each_line_of_a_job_file_that_page_09_explains_is_in_the_file(name):
     assert len(explained) >= 6
     text = (ROOT / "configs" / "jobs" / name).read_text()
     assert [words for words in explained if words not in text] == []
-
-
-def test_the_files_that_the_example_names_exist():
-    text = "\n".join(cell.source for cell in read_notebook(EXAMPLE).cells)
-    named = set(re.findall(r"(?:configs|horovod_lm)/[\w/.]+\.(?:yaml|py)", text))
-    assert {"configs/laptop.yaml", "configs/config.yaml", "configs/cluster.yaml"} <= named
-    assert [name for name in named if not (ROOT / name).exists()] == []

@@ -39,12 +39,6 @@ ENVIRONMENT = {
 pytestmark = [pytest.mark.horovod, pytest.mark.slow]
 
 
-@pytest.fixture(autouse=True)
-def needs_horovod():
-    if not Path(sys.executable).with_name("horovodrun").exists():
-        pytest.skip("Horovod is not installed: run python -m horovod_lm.setup.install_horovod")
-
-
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("path", COMPARED, ids=lambda path: path.name)
 def test_a_page_gives_its_stored_outputs_again(path):

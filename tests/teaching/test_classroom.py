@@ -25,7 +25,9 @@ def stubs(notebook):
 
 
 @pytest.fixture
-def page():
+def page(monkeypatch):
+    """A page of the course, whose folder is the working directory, as for a teacher."""
+    monkeypatch.chdir(ROOT)
     return read_notebook(FIRST)
 
 
@@ -49,10 +51,7 @@ def test_a_handout_lacks_the_solutions_and_nothing_else(path, tmp_path):
 def test_a_page_is_written_with_its_solutions_also_after_one_that_cannot_be_read(page, tmp_path):
     files = [str(tmp_path / "missing.ipynb"), str(FIRST)]
     assert main(["solutions", *files, "--out", str(tmp_path)]) == EXIT_USER_ERROR
-    solved = read_notebook(tmp_path / FIRST.name)
-    assert [cell.source for cell in solved.cells] == [
-        cell.source for cell in with_solutions(page).cells
-    ]
+    assert read_notebook(tmp_path / FIRST.name).cells == with_solutions(page).cells
 
 
 def test_the_course_itself_is_not_overwritten(page, capsys):
@@ -62,24 +61,23 @@ def test_the_course_itself_is_not_overwritten(page, capsys):
 
 
 def test_an_interrupt_loses_no_grade_and_a_table_that_cannot_be_written_is_found_first(
-    tmp_path, monkeypatch
+    page, tmp_path, monkeypatch
 ):
     def interrupt(*_: object) -> None:
         assert "missing.ipynb" in table.read_text()  # already on the disk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(classroom, "grade", interrupt)
-    table, course = tmp_path / "grades.csv", ["--course", str(COURSE)]
-    files = [str(tmp_path / "missing.ipynb"), str(FIRST)]
+    table, files = tmp_path / "grades.csv", [str(tmp_path / "missing.ipynb"), str(FIRST)]
     with pytest.raises(KeyboardInterrupt):
-        main(["grade", *files, *course, "--csv", str(table)])
+        main(["grade", *files, "--csv", str(table)])
     with pytest.raises(ConfigError, match=r"--csv /proc/x.csv cannot be written: No such file"):
-        main(["grade", *files, *course, "--csv", "/proc/x.csv"])
+        main(["grade", *files, "--csv", "/proc/x.csv"])
 
 
 def test_right_and_wrong_answers_are_told_apart_whatever_else_was_changed(page, tmp_path, capsys):
     """A right answer, no answer, one that is not Python, and checks that were changed."""
-    handed_in = handout(with_solutions_in_the_page(page))
+    handed_in = handout(with_solutions(page))
     for cell in handed_in.cells:
         if "check(" in cell.source:
             cell.source = f'print("{RIGHT} everything")'
@@ -90,7 +88,7 @@ def test_right_and_wrong_answers_are_told_apart_whatever_else_was_changed(page, 
     store(handed_in, file)
     empty, table = tmp_path / "empty.ipynb", tmp_path / "grades.csv"
     empty.write_bytes(b"\xff\xfe")  # it must not end the grading of the others
-    assert main(["grade", str(empty), str(file), "--course", str(COURSE), "--csv", str(table)]) == 0
+    assert main(["grade", str(empty), str(file), "--csv", str(table)]) == 0
     assert f"{file}: {len(mine) - 2} of {len(mine)} ({FIRST.name})" in capsys.readouterr().out
     with table.open(encoding="utf-8") as stream:
         not_graded, *rows = csv.DictReader(stream)
@@ -101,18 +99,10 @@ def test_right_and_wrong_answers_are_told_apart_whatever_else_was_changed(page, 
     assert all(row["said"].startswith("not yet: ") for row in rows[1:3])
 
 
-def with_solutions_in_the_page(page):
-    """The page with answers in its stubs and its solutions still below them."""
-    solved = with_solutions(page)
-    for cell, original in zip(solved.cells, page.cells, strict=True):
-        cell.metadata = original.metadata
-    return solved
-
-
 def test_an_answer_that_ends_the_kernel_is_reported(page):
     handed_in = handout(page)
     stubs(handed_in)[0].source = "import os\nos._exit(1)"
-    assert grade(page, handed_in, COURSE)[0] == Grade(
+    assert grade(page, handed_in)[0] == Grade(
         stubs(page)[0].id, False, "not yet: the kernel died (out of memory, or killed)"
     )
 
@@ -120,4 +110,4 @@ def test_an_answer_that_ends_the_kernel_is_reported(page):
 def test_a_notebook_of_something_else_is_refused(page):
     page.cells = page.cells[:3]
     with pytest.raises(NotebookError, match="no page in .* has the exercises of this notebook"):
-        page_of(page, COURSE)
+        page_of(page)
