@@ -61,8 +61,8 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Mean cross-entropy of `hidden @ lm_head_weight.T` without holding that matrix.
 
-    Equals `cross_entropy` in value and in both gradients. It can be differentiated once, by one
-    call of `backward`.
+    Equals `cross_entropy` in value and in both gradients: a scalar in nats, 0.0 if no target
+    counts. It can be differentiated once, by one call of `backward`.
 
     Args:
         hidden: (..., C), the model's last hidden states.

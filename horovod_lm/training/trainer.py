@@ -499,7 +499,11 @@ class Trainer:
 
 
 def build_model(config: Config, eot_id: int | None = None) -> TransformerLM:
-    """Return an untrained model; `pad_token_id: null` in the configuration means `eot_id`."""
+    """Return an untrained model; `pad_token_id: null` in the configuration means `eot_id`.
+
+    Raises:
+        ConfigError: the model does not fit into memory.
+    """
     settings = config.model.model_dump()
     if settings["pad_token_id"] is None:
         settings["pad_token_id"] = eot_id

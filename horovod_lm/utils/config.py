@@ -300,7 +300,13 @@ class Config(Section):
         return self.model_dump(mode="json")
 
     def resolve(self, path: str | Path, run_name: str | None = None) -> Path:
-        """Return `path` as an absolute path: relative ones start at the project root."""
+        """Return `path` as an absolute path: relative ones start at the project root.
+
+        `run_name` replaces `${run_name}` in it.
+
+        Raises:
+            ConfigError: `path` contains `${run_name}` and no run name is given, or is not a path.
+        """
         text = str(path)
         if RUN_NAME in text and run_name is None:
             raise ConfigError(f"the path {text} needs a run name; give one with --run-name")

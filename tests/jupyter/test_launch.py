@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import signal
 import time
 
 import psutil
@@ -14,6 +16,7 @@ from horovod_lm.jupyter.run_cell.job_result import RankError
 from horovod_lm.jupyter.widgets.dashboard_view import RunView
 from horovod_lm.training.checkpoint import read_checkpoint
 from horovod_lm.utils.errors import ConfigError
+from tests.conftest import FULL
 from tests.jupyter.conftest import children, is_left_over, wait_until
 
 pytestmark = [pytest.mark.horovod, pytest.mark.usefixtures("nothing_left")]
@@ -99,6 +102,24 @@ def test_a_stopped_job_has_saved_goes_on_and_is_kept_when_its_name_is_taken_anew
     table = (again.run.run_dir / "metrics.csv").read_text()
     launch(CONFIG, run_name="stopped_twice").stop()
     assert (again.run.run_dir.with_name("stopped_twice.1") / "metrics.csv").read_text() == table
+
+
+@pytest.mark.parametrize(
+    ("rank", "number"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)][: None if FULL else 1]
+)
+def test_a_dead_or_frozen_rank_is_named_in_time(running, rank, number, note_fault):
+    job = running(f"dead{rank}{number}")
+    wait_until(lambda: any(job.run.checkpoint_dir.glob("*.pt")), 30, "a checkpoint")
+    os.kill(job.processes[rank], number)
+    since = time.monotonic()
+    with pytest.raises(RankError, match=f"rank {rank} was .*; rank {1 - rank} was ended") as caught:
+        asyncio.run(until(job))
+    seconds = time.monotonic() - since
+    note_fault(seconds, caught.value)
+    assert seconds < SECONDS_TO_DETECT
+    assert job.status.startswith("failed after step ") and f"console-rank{rank}.log" in job.status
+    assert children() == []
+    assert read_checkpoint(job.run.checkpoint_dir)["global_step"] > 0
 
 
 def test_what_a_failing_rank_said_is_in_the_error_and_the_job_is_complete(monkeypatch):
