@@ -38,12 +38,16 @@ FAULTS = {"killed": signal.SIGKILL, "exception": signal.SIGUSR1, "stopped": sign
 
 
 class ElasticRun:
-    """`horovodrun` with a file of hosts of one rank each: `hosts`, or names of this machine.
+    """`horovodrun` with a file of hosts of one rank each: names of this machine, or others.
 
     Args:
+        project: folder of `configs/tiny.yaml`.
+        name: the run's name.
+        workers: ranks at the start.
         settings: override `SETTINGS`.
         late: seconds that each rank waits before it initialises Horovod.
         staged: reduce gradients in CPU memory, as for ranks that share a GPU.
+        hosts: names of hosts; None: one name of this machine for each worker.
         enter: the command that runs another one on the first host.
         **options: of `elastic_command`.
     """
@@ -63,6 +67,7 @@ class ElasticRun:
         self.folder = project / "runs" / name
         names = hosts or [loopback_name(number) for number in range(workers)]
         self.hosts = [f"{host}:1" for host in names]
+        self._hosts_ever = workers
         self._hosts_file = write_hosts(project / f"{name}.hosts", self.hosts)
         rank = [sys.executable, str(ROOT / "tests" / "ranks_elastic.py"), "--elastic"]
         rank += ["--config", "configs/tiny.yaml", "--run-name", name]
@@ -81,10 +86,18 @@ class ElasticRun:
         os.kill(self.process_id(rank), number)
         return time.time()
 
-    def add_host(self) -> None:
-        """Let a worker join. A host that has lost a rank is not used again."""
-        self.hosts.append(f"{loopback_name(len(self.hosts))}:1")
+    def add_host(self) -> float:
+        """Let a worker join; return when. A host that has lost a rank is not used again."""
+        self.hosts.append(f"{loopback_name(self._hosts_ever)}:1")
+        self._hosts_ever += 1
         write_hosts(self._hosts_file, self.hosts)
+        return time.time()
+
+    def remove_host(self, number: int) -> float:
+        """Let the worker of a line of the file of hosts leave; return when."""
+        del self.hosts[number]
+        write_hosts(self._hosts_file, self.hosts)
+        return time.time()
 
     def wait_for_step(self, step: int, timeout: float = 60) -> None:
         self.command.wait_until(lambda: self.last_step() >= step, timeout)

@@ -58,6 +58,9 @@ class Tokenizer(ABC):
         """Return the tokenizer as JSON text for `load_tokenizer`."""
         return json.dumps({"name": self.name})
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(vocab_size={self.vocab_size})"
+
 
 class ByteTokenizer(Tokenizer):
     """One token per UTF-8 byte: ids 0 to 255, and 256 for end-of-text. No training."""

@@ -2,12 +2,13 @@
 
     python -m horovod_lm.launch.elastic_hosts runs/hosts --workers 2  # write it, print the command
 
-Each line of the file is `name:slots`. Once a second horovodrun runs a discovery script that prints
-the file: an added line lets a worker join, a deleted line lets one leave.
+Each line of the file is `name:slots`. horovodrun runs a discovery script once a second to learn the
+hosts; ours prints the file. An added line lets a worker join, a deleted line lets one leave.
 
-After one failure on a host, horovodrun starts nothing there again. So each worker on this machine
-gets a name of its own for it (`localhost`, `127.0.0.1`, `127.0.0.01`, ...). To let a worker join
-after one has died, add a name that was not used before.
+After one failure on a host, horovodrun starts nothing there again. On one machine the first failure
+would end the job, so each worker gets its own name of the machine (`localhost`, `127.0.0.1`,
+`127.0.0.01`, ...), and horovodrun takes the names for different hosts. To let a worker join after
+one has died, add a name that was not used before.
 
 On several hosts, horovodrun counts a rank as alive while its ssh connection is open, and a host
 that loses power closes no connection. Set `ServerAliveInterval 2` and `ServerAliveCountMax 3` in
@@ -45,7 +46,11 @@ def loopback_name(number: int) -> str:
 
 
 def write_hosts(path: str | Path, hosts: Sequence[str]) -> Path:
-    """Write a file of hosts, `name:slots` each, atomically: horovodrun may read it at any time."""
+    """Write a file of hosts, `name:slots` each, atomically: horovodrun may read it at any time.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     replace_file(Path(path), "".join(f"{host}\n" for host in hosts))
     return Path(path)
 
@@ -103,15 +108,18 @@ def elastic_command(
     command: Sequence[str],
     hosts_file: str | Path,
     min_np: int = 1,
+    max_np: int | None = None,
     timeout_seconds: int = 75,
     config: Config | None = None,
 ) -> list[str]:
     """Return the horovodrun command that starts `command` on ranks that may leave and join.
 
     Args:
-        command: what each rank runs: training with its option `--elastic`.
+        command: what each rank runs, for example `["python", "-m", "horovod_lm.train",
+            "--elastic", "--config", "configs/tiny.yaml"]`.
         hosts_file: see `write_hosts`; horovodrun follows its changes.
         min_np: with fewer ranks training saves and ends.
+        max_np: the largest number of ranks; None: as many as the file has slots.
         timeout_seconds: how long horovodrun waits for enough slots before it ends all ranks: longer
             than the ranks' own `training.elastic_timeout_seconds`, after which they save and end.
         config: its `distributed` section has the interface, the options of ssh, and environment
@@ -119,7 +127,8 @@ def elastic_command(
             this machine (`loopback_name`), else horovodrun's choice.
 
     Raises:
-        ConfigError: the file is not valid, or a file cannot be written beside it.
+        ConfigError: the file cannot be read or has no host, a line of it is not `name:slots`, or a
+            file cannot be written beside it.
     """
     config, hosts_file = config or Config(), Path(hosts_file).absolute()
     hosts = read_hosts(hosts_file)
@@ -129,6 +138,7 @@ def elastic_command(
     if interface is None and all(h == "localhost" or h.startswith("127.0.0.") for h in hosts):
         interface = loopback_interface()  # else horovodrun looks for one that the hosts share
     call = [program("horovodrun"), "-np", str(sum(hosts.values())), "--min-np", str(min_np)]
+    call += [] if max_np is None else ["--max-np", str(max_np)]
     # horovodrun passes the script to a shell without quotes.
     call += ["--host-discovery-script", shlex.quote(str(write_discovery_script(hosts_file)))]
     call += ["--elastic-timeout", str(timeout_seconds)]
@@ -154,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_config_arguments(parser, default="configs/tiny.yaml")
     parser.add_argument("--workers", type=int, default=2, help="on this machine (default: 2)")
     parser.add_argument("--min-np", type=int, default=1, help="with fewer ranks, save and end")
+    parser.add_argument("--max-np", type=int, help="the largest number of ranks")
     arguments = parser.parse_args(argv)
     if arguments.workers < 1:
         raise ConfigError(f"--workers must be at least 1, not {arguments.workers}")
@@ -161,8 +172,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not Path(arguments.hosts_file).exists():
         names = [f"{loopback_name(number)}:1" for number in range(arguments.workers)]
         write_hosts(arguments.hosts_file, names)
-    training = training_command(arguments, "--elastic")
-    call = elastic_command(training, arguments.hosts_file, arguments.min_np, config=config)
+    call = elastic_command(
+        training_command(arguments, "--elastic"),
+        arguments.hosts_file,
+        arguments.min_np,
+        arguments.max_np,
+        config=config,
+    )
     print(shlex.join(call))
     return 0
 

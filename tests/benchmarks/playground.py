@@ -58,22 +58,22 @@ for round in range(ROUNDS):
     await play._task
     cpu_streamed = time.process_time() - cpu_started
     one = play.continuation
-    streamed.append(len(one.tokens) / one.seconds)
+    streamed.append(one.n_tokens / one.seconds)
     started, cpu_started = time.perf_counter(), time.process_time()
-    [text] = generate_text(model, tokenizer, one.prompt, **one.settings.model_dump())
-    plain.append(len(one.tokens) / (time.perf_counter() - started))
+    texts = generate_text(model, tokenizer, one.prompt, **one.settings.model_dump())
+    plain.append(one.n_tokens / (time.perf_counter() - started))
     cpu.append((time.process_time() - cpu_started) / cpu_streamed)
-    assert text == one.text
+    assert texts == one.texts
 print(json.dumps({"streamed": streamed, "plain": plain, "cpu": cpu}), "compared")
 """
 FIRST_TOKEN = """() => new Promise(resolve => {
     const isButton = one => one.textContent.includes("Generate");
     const button = [...document.querySelectorAll("button")].find(isButton);
-    const old = document.querySelector(".lm-sample .lm-token");
+    const old = document.querySelector(".lm-sample");
     const started = performance.now();
     const look = () => {
-        const token = document.querySelector(".lm-sample .lm-token");
-        if (token && token !== old)
+        const sample = document.querySelector(".lm-sample");
+        if (sample && sample !== old && sample.querySelector(".lm-token"))
             requestAnimationFrame(() => setTimeout(() => resolve(performance.now() - started)));
         else requestAnimationFrame(look);
     };

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import nbformat
@@ -42,6 +42,15 @@ SETTINGS = {
 TOKEN = "only-this-machine"
 TIMEOUT = 90  # seconds for whatever must come: other tests may keep the machine busy
 SCREENSHOTS = os.environ.get("HOROVOD_LM_SCREENSHOTS")  # the folder for pictures of the widgets
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Skip what needs a browser where there is none, and say so."""
+    if CHROMIUM is None:
+        skip = pytest.mark.skip(reason="no Chromium here: apt-get install chromium")
+        for item in items:
+            if "browser" in Path(item.fspath).parts:
+                item.add_marker(skip)
 
 
 class Lab:
@@ -141,8 +150,6 @@ def command_of(process: psutil.Process) -> str:
 # loop running in this thread, beside which no other can run.
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory) -> Iterator[Lab]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here: apt-get install chromium")
     started = Lab(tmp_path_factory.mktemp("lab"))
     yield started
     started.close()
@@ -172,9 +179,7 @@ class Page:
         self.kernel_id = lab.start_kernel(name)
         self.page = chromium.new_page(viewport={"width": 1300, "height": 1000})
         self.page.set_default_timeout(1000 * TIMEOUT)
-        self.page.on(
-            "console", lambda said: said.type == "error" and self.complaints.append(said.text)
-        )
+        self.page.on("console", self._listen)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.goto(f"{lab.url}/lab/tree/{name}?token={TOKEN}&reset")
         self.page.wait_for_function(
@@ -182,6 +187,10 @@ class Page:
         )
         self.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.ready")
         self.page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell")
+
+    def _listen(self, message) -> None:
+        if message.type == "error":
+            self.complaints.append(message.text)
 
     def run_all(self) -> None:
         """Run every cell, without waiting for their ends."""
@@ -207,6 +216,14 @@ class Page:
             ".some(output => output.innerText.includes(text))",
             arg=text, timeout=seconds * 1000,
         )  # fmt: skip
+
+    def wait_until_idle(self, seconds: float = TIMEOUT) -> None:
+        """Wait until the kernel is ready and has nothing to do."""
+        self.page.wait_for_function(
+            "() => window.jupyterapp.shell.currentWidget.sessionContext"
+            ".session?.kernel?.status === 'idle'",
+            timeout=seconds * 1000,
+        )
 
     def ask_kernel(self, code: str) -> str:
         """Run code past the page, as another program would; return what it prints."""
@@ -256,16 +273,22 @@ class Page:
             " {theme: `JupyterLab ${name}`}); }",
             name,
         )
-        is_light = "true" if name == "Light" else "false"
-        self.page.wait_for_selector(f"body[data-jp-theme-light={is_light}]", state="attached")
+        self.page.wait_for_function(
+            "isLight => document.body.dataset.jpThemeLight === isLight",
+            arg="true" if name == "Light" else "false",
+        )
         # Two splash screens within 200 ms: JupyterLab takes the one away twice, and complains.
         self.page.wait_for_function("() => !document.getElementById('jupyterlab-splash')")
 
     def screenshot(self, name: str, place: int = 0) -> None:
-        """Take a picture of an output if SCREENSHOTS names a folder."""
-        if SCREENSHOTS:
-            self.page.set_viewport_size({"width": 1300, "height": 1700})
-            self.output(place).screenshot(path=Path(SCREENSHOTS) / f"{name}.png")
+        """Take pictures of an output, light and dark, if SCREENSHOTS names a folder."""
+        if not SCREENSHOTS:
+            return
+        self.page.set_viewport_size({"width": 1300, "height": 1700})
+        for theme, ending in (("Dark", "_dark"), ("Light", "")):
+            self.choose_theme(theme)
+            self.page.wait_for_timeout(500)  # the theme's colours fade in
+            self.output(place).screenshot(path=Path(SCREENSHOTS) / f"{name}{ending}.png")
 
     def close(self) -> None:
         self.page.close()
@@ -277,6 +300,20 @@ def open_page(lab: Lab, chromium, *cells: str) -> Page:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     nbformat.write(notebook, lab.folder / "page.ipynb")
     return Page(lab, chromium, "page.ipynb")
+
+
+@pytest.fixture
+def open_notebook(lab, chromium):
+    """Return a function that opens cells of code as a notebook until the end of the test."""
+    opened: list[Page] = []
+
+    def open_cells(*cells: str) -> Page:
+        opened.append(open_page(lab, chromium, *cells))
+        return opened[-1]
+
+    yield open_cells
+    for page in opened:
+        page.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """All widgets on one page of a real browser: what holds for each of them, and what each one does.
 
-`test_ranks.py` has what needs a run of its own.
+`test_playground.py` and `test_ranks.py` have what needs a kernel or a run of its own.
 """
 
 from __future__ import annotations
@@ -12,24 +12,14 @@ import nbformat
 import pytest
 
 from tests.browser.conftest import Page, open_page
+from tests.browser.test_playground import MODEL, fill
 
-# A model whose texts never end by themselves.
-MODEL = """
-from horovod_lm.generate import interactive_generation, load_model_for_generation
-model, tokenizer, config = load_model_for_generation("STORYTELLER", device="cpu")
-
-def endless(hidden, plain=model.logits):
-    scores = plain(hidden)
-    scores[..., tokenizer.eot_id] = -1e9
-    return scores
-
-model.logits = endless
-"""
 # In the order of the page; each ends with what shows the widget.
 MODULES = "horovod_lm.jupyter.widgets"
 WIDGETS = {
     "dashboard": f"from {MODULES}.dashboard import Dashboard\nDashboard('STORYTELLER')",
-    "playground": "interactive_generation(model, tokenizer, config)",
+    "playground": f"from {MODULES}.playground import Playground\n"
+    "Playground(model, tokenizer, config)",
     "attention explorer": f"from {MODULES}.attention_explorer import AttentionExplorer\n"
     "explorer = AttentionExplorer(model, tokenizer, 'Once upon a time, Tom lost his red kite.')\n"
     "explorer",
@@ -107,8 +97,7 @@ def page(lab, chromium, storyteller):
     cells = [cell.replace("STORYTELLER", str(storyteller)) for cell in (MODEL, *WIDGETS.values())]
     page = open_page(lab, chromium, *cells)
     page.run_all()
-    page.wait_for("start: each worker holds its own numbers")
-    page.wait_for("It needs a kernel")  # below the playground
+    page.button("Forward").wait_for()
     page.button("Generate").click()
     page.wait_for("done: ")
     page.page.locator(".lm-sample .lm-token").first.click()
@@ -120,13 +109,6 @@ def page(lab, chromium, storyteller):
 
 def cell(page: Page, name: str):
     return page.page.locator(".jp-CodeCell").nth(PLACES[name])
-
-
-def fill(page: Page, label: str, text: str) -> None:
-    """Type into an input, as a person does, and leave it."""
-    box = page.page.get_by_label(label, exact=False).first
-    box.fill(text)
-    box.press("Tab")
 
 
 @pytest.mark.parametrize("name", WIDGETS)
@@ -166,7 +148,7 @@ def test_a_page_without_a_kernel_shows_a_picture_or_says_what_was_there(page):
     notebook = nbformat.read(page.lab.folder / page.name, as_version=4)
     shown = nbconvert.HTMLExporter().from_notebook_node(notebook)[0]
     for name, place in PLACES.items():
-        output = notebook.cells[place].outputs[0]
+        [output] = notebook.cells[place].outputs
         if name in ("dashboard", "ring stepper"):
             assert len(output.data["image/png"]) > 10_000 and output.data["image/png"] in shown
         else:
@@ -174,51 +156,37 @@ def test_a_page_without_a_kernel_shows_a_picture_or_says_what_was_there(page):
             assert html.escape(output.data["text/plain"]) in shown
 
 
-def test_the_ring_stepper_moves_by_keyboard(page):
-    ring, keyboard = page.output(PLACES["ring stepper"]), page.page.keyboard
-    ring.locator(".noUi-handle").focus()
-    keyboard.press("ArrowRight")
+def test_the_ring_stepper_moves_by_mouse_and_keyboard(page):
+    ring = page.output(PLACES["ring stepper"])
+    page.wait_for("start: each worker holds its own numbers")
+    assert page.button("Back").is_disabled()
+    page.button("Forward").click()
     page.wait_for("step 1 of 6, reduce-scatter")
     page.wait_for("24 bytes, 0.25 times its 96")
     assert {"3+0", "chunk 3"} <= set(ring.locator("svg[role=img] text").all_text_contents())
-    keyboard.press("ArrowRight")
+    page.button("Forward").click()
     page.wait_for("step 2 of 6")
     page.screenshot("ring_stepper", PLACES["ring stepper"])
+    page.button("Back").click()
+    page.wait_for("step 1 of 6")
+    page.button("Play").click()
+    page.wait_for("step 6 of 6, allgather")
+    page.wait_for("144 bytes, 1.50 times its 96")
+    page.page.locator("button:disabled").filter(has_text="Forward").wait_for()
+    page.page.locator("button:enabled").filter(has_text="Play").wait_for()
+
+    keyboard = page.page.keyboard
     ring.get_by_label("workers").focus()
     keyboard.press("ArrowUp")
     keyboard.press("Tab")  # leaves the field, which takes its value
     page.wait_for("a single worker that gathers and broadcasts sends 384")
-    keyboard.press("Tab")  # past the numbers, to the slider
-    keyboard.press("ArrowRight")
+    page.button("Forward").focus()
+    keyboard.press("Enter")
     page.wait_for("step 1 of 8")
-
-
-def test_the_playground_selects_tokens_and_writes_until_it_is_stopped(page):
-    tokens, keyboard = page.page.locator(".lm-sample .lm-token"), page.page.keyboard
-    last = tokens.count() - 1
-    tokens.nth(3).click()
-    for key, place in (("ArrowRight", 4), ("ArrowLeft", 3), ("End", last), ("Home", 0)):
-        keyboard.press(key)
-        page.page.wait_for_selector(f"[aria-selected=true][data-index='{place}']")
-    tokens.nth(6).click()
-    page.page.wait_for_selector("[aria-selected=true][data-index='6']")
-    page.screenshot("playground", PLACES["playground"])
-
-    prompt = "<b>Once</b> \N{SLIGHTLY SMILING FACE} שלום"
-    fill(page, "Prompt", prompt)
-    fill(page, "Tokens", "90000")
-    page.button("Generate").focus()
-    keyboard.press("Space")
-    page.page.locator(".lm-prompt").get_by_text(prompt).wait_for()
-    assert page.button("Generate").is_disabled()
-    assert page.ask_kernel("print('the kernel', 'is free')") == "the kernel is free"
-    page.page.wait_for_function(
-        "count => document.querySelectorAll('.lm-sample .lm-token').length > count",
-        arg=tokens.count(),
-    )
-    page.button("Stop").click()
-    page.wait_for("stopped: ")
-    assert page.button("Stop").is_disabled() and not page.button("Generate").is_disabled()
+    keyboard.press("Tab")
+    keyboard.press("Tab")  # past Play, to the slider
+    keyboard.press("ArrowRight")
+    page.wait_for("step 2 of 8")
 
 
 def test_a_slider_of_the_scaling_lab_moves_by_keyboard_and_everything_follows(page):
@@ -232,6 +200,7 @@ def test_a_slider_of_the_scaling_lab_moves_by_keyboard_and_everything_follows(pa
 
     drawn = page.picture(place)
     slider("workers").press("ArrowRight")
+    page.wait_for("With 128 workers")
     drawn, said = page.picture(place, unlike=drawn), page.outputs()[place]
     slider("bandwidth of a node (Gbit/s)").press("ArrowRight")
     page.picture(place, unlike=drawn)
@@ -254,13 +223,18 @@ def test_the_attention_explorer_shows_heads_cells_rows_and_another_sentence(page
     canvas.hover(position={"x": 2.5 * box["width"] / size, "y": 4.5 * box["height"] / size})
     says("(5) looks at")
     says(f"(3): {exact}")
+    canvas.focus()
+    keyboard.press("ArrowDown")
+    keyboard.press("ArrowLeft")
+    says("(6) looks at")
+    says("(2): ")
     page.page.locator(".lm-query").nth(3).click()
     page.page.locator(".lm-links").focus()
     keyboard.press("ArrowDown")
     page.page.wait_for_selector(".lm-query.lm-chosen[data-place='4']")
     assert page.page.locator(".lm-links svg line").count() >= 5
     heads.nth(5).focus()
-    keyboard.press("Tab")
+    keyboard.press("ArrowRight")
     keyboard.press("Enter")
     page.wait_for("layer 2, head 3: mean entropy")
     page.screenshot("attention_explorer", PLACES["attention explorer"])

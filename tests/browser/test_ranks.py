@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import closing
 
 import pytest
 
-from tests.browser.conftest import SCREENSHOTS, command_of, open_page
+from tests.browser.conftest import SCREENSHOTS, command_of
 from tests.jupyter.conftest import needs_horovod, wait_until
 
 pytestmark = [pytest.mark.horovod, needs_horovod]
@@ -40,31 +39,33 @@ def ranks_of(lab) -> int:
     return sum("horovod" in command_of(child) for child in lab.children())
 
 
-def test_a_cell_shows_its_ranks_lines_and_the_stop_button_ends_the_next(lab, chromium, project):
+def test_a_cell_shows_its_ranks_lines_and_the_stop_button_ends_the_next(
+    lab, open_notebook, project
+):
     cells = [CELL.replace("SECONDS", seconds) for seconds in ("0", "600")]
-    with closing(open_page(lab, chromium, "%load_ext horovod_lm.jupyter", *cells)) as page:
-        page.run_all()
-        page.wait_for("[1] total 1")
-        assert "[0] total 1.0\n[1] total 1.0" in page.outputs()[1]
-        wait_until(lambda: "[0] total 1" in page.outputs()[2], 60, "the second cell's ranks")
-        assert page.complaints == []
-        page.command("notebook:interrupt-kernel")
-        page.wait_for("stopped by you: every rank of the cell was ended")
-        wait_until(lambda: ranks_of(lab) == 0, 10, "the end of the ranks")
+    page = open_notebook("%load_ext horovod_lm.jupyter", *cells)
+    page.run_all()
+    page.wait_for("[1] total 1")
+    assert "[0] total 1.0\n[1] total 1.0" in page.outputs()[1]
+    wait_until(lambda: "[0] total 1" in page.outputs()[2], 60, "the second cell's ranks")
+    assert page.complaints == []
+    page.command("notebook:interrupt-kernel")
+    page.wait_for("stopped by you: every rank of the cell was ended")
+    wait_until(lambda: ranks_of(lab) == 0, 10, "the end of the ranks")
 
 
-def test_a_run_is_watched_and_stopped_by_its_button(lab, chromium, project):
-    with closing(open_page(lab, chromium, LAUNCH)) as page:
-        page.run_all()
-        page.wait_for("left", 60)
-        page.wait_for("running")
+def test_a_run_is_watched_and_stopped_by_its_button(lab, open_notebook, project):
+    page = open_notebook(LAUNCH)
+    page.run_all()
+    page.wait_for("left", 60)
+    page.wait_for("running")
+    page.picture(unlike=page.picture())
+    if SCREENSHOTS:
+        page.wait_for("step 150 of", 300)  # a curve, and not only its beginning
         page.picture(unlike=page.picture())
-        if SCREENSHOTS:
-            page.wait_for("step 150 of", 300)  # a curve, and not only its beginning
-            page.picture(unlike=page.picture())
-        page.screenshot("dashboard")
-        page.button("Stop").click()
-        page.wait_for("stopped by you after step")
-        wait_until(lambda: ranks_of(lab) == 0, 10, "the end of the ranks")
-        assert page.button("Ended").is_disabled()
-        assert page.complaints == []
+    page.screenshot("dashboard")
+    page.button("Stop").click()
+    page.wait_for("stopped by you after step")
+    wait_until(lambda: ranks_of(lab) == 0, 10, "the end of the ranks")
+    assert page.button("Ended").is_disabled()
+    assert page.complaints == []

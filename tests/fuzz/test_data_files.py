@@ -126,7 +126,7 @@ def test_any_record_of_a_run(place, run_files, data, name):
     def look() -> None:
         view = RunView(run.run_dir)
         view.update()
-        view.headline(), view.rank_rows(), view.describe_end(), view.is_running
+        view.headline(), view.rank_rows(), view.describe_end(), view.is_running, view.is_starting
 
     def resume() -> None:
         run.describe(config, 1, "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 
 import numpy as np
@@ -18,6 +19,7 @@ from horovod_lm.jupyter.widgets.attention_explorer import (
     thumbnails,
 )
 from horovod_lm.models.transformer_lm import TransformerLM
+from horovod_lm.utils.errors import DataError
 
 TOKENIZER = ByteTokenizer()
 
@@ -29,14 +31,23 @@ def model() -> TransformerLM:
 
 
 @pytest.fixture
-def explorer(model) -> AttentionExplorer:
-    return AttentionExplorer(model.eval(), TOKENIZER, "Once upon")
+def explorer(model):
+    made = AttentionExplorer(model, TOKENIZER, "Once upon")
+    yield made
+    made.close()
 
 
 def read(explorer: AttentionExplorer, sentence: str) -> None:
-    """Type a sentence and click Show."""
-    explorer.sentence.value = sentence
-    explorer.read.click()
+    """Type a sentence, click Show, and let the event loop work until it has been read."""
+
+    async def work() -> None:
+        explorer.sentence.value = sentence
+        explorer.read.click()
+        assert explorer.read.disabled
+        await explorer._task
+
+    asyncio.run(work())
+    assert not explorer.read.disabled
 
 
 def shown_weights(explorer: AttentionExplorer) -> np.ndarray:
@@ -64,6 +75,14 @@ def test_entropy_is_in_bits():
     heads = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25]])
     bits = AttentionMap([], heads[None, :, None, :].expand(1, 3, 4, 4)).entropy_bits
     assert bits.tolist() == [pytest.approx([0, 1, 2])]
+
+
+def test_a_text_fills_the_context_and_no_more(model):
+    assert len(read_attention(model, TOKENIZER, "x" * 63).tokens) == 64
+    with pytest.raises(DataError, match="has 65 tokens .* is 64 tokens: shorten it"):
+        read_attention(model, TOKENIZER, "x" * 64)
+    with pytest.raises(DataError, match="unpaired surrogate"):
+        read_attention(model, TOKENIZER, "a\ud800")
 
 
 def test_a_thumbnail_keeps_every_large_weight():
@@ -100,17 +119,22 @@ def test_a_head_is_chosen_by_its_picture_and_stays_for_the_next_sentence(explore
 
 
 def test_errors_are_shown_and_the_last_sentence_stays(explorer, monkeypatch):
-    read(explorer, "x" * 63)
     before = explorer.view.tokens
-    assert len(before) == 64
     read(explorer, "x" * 64)
     assert "DataError: the text has 65 tokens" in explorer.message.value
-    assert "context is 64 tokens: shorten it" in explorer.message.value
-    read(explorer, "a\ud800")
-    assert "unpaired surrogate" in explorer.message.value
+    assert explorer.view.tokens == before
     monkeypatch.setattr(explorer._model, "attention_weights", lambda *_: 1 / 0)
     read(explorer, "fine")
     assert "ZeroDivisionError" in explorer.message.value
-    assert explorer.view.tokens == before and not explorer._model.training
     explorer.view._handle_custom_msg([7, 0], [])
-    assert "IndexError" in explorer.message.value
+    assert "role='alert'" in explorer.message.value
+
+
+def test_a_closed_explorer_leaves_no_task(explorer):
+    async def work() -> None:
+        explorer.read.click()
+        explorer.close()
+        await asyncio.wait([explorer._task], timeout=10)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(work())

@@ -33,7 +33,7 @@ def in_project(tiny_project, monkeypatch):
     monkeypatch.chdir(tiny_project)
 
 
-def test_a_past_run_is_shown_with_the_numbers_of_its_metrics_file(past_run, tiny_project):
+def test_a_past_run_is_shown_with_the_numbers_of_its_metrics_file_and_cannot_be_stopped(past_run):
     dashboard = Dashboard(past_run)
     assert dashboard.headline.value.startswith("step 20 of 20 &emsp; loss ")
     assert "left" not in dashboard.headline.value
@@ -43,19 +43,21 @@ def test_a_past_run_is_shown_with_the_numbers_of_its_metrics_file(past_run, tiny
     assert "<td>ended</td>" in dashboard.ranks.value
     width, height = Image.open(io.BytesIO(bytes(dashboard.picture.value))).size
     assert width > 900 and height > 250
-    rows, last = read_metrics(past_run), math.nan
+    rows = read_metrics(past_run)
+    assert [row["step"] for row in dashboard.view.rows] == [row["step"] for row in rows]
     for ours, stored in zip(dashboard.view.rows, rows, strict=True):
-        assert ours["step"] == stored["step"]
         assert ours["loss"] == pytest.approx(stored["loss"], rel=1e-12)
-        last = ours["loss"] if ours["phase"] == "train" else last
+    last = [row["loss"] for row in rows if row["phase"] == "train"][-1]
     assert f"perplexity {math.exp(last):,.2f}" in dashboard.view.headline()
-    # The exact entropy of a story is shared among its tokens.
+
+
+def test_the_entropy_is_the_exact_entropy_shared_among_a_story_s_tokens(past_run, tiny_project):
     stories = json.loads((tiny_project / "data" / "metadata.json").read_text())["stories"]
     expected = stories["entropy_nats_per_story"] / stories["tokens_per_story"]
-    assert dashboard.view.entropy == entropy_per_token(past_run) == pytest.approx(expected)
+    view = RunView(past_run)
+    view.update()
+    assert view.entropy == entropy_per_token(past_run) == pytest.approx(expected)
     assert entropy_per_token(tiny_project / "configs") is None
-    with pytest.raises(ConfigError, match="is not a run: it holds no config.yaml"):
-        Dashboard(tiny_project)
 
 
 def test_every_line_is_read_once_wherever_it_was_cut(tmp_path_factory):
@@ -123,8 +125,13 @@ def test_what_a_recorder_writes_is_read_and_a_step_that_is_repeated_is_shown_onc
     assert train == [(5, 2.4), (6, 2.3)]
 
 
+def test_a_folder_that_is_no_run_is_one_sentence(tmp_path):
+    with pytest.raises(ConfigError, match="is not a run: it holds no config.yaml"):
+        Dashboard(tmp_path)
+
+
 def copy_of(run: Path, folder: Path, lines: int | None = None) -> Path:
-    """Copy a run, with the first lines of rank 0's log only; None: with all."""
+    """Copy a run, with its first lines only; None: with all."""
     copy = folder / "copy"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
     log = copy / "logs" / "rank0.jsonl"
@@ -142,27 +149,40 @@ def test_how_far_a_run_came_is_said_unless_it_is_of_another_machine(past_run, tm
     (folder / "run.json").write_text(json.dumps(record))
     dashboard.update()
     assert "the ranks are on somewhere-else" in dashboard.message.value
+    with pytest.raises(ConfigError, match="no rank of .* runs on this host: nothing to stop"):
+        dashboard.view.ask_to_stop()
 
 
-def test_a_run_without_an_event_is_waited_for_and_an_error_meanwhile_is_shown(
-    past_run, tmp_path, monkeypatch
-):
+def test_a_run_that_has_only_just_been_described_is_waited_for(past_run, tmp_path):
     folder = copy_of(past_run, tmp_path, lines=0)
-
-    def fail() -> None:
-        raise RuntimeError("the disk is <gone>")
+    (folder / "run.json").touch()
 
     async def watch() -> None:
         dashboard = Dashboard(folder)
         assert dashboard.is_busy and dashboard.headline.value == "waiting for the first step"
         dashboard.stop.click()
         assert "nothing to stop" in dashboard.message.value and not dashboard.stop.disabled
-        with monkeypatch.context() as broken:
-            broken.setattr(dashboard.view, "update", fail)
-            await seen(lambda: "RuntimeError: the disk is &lt;" in dashboard.message.value, 10)
         shutil.copytree(past_run / "logs", folder / "logs", dirs_exist_ok=True)
+        hour_ago = time.time() - 3600
+        os.utime(folder / "run.json", (hour_ago, hour_ago))
         await seen(lambda: "this run has ended" in dashboard.message.value, 10)
         assert dashboard.bar.value == 20
+
+    asyncio.run(watch())
+
+
+def test_an_error_inside_is_shown_and_not_lost(past_run, monkeypatch):
+    def fail() -> bool:
+        raise RuntimeError("the disk is <gone>")
+
+    async def watch() -> None:
+        monkeypatch.setattr(Dashboard, "is_live", True)
+        dashboard = Dashboard(past_run)
+        monkeypatch.setattr(dashboard.view, "update", fail)
+        error = "<b role='alert'>RuntimeError: the disk is &lt;gone&gt;</b>"
+        await seen(lambda: dashboard.message.value == error, 10)
+        assert dashboard.is_busy  # the next look may succeed
+        dashboard.close()
 
     asyncio.run(watch())
 

@@ -26,6 +26,7 @@ from horovod_lm.jupyter.widgets.playground import (
 )
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.config import GenerationConfig, config_from_dict
+from horovod_lm.utils.errors import DataError
 
 TOKENIZER = ByteTokenizer()
 UNFILTERED = GenerationConfig(temperature=1.0, top_k=0, top_p=1.0)
@@ -53,6 +54,7 @@ def model() -> TransformerLM:
     temperature=st.sampled_from([0.0, 0.7, 3.0]),
     top_k=st.sampled_from([0, 1, 30]),
     top_p=st.sampled_from([0.2, 1.0]),
+    num_samples=st.integers(1, 3),
     seconds=st.sampled_from([0.0, 0.005, 10.0]),
 )
 @pytest.mark.filterwarnings("ignore:the prompt has")
@@ -60,24 +62,25 @@ def test_the_text_is_generate_text_s_however_it_is_cut(model, prompt, seconds, *
     how = {**how, "max_new_tokens": 40}  # longer than the model's context
     config = GenerationConfig(**how)
     *_, last = generate_in_slices(model, TOKENIZER, prompt, config, seconds=seconds)
-    assert [last.text] == generate_text(model, TOKENIZER, prompt, **how)
-    assert model.training
+    assert last.texts == generate_text(model, TOKENIZER, prompt, **how)
+    assert last.state == "done" and model.training
 
 
 def test_a_text_grows_from_one_token_and_an_unfinished_one_leaves_the_model_as_it_was(model):
     slices = generate_in_slices(model, TOKENIZER, "Once", SETTINGS, seconds=0.002)
-    lengths = [len(one.tokens) for one in slices]
+    lengths = [one.n_tokens for one in slices]
     assert lengths[0] == 1 and lengths == sorted(lengths) and len(set(lengths)) > 2
     slices = generate_in_slices(model, TOKENIZER, "Once", SETTINGS)
-    assert len(next(slices).tokens) == 1 and not model.training
+    assert next(slices).state == "writing" and not model.training
     slices.close()
     assert model.training
 
 
 def test_each_distribution_is_the_model_s(model):
     how = SETTINGS.model_copy(update={"max_new_tokens": 15})
+    [sample] = trace_text(model, TOKENIZER, "Once", how).samples
     ids = [256, *b"Once"]
-    for token in trace_text(model, TOKENIZER, "Once", how).tokens:
+    for token in sample:
         with torch.inference_mode():
             logits = model.eval()(torch.tensor([ids]))[0][0, -1]
         before, after = logits.softmax(dim=-1), filtered_probabilities(logits, SETTINGS)
@@ -103,37 +106,51 @@ def test_an_improbable_token_is_a_candidate_too():
 
 
 def test_end_of_text_is_the_last_token_and_no_text(model):
-    how = UNFILTERED.model_copy(update={"temperature": 5.0, "seed": 0})
-    hot = [how.model_copy(update={"seed": seed}) for seed in range(16)]
-    traces = [trace_text(model, TOKENIZER, "", one) for one in hot]
-    ends = [[one.token_id == TOKENIZER.eot_id for one in trace.tokens] for trace in traces]
-    assert any(end[-1] for end in ends) and not any(any(end[:-1]) for end in ends)
-    assert not any("endoftext" in trace.text for trace in traces)
+    how = UNFILTERED.model_copy(update={"temperature": 5.0, "num_samples": 16, "seed": 0})
+    continuation = trace_text(model, TOKENIZER, "", how)
+    end = TOKENIZER.eot_id
+    assert any(sample[-1].token_id == end for sample in continuation.samples)
+    assert all(one.token_id != end for sample in continuation.samples for one in sample[:-1])
+    assert not any("endoftext" in text for text in continuation.texts)
+
+
+def test_without_a_seed_one_is_chosen_and_repeats_the_text(model):
+    state = torch.random.get_rng_state()
+    first = trace_text(model, TOKENIZER, "a", SETTINGS.model_copy(update={"seed": None}))
+    assert first.settings.seed is not None
+    assert trace_text(model, TOKENIZER, "a", first.settings).texts == first.texts
+    assert torch.equal(torch.random.get_rng_state(), state)
+    with pytest.raises(DataError):
+        trace_text(model, TOKENIZER, "a\ud800", SETTINGS)
 
 
 @pytest.mark.filterwarnings("ignore:the prompt has")
 def test_text_and_tokens_are_escaped_in_html(model):
     continuation = trace_text(model, TOKENIZER, NASTY, SETTINGS)
     [first] = sampled_tokens(torch.zeros(1, 257), torch.tensor([0]), UNFILTERED)
-    continuation.tokens = [first._replace(token_id=one) for one in TOKENIZER.encode(NASTY)]
-    tables = "".join(distribution_table(TOKENIZER, one) for one in continuation.tokens)
+    continuation.samples = [[first._replace(token_id=one) for one in TOKENIZER.encode(NASTY)]]
+    tables = "".join(distribution_table(TOKENIZER, one) for one in continuation.samples[0])
     html = continuation._repr_html_() + tables
     assert "<script>" not in html and "\x1b" not in html and "\u202e" not in html
     for escaped in ("&lt;script&gt;", "␛", "⟨U+202E⟩"):
         assert escaped in html
     empty = Continuation("", SETTINGS, TOKENIZER)
-    assert empty.text == str(empty) == "" and "<div" in empty._repr_html_()
+    assert empty.texts == [] and str(empty) == "" and "<div" in empty._repr_html_()
 
 
 def test_a_table_has_every_number_and_marks_the_sampled_token(model):
-    token = trace_text(model, TOKENIZER, "Once", SETTINGS).tokens[0]
+    token = trace_text(model, TOKENIZER, "Once", SETTINGS).samples[0][0]
     table = distribution_table(TOKENIZER, token)
     assert table.count("<tr") == 2 + len(token.candidates)
     assert table.count("aria-current='true'") == 1 and f"rank {token.rank};" in table
-    assert [colour_of(p)[18:-1] for p in (1, 0.1, 0.001, 0)] == ["0.000", "0.200", "0.600", "0.600"]
     shown = [float(number) for number in re.findall(r">([01]\.\d{4})<", table)]
     assert sum(shown[::2]) == pytest.approx(1, abs=0.005)
     assert sum(shown[1::2]) == pytest.approx(1, abs=0.005)
+
+
+def test_the_colour_grows_with_each_power_of_ten():
+    for probability, opacity in ((1, 0), (0.1, 0.2), (0.01, 0.4), (0.001, 0.6), (0, 0.6)):
+        assert colour_of(probability) == f"rgba(230, 159, 0, {opacity:.3f})"
 
 
 # ---- the widget ----------------------------------------------------------------------------------
@@ -159,37 +176,48 @@ def write(playground: Playground, during=None) -> None:
     asyncio.run(work())
 
 
-def select(playground: Playground, place: int) -> None:
+def select(playground: Playground, sample: int, index: int) -> None:
     """Receive the selection of a token as from the browser."""
-    playground.view._handle_custom_msg(place, [])
+    playground.view._handle_custom_msg([sample, index], [])
 
 
 def test_the_same_seed_writes_what_generate_text_writes(playground, model):
     write(playground)
-    [expected] = generate_text(model, TOKENIZER, "Once upon a time", **HOW)
-    assert playground.continuation.text == expected
+    expected = generate_text(model, TOKENIZER, "Once upon a time", **HOW)
+    assert playground.continuation.texts == expected
     assert playground.message.value.startswith("done: 30 tokens, ")
+    playground.seed.value = "6"
+    write(playground)
+    assert playground.continuation.texts != expected
     playground.new_seed.value = True
     write(playground)
     chosen = playground.continuation
-    assert playground.seed.value == str(chosen.settings.seed) != "5" and chosen.text != expected
+    assert playground.seed.value == str(chosen.settings.seed) != "6"
     playground.new_seed.value = False
     write(playground)
     assert playground.continuation is not chosen
-    assert playground.continuation.text == chosen.text
+    assert playground.continuation.texts == chosen.texts
+
+
+def test_without_an_event_loop_a_click_returns_with_the_text(playground):
+    playground.generate.click()
+    assert playground.message.value.startswith("done: 30 tokens, ")
+    assert not playground.generate.disabled
 
 
 def test_values_are_read_when_the_button_is_clicked(playground, model):
     playground.prompt.value, playground.seed.value = "Then", "-12345678901234567890"
     playground.temperature.value, playground.top_k.value, playground.top_p.value = 0.5, 3, 0.9
-    playground.tokens.value = 7
+    playground.tokens.value, playground.samples.value = 7, 3
 
     async def change() -> None:
         playground.prompt.value, playground.tokens.value = "too late", 50
 
     write(playground, change)
-    [text] = generate_text(model, TOKENIZER, "Then", 7, 0.5, 3, 0.9, seed=-12345678901234567890)
-    assert playground.continuation.text == text and playground.view.prompt == "Then"
+    assert playground.continuation.texts == generate_text(
+        model, TOKENIZER, "Then", 7, 0.5, 3, 0.9, 3, seed=-12345678901234567890
+    )
+    assert len(playground.view.samples) == 3 and playground.view.prompt == "Then"
 
 
 def test_stop_keeps_the_text_so_far_and_a_second_click_on_generate_starts_nothing(playground):
@@ -202,7 +230,7 @@ def test_stop_keeps_the_text_so_far_and_a_second_click_on_generate_starts_nothin
         assert playground._task is task
         lengths = [0]
         while lengths[-1] < 50:  # tokens come one after another, and others have their turn
-            lengths.append(len(playground.view.tokens))
+            lengths.append(len(playground.view.samples[0]) if playground.view.samples else 0)
             await asyncio.sleep(0)
         # How many tokens a slice has depends on the machine's load; the first is shown at once.
         assert 1 in lengths and lengths == sorted(lengths)
@@ -211,36 +239,52 @@ def test_stop_keeps_the_text_so_far_and_a_second_click_on_generate_starts_nothin
     write(playground, stop)
     assert not playground.generate.disabled and playground.stop_button.disabled
     one = playground.continuation
-    assert 0 < len(one.tokens) < 100_000
+    assert 0 < one.n_tokens < 100_000 and one.state == "stopped"
     assert playground.message.value.startswith("stopped: ")
-    how = {**HOW, "max_new_tokens": len(one.tokens)}
-    assert [one.text] == generate_text(playground._model, TOKENIZER, "Once upon a time", **how)
-    select(playground, 0)
+    whole = generate_text(playground._model, TOKENIZER, "Once upon a time",
+                          **{**HOW, "max_new_tokens": one.n_tokens})  # fmt: skip
+    assert one.texts == whole
+    select(playground, 0, 0)
     assert "after the filters" in playground.detail.value
     tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor]
     assert sum(one.shape[-1:] == (257,) for one in tensors) < 5  # no logits of earlier tokens
 
 
-@pytest.mark.parametrize("how", ["stop", "close"])
-def test_a_text_can_be_ended_before_it_begins(playground, how):
-    async def end() -> None:
-        playground.stop() if how == "stop" else playground.close()
-        await asyncio.wait([playground._task], timeout=10)
-        assert len(asyncio.all_tasks()) == 1
+def test_a_text_can_be_stopped_before_it_begins(playground):
+    async def stop() -> None:
+        playground.stop_button.click()
 
-    write(playground, end)
+    write(playground, stop)
+    assert not playground.generate.disabled and playground.stop_button.disabled
     assert playground.continuation is None
 
 
+@pytest.mark.parametrize("how", ["close", "view"])
+def test_generating_ends_when_no_page_shows_it(playground, how):
+    playground.tokens.value = 100_000
+    hear = playground.view._handle_custom_msg
+    for kind in ("opened", "opened", "closed"):  # seen at two places, then at one
+        hear(kind, [])
+
+    async def leave() -> None:
+        await asyncio.sleep(0.05)
+        assert playground.is_busy
+        playground.close() if how == "close" else hear("closed", [])
+        await asyncio.wait_for(playground._task, 10)
+        assert len(asyncio.all_tasks()) == 1
+
+    write(playground, leave)
+
+
 def test_a_selected_token_is_explained_until_the_next_text(playground):
-    select(playground, 4)  # there is none yet
+    select(playground, 0, 4)  # there is none yet
     write(playground)
-    select(playground, 4)
-    token = playground.continuation.tokens[4]
-    assert playground.view.selected == 4
+    select(playground, 0, 4)
+    token = playground.continuation.samples[0][4]
+    assert playground.view.selected == [0, 4]
     assert f"{token.before:.4f} by the model" in playground.detail.value
     write(playground)
-    assert playground.view.selected == -1 and playground.detail.value.startswith("Click a token")
+    assert playground.view.selected == [] and playground.detail.value.startswith("Click a token")
 
 
 @pytest.mark.parametrize("prompt", ["", "\x1b[2J\x00 🙂 שלום \u202e" * 9])
@@ -264,5 +308,5 @@ def test_errors_are_shown_and_the_buttons_work_again(playground, monkeypatch):
     monkeypatch.undo()
     write(playground)
     assert playground.message.value.startswith("done")
-    select(playground, 99)
+    select(playground, 0, 99)
     assert "IndexError" in playground.message.value

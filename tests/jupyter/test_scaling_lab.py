@@ -1,4 +1,4 @@
-"""The scaling lab without a browser: its numbers and its sliders."""
+"""The scaling lab without a browser: its numbers, its words, and its sliders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from PIL import Image
 
 from horovod_lm.analysis.scaling import Network, step
 from horovod_lm.jupyter.widgets import scaling_lab
-from horovod_lm.jupyter.widgets.scaling_lab import GPT2_SMALL, SLIDERS, ScalingLab, predict
+from horovod_lm.jupyter.widgets.scaling_lab import (
+    GPT2_SMALL,
+    SLIDERS,
+    ScalingLab,
+    explain,
+    predict,
+)
 
 
 def test_a_prediction_is_the_cost_model_s():
@@ -31,52 +37,74 @@ def test_a_prediction_is_the_cost_model_s():
     }
 
 
-def test_a_slider_changes_the_table_at_once_and_many_moves_are_drawn_once(monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "From 5 workers on, efficiency is below 90%"),
+        ({"gigabits_per_second": 10_000, "microseconds": 0}, "at least 90% for any number"),
+        ({"workers": 1}, "One worker does not communicate."),
+        ({"workers": 4}, "nothing crosses the network"),
+        ({"overlap": 0}, "Without overlap, no batch size hides the communication"),
+        ({"batch": 1024}, "at 1,024 it does."),
+        ({"batch": 1}, "at 1 it does not."),
+        ({}, "Bandwidth takes 100% of the allreduce"),
+        ({"parameters": 1e5, "workers": 4096, "microseconds": 1000}, "Latency takes"),
+    ],
+)
+def test_where_it_breaks_is_said_in_words(changes, said):
+    assert any(said in one for one in explain(replace(GPT2_SMALL, **changes)))
+
+
+def test_a_slider_changes_the_table_the_words_and_the_picture():
+    lab = ScalingLab()
+    assert lab.choices == GPT2_SMALL and set(lab.sliders) == {*SLIDERS, "overlap"}
+    assert not any(slider.continuous_update for slider in lab.sliders.values())
+    before = lab.table.value, lab.words.value, lab.picture.value
+    lab.sliders["gigabits_per_second"].value = 1000.0
+    after = lab.table.value, lab.words.value, lab.picture.value
+    assert all(old != new for old, new in zip(before, after, strict=True))
+    assert lab.choices == replace(GPT2_SMALL, gigabits_per_second=1000.0)
+    assert all(value in lab.table.value for value in predict(lab.choices).values())
+    width, height = Image.open(io.BytesIO(bytes(lab.picture.value))).size
+    assert width > 1000 and height > 300
+
+
+def test_every_end_of_every_slider_can_be_predicted_and_all_of_them_drawn(monkeypatch):
+    lab = ScalingLab()
+    draw = lab.draw
+    monkeypatch.setattr(lab, "draw", lambda: None)
     monkeypatch.setattr(scaling_lab, "DRAWING_DELAY", 0)
-
-    async def move() -> None:
-        lab = ScalingLab()
-        assert lab.choices == GPT2_SMALL and set(lab.sliders) == {*SLIDERS, "overlap"}
-        picture = lab.picture.value
-        drawn, draw = [], lab.draw
-        monkeypatch.setattr(lab, "draw", lambda: (drawn.append(lab.choices.workers), draw()))
-        for workers in (1, 2, 4, 8, 16):
-            lab.sliders["workers"].value = workers
-        found = predict(lab.choices, lab.inside)
-        assert all(value in lab.table.value for value in found.values()) and drawn == []
-        await lab._task
-        assert drawn == [16] and lab.picture.value != picture
-        assert lab.choices == replace(GPT2_SMALL, workers=16)
-        width, height = Image.open(io.BytesIO(bytes(lab.picture.value))).size
-        assert width > 1000 and height > 300
-        lab.sliders["workers"].value = 32
-        lab.close()
-        await asyncio.wait([lab._task])
-        assert drawn == [16] and len(asyncio.all_tasks()) == 1
-
-    asyncio.run(move())
-
-
-@pytest.mark.parametrize("end", [0, -1])
-def test_every_end_of_every_slider_can_be_predicted_and_all_of_them_drawn(end):
-    def last(name: str, slider) -> float:
-        if hasattr(slider, "options"):
-            return slider.options[end]
-        value = slider.max if end else slider.min
-        return value if name == "overlap" else 10.0**value
-
-    async def move() -> None:
-        lab = ScalingLab()
+    for end in (0, -1):
         for name, slider in lab.sliders.items():
-            slider.value = value = last(name, slider)
+            if hasattr(slider, "options"):
+                value = slider.options[end]
+            else:
+                value = slider.max if end else slider.min
+                value = value if name == "overlap" else 10.0**value
+            slider.value = value
             assert slider.value == pytest.approx(value) and lab.message.value == "", name
-        lab.draw()
-        lab.close()
-
-    asyncio.run(move())
+        draw()  # with every slider at this end
 
 
 def test_values_outside_a_slider_start_at_its_nearest_end():
     lab = ScalingLab(replace(GPT2_SMALL, workers=100, parameters=1e20, microseconds=0.0))
     assert (lab.choices.workers, lab.choices.parameters) == (128, 1e12)
     assert lab.choices.microseconds == pytest.approx(0.1)
+
+
+def test_many_moves_are_drawn_once_and_closing_leaves_no_task(monkeypatch):
+    async def move() -> int:
+        lab, drawn = ScalingLab(), []
+        monkeypatch.setattr(lab, "draw", lambda: drawn.append(lab.choices.workers))
+        for workers in (1, 2, 4, 8, 16):
+            lab.sliders["workers"].value = workers
+        assert drawn == [] and "With 16 workers" in lab.words.value
+        await asyncio.sleep(0.2)
+        assert drawn == [16]
+        lab.sliders["workers"].value = 32
+        lab.close()
+        await asyncio.sleep(0.2)
+        assert drawn == [16]
+        return len(asyncio.all_tasks())
+
+    assert asyncio.run(move()) == 1  # the test's own

@@ -22,40 +22,51 @@ from horovod_lm.jupyter.widgets.dashboard import Dashboard
 from horovod_lm.jupyter.widgets.playground import Playground
 from horovod_lm.jupyter.widgets.ring_stepper import RingStepper
 from horovod_lm.jupyter.widgets.scaling_lab import ScalingLab
-from horovod_lm.jupyter.widgets.widget_parts import html_table, visible, visible_token
+from horovod_lm.jupyter.widgets.widget_parts import (
+    BaseWidget,
+    html_table,
+    visible,
+    visible_token,
+)
 from horovod_lm.models.transformer_lm import TransformerLM
 from horovod_lm.utils.config import config_from_dict
 
-MAKERS = {
-    "attention explorer": lambda model, run: AttentionExplorer(model, ByteTokenizer()),
-    "dashboard": lambda model, run: Dashboard(run),
-    "playground": lambda model, run: Playground(model, ByteTokenizer(), config_from_dict({})),
-    "ring stepper": lambda model, run: RingStepper(),
-    "scaling lab": lambda model, run: ScalingLab(),
-}
 
-
-@pytest.fixture(params=MAKERS)
-def make(request, past_run) -> Callable[[], widgets.Widget]:
+@pytest.fixture
+def make(past_run) -> Callable[[type], widgets.Widget]:
     torch.manual_seed(0)
-    model = TransformerLM(257, 32, 4, 2, 64, 48)
-    return lambda: MAKERS[request.param](model, past_run)
+    model, tokenizer = TransformerLM(257, 32, 4, 2, 64, 48), ByteTokenizer()
+    makers = {
+        AttentionExplorer: lambda: AttentionExplorer(model, tokenizer),
+        Dashboard: lambda: Dashboard(past_run),
+        Playground: lambda: Playground(model, tokenizer, config_from_dict({})),
+        RingStepper: RingStepper,
+        ScalingLab: ScalingLab,
+    }
+    return lambda kind: makers[kind]()
 
 
-def test_a_page_without_a_kernel_shows_the_same_at_every_execution(make):
-    first, second = make()._repr_mimebundle_(), make()._repr_mimebundle_()
+ALL = pytest.mark.parametrize(
+    "kind", [AttentionExplorer, Dashboard, Playground, RingStepper, ScalingLab]
+)
+
+
+@ALL
+def test_a_page_without_a_kernel_shows_the_same_at_every_execution(make, kind):
+    first, second = make(kind)._repr_mimebundle_(), make(kind)._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in first
     assert first["text/plain"] == second["text/plain"] and " at 0x" not in first["text/plain"]
-    if isinstance(make(), (Dashboard, RingStepper)):
+    if kind in (Dashboard, RingStepper):
         assert first["image/png"] == second["image/png"]
         assert Image.open(io.BytesIO(base64.b64decode(first["image/png"]))).width > 800
 
 
-def test_inputs_are_labelled_and_buttons_explained(make):
+@ALL
+def test_inputs_are_labelled_and_buttons_explained(make, kind):
     def parts(widget: widgets.Widget) -> list[widgets.Widget]:
         return [widget, *(p for child in getattr(widget, "children", ()) for p in parts(child))]
 
-    for part in parts(make()):
+    for part in parts(make(kind)):
         if isinstance(part, widgets.Button):
             assert part.description and part.tooltip
         elif isinstance(part, widgets.Checkbox):
@@ -66,27 +77,37 @@ def test_inputs_are_labelled_and_buttons_explained(make):
             assert part.description and part.style.description_width in ("initial", "18em")
 
 
+NO_INK = "<b role='alert'>RuntimeError: no &lt;ink&gt;</b>"
+
+
 def fail(*_: object) -> None:
     raise RuntimeError("no <ink>")
 
 
-def test_an_error_of_a_callback_or_of_a_task_is_shown_until_the_next_success(monkeypatch):
-    stepper = RingStepper()
+def test_an_error_of_a_callback_is_shown_until_the_next_success(make, monkeypatch):
+    stepper, lab = make(RingStepper), make(ScalingLab)
     with monkeypatch.context() as broken:
         broken.setattr(ring_stepper, "ring_svg", fail)
-        stepper.step.value = 1
-        assert stepper.message.value == "<b role='alert'>RuntimeError: no &lt;ink&gt;</b>"
-    stepper.step.value = 2
-    assert stepper.message.value == ""
+        broken.setattr(lab, "plot", fail)
+        stepper.forward.click()
+        lab.sliders["workers"].value = 8
+        assert stepper.message.value == lab.message.value == NO_INK
+    stepper.forward.click()
+    lab.sliders["workers"].value = 16
+    assert stepper.message.value == lab.message.value == "" and stepper.step.value == 2
 
+
+def test_an_error_of_a_task_is_shown_and_its_end_is_told():
     async def work() -> None:
         fail()
 
     async def run() -> None:
-        stepper.start_task(work)
-        assert stepper.is_busy
-        await stepper._task
-        assert "no &lt;ink&gt;" in stepper.message.value and not stepper.is_busy
+        widget, ends = BaseWidget(), []
+        widget.start_task(work, at_end=lambda: ends.append(widget.is_busy))
+        assert widget.is_busy
+        await widget._task
+        await asyncio.sleep(0)
+        assert widget.message.value == NO_INK and ends == [False]
 
     asyncio.run(run())
 

@@ -12,7 +12,6 @@ import pytest
 
 from horovod_lm.launch.elastic_hosts import (
     elastic_command,
-    loopback_interface,
     loopback_name,
     main,
     read_hosts,
@@ -64,13 +63,18 @@ def test_a_file_that_names_no_hosts_is_refused_in_a_sentence(tmp_path, content, 
         assert done.returncode != 0 and not done.stdout
 
 
-def test_the_command_fits_the_hosts(tmp_path):
-    hosts_file = write_hosts(tmp_path / "hosts", ["localhost:1", "gpu7:4"])
-    call = elastic_command(["python", "train.py"], hosts_file, min_np=2)
+@pytest.mark.parametrize(
+    ("hosts", "np", "on_loopback"),
+    [(["localhost:1", "127.0.0.1:1"], "2", True), (["localhost:1", "gpu7:4"], "5", False)],
+)
+def test_the_command_fits_the_hosts(tmp_path, hosts, np, on_loopback):
+    hosts_file = write_hosts(tmp_path / "hosts", hosts)
+    call = elastic_command(["python", "train.py"], hosts_file, min_np=2, max_np=8)
     assert call[0] == "horovodrun" and call[-2:] == ["python", "train.py"]
     options = dict(zip(call[1:-2:2], call[2:-2:2], strict=True))
-    assert (options.pop("-np"), options.pop("--min-np")) == ("5", "2")
-    assert options.keys() == {"--host-discovery-script", "--elastic-timeout"}
+    assert (options["-np"], options["--min-np"], options["--max-np"]) == (np, "2", "8")
+    assert ("--network-interfaces" in options) == on_loopback
+    assert "--ssh-port" not in options and "--ssh-identity-file" not in options
 
 
 def test_horovodrun_reads_the_printed_command_as_it_was_meant(tmp_path, capsys):
@@ -87,11 +91,11 @@ def test_horovodrun_reads_the_printed_command_as_it_was_meant(tmp_path, capsys):
     assert read_hosts(hosts_file) == {"localhost": 1, "127.0.0.1": 1, "127.0.0.01": 1}
     launch = pytest.importorskip("horovod.runner.launch")
     parse = f"""from {launch.__name__} import parse_args; told = parse_args()
-print(told.num_proc, *told.nics, told.ssh_port, told.ssh_identity_file)"""
+print(told.num_proc, told.ssh_port, told.ssh_identity_file)"""
     run = subprocess.run(
         [sys.executable, "-c", parse, *call[1:]], capture_output=True, text=True, timeout=60
     )
-    assert run.stdout == f"3 {loopback_interface()} 2222 '/my keys/id' -l ann\n", run.stderr
+    assert run.stdout == "3 2222 '/my keys/id' -l ann\n", run.stderr
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,19 @@ def test_two_ranks_become_one_and_two_again(elastic, tiny_project, train):
     assert_equal_to_a_static_resume(run, world["step"], 2, train)
 
 
+def test_a_rank_joins_and_another_leaves(elastic, tiny_project):
+    run = elastic("one-two-one", 1)
+    run.wait_for_step(3)
+    run.add_host()
+    assert run.wait_for_world(1)["ranks"] == 2
+    run.remove_host(1)
+    world = run.wait_for_world(2)
+    assert (world["ranks_before"], world["ranks"], world["steps_lost"]) == (2, 1, 0)
+    output = assert_ended_well(run)
+    assert re.search(r"127\.0\.0\.1 is no longer listed: its rank leaves", output)
+    assert_nothing_was_lost(run, tiny_project)
+
+
 @pytest.mark.skipif(not FULL, reason="make faults kills one of three ranks")
 def test_three_ranks_become_two(elastic, tiny_project, train, note_fault):
     run = elastic("three-two", 3)

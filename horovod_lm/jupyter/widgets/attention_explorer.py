@@ -9,6 +9,7 @@ explorer.attention.weights[0, 1]       # layer 1, head 2: (T, T), a row for each
 
 from __future__ import annotations
 
+import asyncio
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,12 @@ from torch.nn import functional as F
 
 from horovod_lm.data.tokenizers import check_text
 from horovod_lm.jupyter.plots import Plot, plot_all_heads
-from horovod_lm.jupyter.widgets.widget_parts import BaseWidget, frontend, labelled, visible_token
+from horovod_lm.jupyter.widgets.widget_parts import (
+    BaseWidget,
+    frontend,
+    labelled,
+    visible_token,
+)
 from horovod_lm.utils.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,6 +49,11 @@ class AttentionMap:
     def entropy_bits(self) -> Tensor:
         """(L, H): mean entropy of a head's rows in bits; 0: each row is on one token only."""
         return torch.special.entr(self.weights).sum(dim=-1).mean(dim=-1) / math.log(2)
+
+    def __repr__(self) -> str:
+        n_layers, n_heads = self.weights.shape[:2]
+        layers = f"{n_layers} layer{'s' if n_layers > 1 else ''}"
+        return f"attention of {layers} with {n_heads} heads over {len(self.tokens)} tokens"
 
 
 def read_attention(model: TransformerLM, tokenizer: Tokenizer, text: str) -> AttentionMap:
@@ -96,14 +107,36 @@ class AttentionView(anywidget.AnyWidget):
     weights = traitlets.Bytes(b"", help="the head's (T, T), float32").tag(sync=True)
     thumbnails = traitlets.Bytes(b"", help="(L, H, n, n), a byte each").tag(sync=True)
 
+    def show(self, attention: AttentionMap, layer: int, head: int) -> None:
+        """Show a map, with one head selected."""
+        small = thumbnails(attention.weights)
+        with self.hold_sync():
+            self.tokens = attention.tokens
+            self.grid = list(small.shape[:3])
+            self.entropy_bits = attention.entropy_bits.tolist()
+            self.thumbnails = small.numpy().tobytes()
+            self.show_head(attention, layer, head)
+
+    def show_head(self, attention: AttentionMap, layer: int, head: int) -> None:
+        """Select another head of the same map."""
+        weights = attention.weights[layer, head].contiguous().numpy().tobytes()
+        with self.hold_sync():
+            self.layer, self.head, self.weights = layer, head, weights
+
 
 class AttentionExplorer(BaseWidget):
     """A sentence, and the attention weights of every head for it.
 
-    The arguments, and the errors, are those of `read_attention`.
+    Args:
+        model: any model of this package.
+        tokenizer: its tokenizer.
+        sentence: the first sentence; at most the model's context.
 
     Attributes:
         attention: the `AttentionMap` that is shown.
+
+    Raises:
+        DataError: the sentence is longer than the context.
     """
 
     def __init__(
@@ -122,21 +155,16 @@ class AttentionExplorer(BaseWidget):
         self._show()
 
     def start(self) -> None:
-        """Read the sentence of the input, which takes a large model seconds."""
-        self.say("reading")
-        self.attention = read_attention(self._model, self._tokenizer, self.sentence.value)
-        self._show()
+        """Read the sentence of the input."""
+        if not self.is_busy:
+            self.read.disabled = True
+            self.say("reading")
+            self.start_task(self._read, self.sentence.value)
 
     def choose(self, layer: int, head: int) -> None:
         """Select a head; both numbers count from 0."""
-        weights = self.attention.weights[layer, head].contiguous().numpy().tobytes()
-        with self.view.hold_sync():
-            self.view.layer, self.view.head, self.view.weights = layer, head, weights
-        bits = self.attention.entropy_bits[layer, head].item()
-        self.say(
-            f"layer {layer + 1}, head {head + 1}: mean entropy {bits:.3f} bits, as for "
-            f"{2**bits:.1f} tokens with equal weights; {len(self.attention.tokens)} tokens"
-        )
+        self.view.show_head(self.attention, layer, head)
+        self._describe_head()
 
     def plot_all(self) -> Plot:
         """Return small maps of all heads as a figure."""
@@ -145,16 +173,26 @@ class AttentionExplorer(BaseWidget):
 
     def __repr__(self) -> str:
         """Describe the widget for pages without a kernel."""
-        n_layers, n_heads, _, n_tokens = self.attention.weights.shape
-        layers = f"{n_layers} layer{'s' if n_layers > 1 else ''}"
-        return (
-            f"attention explorer: attention of {layers} with {n_heads} heads over {n_tokens} tokens"
-        )
+        return f"attention explorer: {self.attention!r}"
+
+    async def _read(self, sentence: str) -> None:
+        try:
+            # In a thread: a long sentence takes a large model seconds.
+            self.attention = await asyncio.to_thread(
+                read_attention, self._model, self._tokenizer, sentence
+            )
+            self._show()
+        finally:
+            self.read.disabled = False
 
     def _show(self) -> None:
-        small, view = thumbnails(self.attention.weights), self.view
-        with view.hold_sync():
-            view.tokens, view.grid = self.attention.tokens, list(small.shape[:3])
-            view.entropy_bits = self.attention.entropy_bits.tolist()
-            view.thumbnails = small.numpy().tobytes()
-            self.choose(view.layer, view.head)
+        self.view.show(self.attention, self.view.layer, self.view.head)
+        self._describe_head()
+
+    def _describe_head(self) -> None:
+        layer, head = self.view.layer, self.view.head
+        bits = self.attention.entropy_bits[layer, head].item()
+        self.say(
+            f"layer {layer + 1}, head {head + 1}: mean entropy {bits:.3f} bits, as for "
+            f"{2**bits:.1f} tokens with equal weights; {len(self.attention.tokens)} tokens"
+        )

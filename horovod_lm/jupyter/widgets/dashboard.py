@@ -18,7 +18,13 @@ import ipywidgets as widgets
 
 from horovod_lm.jupyter.plots import Plot, plot_metrics
 from horovod_lm.jupyter.widgets.dashboard_view import RunView
-from horovod_lm.jupyter.widgets.widget_parts import BaseWidget, html_table, row, with_picture
+from horovod_lm.jupyter.widgets.widget_parts import (
+    BaseWidget,
+    has_event_loop,
+    html_table,
+    row,
+    with_picture,
+)
 from horovod_lm.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +36,7 @@ LAST_LINES = 12  # of a failed rank's traceback
 
 
 class Dashboard(BaseWidget):
-    """The state of a run, updated until it ends.
+    """The state of a run, updated until it ends; without an event loop, as it is now.
 
     Args:
         run: a `TrainingJob`, or the folder of a run.
@@ -58,7 +64,9 @@ class Dashboard(BaseWidget):
         self.stop = self.button("Stop", "stop", tooltip, self._stop)
         top = row(self.bar, self.stop)
         self.children = [top, self.headline, self.picture, self.ranks, self.message]
-        if self.update():
+        live = self.is_live
+        self.update()
+        if live and has_event_loop():
             self.start_task(self._poll)
 
     @property
@@ -66,23 +74,24 @@ class Dashboard(BaseWidget):
         """Whether the run may still change."""
         if self._job is not None:
             return self._job.is_running
-        # Without an event yet, its ranks may be starting.
-        return self.view.is_running or not self.view.ranks
+        return self.view.is_running or self.view.is_starting
 
-    def update(self) -> bool:
-        """Show the current state of the run; return whether it may still change."""
+    def update(self) -> None:
+        """Show the current state of the run."""
         live = self.is_live  # before reading: the last update must see the end of the files
         self.view.update()
         self.bar.max, self.bar.value = max(1, self.view.total_steps), self.view.step
         self.headline.value = html.escape(self.view.headline()).replace("   ", " &emsp; ")
-        shown = "<p>no events of any rank yet</p>"
-        if rows := self.view.rank_rows():
+        rows = self.view.rank_rows()
+        if rows:
             label = "ranks: step, milliseconds of a step by phase, memory, state"
-            shown = html_table(label, list(rows[0]), [list(one.values()) for one in rows])
+            cells = [list(one.values()) for one in rows]
+            self.ranks.value = html_table(label, list(rows[0]), cells)
+        else:
+            self.ranks.value = "<p>no events of any rank yet</p>"
         if self.view.unreadable:
             names = html.escape(", ".join(sorted(self.view.unreadable)))
-            shown += f"<p>parts of {names} could not be read and are left out</p>"
-        self.ranks.value = shown
+            self.ranks.value += f"<p>parts of {names} could not be read and are left out</p>"
         if not live:
             self._show_end()
         due = time.monotonic() - self._drawn_at > DRAWING_SHARE * self._drawing_took
@@ -92,7 +101,6 @@ class Dashboard(BaseWidget):
             self.picture.layout.display = ""
             self._drawing_took = time.thread_time() - started
             self._drawn_at, self._drawn_step = time.monotonic(), self.view.step
-        return live
 
     def plot(self) -> Plot:
         """Return the curves so far, for pages without a kernel."""
@@ -114,7 +122,8 @@ class Dashboard(BaseWidget):
         while live:
             await asyncio.sleep(POLL_INTERVAL)
             with self.errors_shown():
-                live = self.update()
+                live = self.is_live  # before the update: the last one must see the end
+                self.update()
 
     def _stop(self) -> None:
         (self._job or self.view).ask_to_stop()
@@ -124,8 +133,8 @@ class Dashboard(BaseWidget):
 
     def _show_end(self) -> None:
         self.stop.disabled, self.stop.description = True, "Ended"
-        error = self._job.error if self._job else None
-        words = self._job.status if self._job else self.view.describe_end()
+        error = self._job.error if self._job is not None else None
+        words = self._job.status if self._job is not None else self.view.describe_end()
         self.say(words, "\n".join(error.trace.splitlines()[-LAST_LINES:]) if error else "")
         is_complete = self.view.step >= self.view.total_steps > 0
         self.bar.bar_style = "danger" if error else "success" if is_complete else "warning"

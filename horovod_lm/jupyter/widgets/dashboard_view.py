@@ -7,8 +7,8 @@ import math
 import os
 import platform
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from horovod_lm.utils.progress import format_seconds
 
 RECENT_STEPS = 20  # that current speeds and times are the mean of
 SILENCE_SECONDS = 10  # after which the table shows that a rank writes nothing
+START_SECONDS = 60  # from a run's folder to the first event of its ranks, at most
 FIRST_KEY = b'{"event": '
 COLUMNS = ("phase", "step", "loss", "learning_rate", "tokens_per_second")
 
@@ -36,9 +37,9 @@ class RankView:
     last_event_at: float = 0.0  # seconds since 1970
     recent: list[dict[str, float]] = field(default_factory=list)  # training steps
 
-    def mean(self, column: str) -> float:
-        """Return the mean of a column of the metrics over the recent steps."""
-        return sum(one.get(column, 0.0) for one in self.recent) / max(1, len(self.recent))
+    def mean_seconds(self, part: str) -> float:
+        """Return the mean seconds of a part of the recent steps."""
+        return sum(one.get(part, 0.0) for one in self.recent) / max(1, len(self.recent))
 
     def process(self) -> psutil.Process | None:
         """Return the rank's process if it is alive and still a training process."""
@@ -53,19 +54,22 @@ class RankView:
 
     def table_row(self, process: psutil.Process | None) -> dict[str, str]:
         """Return the step, milliseconds by phase, memory, and state as text."""
-        row = {"rank": str(self.rank), "step": str(self.step)}
-        for part in PARTS_OF_A_STEP:
-            name = f"{part.removeprefix('seconds_')} (ms)"
-            row[name] = f"{1000 * self.mean(part):.1f}"
-        row |= {"memory (MiB)": "", "state": "ended"}
-        with suppress(psutil.Error):  # it ends while we look
-            if process is not None:
-                row["memory (MiB)"] = f"{process.memory_info().rss / 2**20:.0f}"
-                silence = time.time() - self.last_event_at
-                state = f"silent for {silence:.0f} s" if silence > SILENCE_SECONDS else "running"
-                is_stopped = process.status() == psutil.STATUS_STOPPED
-                row["state"] = "stopped (SIGSTOP)" if is_stopped else state
-        return row
+        state, memory = "ended", ""
+        if process is not None:
+            silence = time.time() - self.last_event_at
+            state = f"silent for {silence:.0f} s" if silence > SILENCE_SECONDS else "running"
+            try:
+                memory = f"{process.memory_info().rss / 2**20:.0f}"
+                if process.status() == psutil.STATUS_STOPPED:
+                    state = "stopped (SIGSTOP)"
+            except psutil.Error:
+                state = "ended"
+        parts = {
+            f"{part.removeprefix('seconds_')} (ms)": f"{1000 * self.mean_seconds(part):.1f}"
+            for part in PARTS_OF_A_STEP
+        }
+        known = {"rank": str(self.rank), "step": str(self.step)}
+        return {**known, **parts, "memory (MiB)": memory, "state": state}
 
 
 class RunView:
@@ -168,6 +172,17 @@ class RunView:
         return bool(self._processes())
 
     @property
+    def is_starting(self) -> bool:
+        """Whether the run is so new that its ranks may not have written an event yet."""
+        try:
+            created_at = (self.run_dir / "run.json").stat().st_mtime
+        except OSError:
+            return False
+        last_event_at = max((rank.last_event_at for rank in self.ranks.values()), default=0.0)
+        is_new = last_event_at < created_at and time.time() - created_at < START_SECONDS
+        return is_new and self.host == platform.node()
+
+    @property
     def host(self) -> str | None:
         """The host on which the last session was started; None: not known."""
         try:
@@ -190,29 +205,33 @@ class RunView:
 
     def describe_end(self) -> str:
         """Return how far a run came that does not run on this host, or no longer."""
-        host = self.host
-        if host is None:
-            record = self.run_dir / "run.json"
-            return f"{record} is missing or damaged: whether this run trains is unknown"
-        if host != platform.node():
-            return f"the ranks are on {host}: only what they have written is shown here"
+        if self.host is None:
+            return (
+                f"{self.run_dir}/run.json is missing or damaged: whether this run trains is unknown"
+            )
+        if self.host not in (None, platform.node()):
+            return f"the ranks are on {self.host}: only what they have written is shown here"
         if self.step >= self.total_steps > 0:
             return f"this run has ended after its last step, {self.step}"
         return f"this run has ended at step {self.step} of {self.total_steps}, before its last one"
 
     def headline(self) -> str:
         """Return step, loss, perplexity, speed and the remaining time in one line."""
-        if math.isnan(self.loss):
+        training = (row for row in reversed(self.rows) if row["phase"] == "train")
+        recent = list(islice(training, RECENT_STEPS))
+        if not recent:
             return "waiting for the first step"
+        loss = recent[0]["loss"]
+        speed = sum(row.get("tokens_per_second", 0) for row in recent) / len(recent)
         words = [
             f"step {self.step} of {self.total_steps}",
-            f"loss {self.loss:.4f}",
-            f"perplexity {math.exp(min(self.loss, 700)):,.2f}",
-            f"{self.ranks[0].mean('tokens_per_second'):,.0f} tokens/s",
+            f"loss {loss:.4f}",
+            f"perplexity {math.exp(min(loss, 700)):,.2f}",
+            f"{speed:,.0f} tokens/s",
         ]
         left = self.total_steps - self.step
         if left > 0 and self.is_running:
-            seconds = left * sum(map(self.ranks[0].mean, PARTS_OF_A_STEP))
+            seconds = left * sum(map(self.ranks[0].mean_seconds, PARTS_OF_A_STEP))
             words.append(f"about {format_seconds(seconds)} left")
         return "   ".join(words)
 

@@ -4,8 +4,8 @@ model, tokenizer, config = load_model_for_generation("runs/my_run")
 Playground(model, tokenizer, config)
 
 continuation = trace_text(model, tokenizer, "Once upon a time", GenerationConfig(seed=1))
-continuation.text                    # the text that generate_text() returns
-continuation.tokens[3].candidates    # what else the fourth token could have been
+continuation.texts[0]                    # the text that generate_text() returns
+continuation.samples[0][3].candidates    # what else the fourth token could have been
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from horovod_lm.jupyter.widgets.widget_parts import (
     visible_token,
 )
 from horovod_lm.utils.config import Config, GenerationConfig
-from horovod_lm.utils.distributed import choose_device
 from horovod_lm.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -77,52 +76,77 @@ class SampledToken(NamedTuple):
 
 @dataclass(repr=False)
 class Continuation:
-    """A prompt and its continuation, which grows during generation."""
+    """A prompt and its continuations, which grow during generation.
+
+    Attributes:
+        prompt: the prompt.
+        settings: the settings; the seed is always a number.
+        tokenizer: the model's tokenizer.
+        samples: the tokens of each continuation, with end-of-text where it was sampled.
+        seconds: from the start to the newest token.
+        state: `writing`, `done`, or `stopped`.
+    """
 
     prompt: str
     settings: GenerationConfig
     tokenizer: Tokenizer
-    tokens: list[SampledToken] = field(default_factory=list)  # end-of-text where it was sampled
-    seconds: float = 0.0  # from the start to the newest token
+    samples: list[list[SampledToken]] = field(default_factory=list)
+    seconds: float = 0.0
+    state: str = "writing"
 
     @property
-    def text(self) -> str:
-        """The prompt with its continuation: what `generate_text` returns for these settings."""
-        end = self.tokenizer.eot_id
-        ids = [one.token_id for one in self.tokens if one.token_id != end]
-        return self.prompt + self.tokenizer.decode(ids)
+    def n_tokens(self) -> int:
+        """Number of tokens so far, over all samples."""
+        return sum(map(len, self.samples))
 
-    def shown_tokens(self) -> list[tuple[str, str, str]]:
-        """Return each token as visible text, its probability, and its colour in CSS."""
+    @property
+    def texts(self) -> list[str]:
+        """The prompt with each continuation: what `generate_text` returns for these settings."""
+        end, decode = self.tokenizer.eot_id, self.tokenizer.decode
+        ids = [[one.token_id for one in sample if one.token_id != end] for sample in self.samples]
+        return [self.prompt + decode(sample) for sample in ids]
+
+    def shown_tokens(self) -> list[list[tuple[str, str, str]]]:
+        """Return each token of each sample: visible text, probability, and colour in CSS."""
         return [
-            (visible_token(self.tokenizer, id_), f"{before:.4g}", colour_of(before))
-            for id_, before, *_ in self.tokens
+            [
+                (visible_token(self.tokenizer, id_), f"{before:.4g}", colour_of(before))
+                for id_, before, *_ in sample
+            ]
+            for sample in self.samples
         ]
 
     def _repr_html_(self) -> str:
         """Return the prompt and each token, coloured by its probability."""
+        prompt = html.escape(visible(self.prompt))
         style = "white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7"
-        parts = [f"<bdi style='opacity: 0.7'>{html.escape(visible(self.prompt))}</bdi>"]
-        for text, probability, colour in self.shown_tokens():
-            look = f"title='probability {probability}' style='background: {colour}'"
-            parts.append(f"<bdi {look}>{html.escape(text)}</bdi>")
-        body = f"<div style='{style}'>{''.join(parts)}</div>"
-        return f"<div role='group' aria-label='generated text'>{body}</div>"
+        lines = []
+        for sample in self.shown_tokens():
+            lines.append(f"<div style='{style}'><bdi style='opacity: 0.7'>{prompt}</bdi>")
+            for text, probability, colour in sample:
+                look = f"title='probability {probability}' style='background: {colour}'"
+                lines.append(f"<bdi {look}>{html.escape(text)}</bdi>")
+            lines.append("</div>")
+        return f"<div role='group' aria-label='generated text'>{''.join(lines)}</div>"
 
     def __repr__(self) -> str:
-        return self.text
+        return "\n\n".join(self.texts)
 
 
 def trace_text(
-    model: TransformerLM, tokenizer: Tokenizer, prompt: str, settings: GenerationConfig
+    model: TransformerLM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    settings: GenerationConfig,
+    device: torch.device | str | None = None,
 ) -> Continuation:
-    """Continue a prompt once, as `generate_text` does, and keep each token's distribution.
+    """Continue a prompt as `generate_text` does, and keep each token's distribution.
 
     Raises:
         ConfigError: an invalid setting.
         DataError: a prompt that cannot be encoded.
     """
-    *_, continuation = generate_in_slices(model, tokenizer, prompt, settings)
+    *_, continuation = generate_in_slices(model, tokenizer, prompt, settings, device)
     return continuation
 
 
@@ -131,37 +155,69 @@ def generate_in_slices(
     tokenizer: Tokenizer,
     prompt: str,
     settings: GenerationConfig,
+    device: torch.device | str | None = None,
     seconds: float = SECONDS_OF_A_SLICE,
 ) -> Generator[Continuation, None, None]:
     """Continue a prompt a few tokens at a time, so that an event loop can work in between.
 
-    The tokens are those of `generate_text` with the same settings and seed. Yields the same growing
-    `Continuation` after each slice; a slice takes about `seconds`, the first one is one token long.
+    The tokens are those of `generate_text` with the same settings and seed.
+
+    Args:
+        model: the model; it is moved to `device`.
+        tokenizer: its tokenizer.
+        prompt: any text.
+        settings: the settings; without a seed, a new one is chosen.
+        device: as for `generate_text`.
+        seconds: approximate length of a slice; the first one is one token long.
+
+    Yields:
+        The same growing `Continuation` after each slice; at the end its state is `done`.
     """
-    settings = settings.model_copy(update={"num_samples": 1})
-    continuation = Continuation(prompt, settings, tokenizer)
-    logits: list[Tensor] = []  # (1, V) of each step of this slice
-    tokens: list[Tensor] = []  # (1,)
+    if settings.seed is None:
+        settings = settings.model_copy(update={"seed": new_seed()})
+    samples: list[list[SampledToken]] = [[] for _ in range(settings.num_samples)]
+    continuation = Continuation(prompt, settings, tokenizer, samples)
+    logits: list[Tensor] = []  # (B, V) of each step of this slice
+    tokens: list[Tensor] = []  # (B,)
+    steps = continue_prompt(model, tokenizer, prompt, settings, device, on_logits=logits.append)
     started = slice_started = time.perf_counter()
-
-    def end_slice() -> Continuation:
-        # The distributions are computed here: the logits of a long text, V floats for each token,
-        # would not fit into memory.
-        if tokens:
-            continuation.tokens += sampled_tokens(torch.cat(logits), torch.cat(tokens), settings)
-            continuation.seconds = time.perf_counter() - started
-        logits.clear()
-        tokens.clear()
-        return continuation
-
-    steps = continue_prompt(model, tokenizer, prompt, settings, on_logits=logits.append)
     with closing(steps):
         for step_tokens in steps:
             tokens.append(step_tokens)
-            if not continuation.tokens or time.perf_counter() - slice_started > seconds:
-                yield end_slice()
+            if not continuation.n_tokens or time.perf_counter() - slice_started > seconds:
+                _append(continuation, logits, tokens)
+                continuation.seconds = time.perf_counter() - started
+                yield continuation
                 slice_started = time.perf_counter()
-    yield end_slice()
+        _append(continuation, logits, tokens)
+        continuation.seconds = time.perf_counter() - started
+    continuation.state = "done"
+    yield continuation
+
+
+def new_seed() -> int:
+    """Return a random seed that is short enough to type."""
+    return secrets.randbelow(1_000_000)
+
+
+def _append(continuation: Continuation, logits: list[Tensor], tokens: list[Tensor]) -> None:
+    """Append the steps of a slice to the samples, and clear both lists.
+
+    The distributions are computed here: the logits of a long text, V floats for each token, would
+    not fit into memory.
+    """
+    if not tokens:
+        return
+    slice_logits, slice_tokens = torch.stack(logits, dim=1), torch.stack(tokens, dim=1)
+    logits.clear()
+    tokens.clear()
+    end, samples = continuation.tokenizer.eot_id, continuation.samples
+    for sample, row_logits, row_tokens in zip(samples, slice_logits, slice_tokens, strict=True):
+        if sample and sample[-1].token_id == end:
+            continue  # what follows end-of-text is padding
+        ends = (row_tokens == end).nonzero()
+        n = int(ends[0]) + 1 if len(ends) else len(row_tokens)
+        sample += sampled_tokens(row_logits[:n], row_tokens[:n], continuation.settings)
 
 
 @torch.inference_mode()
@@ -250,14 +306,23 @@ def _bar(probability: float, largest: float) -> str:
 
 
 class TokenView(anywidget.AnyWidget):
-    """The tokens of a continuation; a click on one sends its place."""
+    """The tokens of a continuation; it sends [sample, index] of a click, "opened" and "closed"."""
 
     _esm = frontend("tokens.js")
     _css = frontend("tokens.css")
+    number = traitlets.Int(0, help="changes with each new continuation").tag(sync=True)
     prompt = traitlets.Unicode("").tag(sync=True)
-    tokens: traitlets.List[Any] = traitlets.List(help="of `shown_tokens`").tag(sync=True)
-    selected = traitlets.Int(-1, help="the place of a token; -1: none").tag(sync=True)
+    samples: traitlets.List[Any] = traitlets.List(help="of `shown_tokens`").tag(sync=True)
+    selected: traitlets.List[Any] = traitlets.List(help="[sample, index], or empty").tag(sync=True)
     legend = traitlets.List([[name, colour_of(one)] for name, one in LEGEND.items()]).tag(sync=True)
+
+    def show(self, continuation: Continuation, is_new: bool) -> None:
+        """Show the current state of a continuation."""
+        with self.hold_sync():
+            if is_new:
+                self.number, self.selected = self.number + 1, []
+                self.prompt = visible(continuation.prompt)
+            self.samples = continuation.shown_tokens()
 
 
 class Playground(BaseWidget):
@@ -268,29 +333,39 @@ class Playground(BaseWidget):
     `generate_text` returns.
 
     Args:
-        model: the model.
+        model: the model; it is moved to `device`.
         tokenizer: its tokenizer.
         config: its `generation` section gives the initial settings.
+        device: as for `generate_text`.
+        prompt: the initial prompt.
 
     Attributes:
         continuation: the `Continuation` that is shown; None: none yet.
     """
 
-    def __init__(self, model: TransformerLM, tokenizer: Tokenizer, config: Config) -> None:
+    def __init__(
+        self,
+        model: TransformerLM,
+        tokenizer: Tokenizer,
+        config: Config,
+        device: torch.device | str | None = None,
+        prompt: str = "Once upon a time",
+    ) -> None:
         super().__init__()
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._device = model, tokenizer, device
         self.continuation: Continuation | None = None
-        self._make_inputs(config.generation)
+        self._make_inputs(config.generation, prompt)
         self.generate = self.button("Generate", "play", "continue the prompt", self.start)
-        self.stop_button = self.button("Stop", "stop", "end the text here", self.stop)
+        self.stop_button = self.button("Stop", "stop", "end the text here", self.cancel_task)
         self.stop_button.disabled = True
         self.view = TokenView()
-        self.view.on_msg(self.guarded(lambda _, place, buffers: self.select(place)))
+        self.view.on_msg(self.guarded(lambda _, message, buffers: self._receive(message)))
+        self._open_views = 0
         self.detail = widgets.HTML(HINT)
         self.children = [
             self.prompt,
             row(self.temperature, self.top_k, self.top_p),
-            row(self.tokens, self.seed, self.new_seed),
+            row(self.tokens, self.samples, self.seed, self.new_seed),
             row(self.generate, self.stop_button),
             self.message, self.view, self.detail,
         ]  # fmt: skip
@@ -300,23 +375,16 @@ class Playground(BaseWidget):
         if self.is_busy:
             return
         prompt, settings = self.prompt.value, self.settings()
-        self.generate.disabled, self.stop_button.disabled = True, False
-        self.continuation = None
-        with self.view.hold_sync():
-            self.view.prompt, self.view.tokens, self.view.selected = visible(prompt), [], -1
+        self._set_writing(True)
         self.detail.value = HINT
         self.say("writing")
-        self.start_task(lambda: self._write(prompt, settings))
+        self.start_task(self._write, prompt, settings, at_end=lambda: self._set_writing(False))
 
-    def stop(self) -> None:
-        """End the text after the current slice."""
-        self.stop_button.disabled = True
-
-    def select(self, place: int) -> None:
+    def select(self, sample: int, index: int) -> None:
         """Show the distribution of a token."""
         if self.continuation is not None:
-            token = self.continuation.tokens[place]
-            self.view.selected = place
+            token = self.continuation.samples[sample][index]
+            self.view.selected = [sample, index]
             self.detail.value = distribution_table(self._tokenizer, token)
 
     def __repr__(self) -> str:
@@ -330,49 +398,67 @@ class Playground(BaseWidget):
             ConfigError: the seed is not a whole number.
         """
         if self.new_seed.value:
-            self.seed.value = str(secrets.randbelow(1_000_000))  # short enough to type
+            self.seed.value = str(new_seed())
         try:
             seed = int(self.seed.value)
         except ValueError:
             raise ConfigError(f"the seed must be a whole number, not {self.seed.value!r}") from None
         return GenerationConfig(
             max_new_tokens=self.tokens.value, temperature=self.temperature.value,
-            top_k=self.top_k.value, top_p=self.top_p.value, seed=seed,
+            top_k=self.top_k.value, top_p=self.top_p.value, num_samples=self.samples.value,
+            seed=seed,
         )  # fmt: skip
+
+    def _receive(self, message: str | list[int]) -> None:
+        """Select a token, or stop when the last view has closed, and with it the Stop button."""
+        if isinstance(message, list):
+            self.select(*message)
+        else:
+            self._open_views += {"opened": 1, "closed": -1}[message]
+            if not self._open_views:
+                self.cancel_task()
 
     async def _write(self, prompt: str, settings: GenerationConfig) -> None:
         """Generate a text, and return to the event loop after every few tokens."""
-        end, notes, due = "stopped", [], 0.0
-        slices = generate_in_slices(self._model, self._tokenizer, prompt, settings)
+        continuation, notes, due = None, [], 0.0
+        slices = generate_in_slices(self._model, self._tokenizer, prompt, settings, self._device)
         try:
             with closing(slices):
-                while not self.stop_button.disabled:
+                while True:
                     # A warning would be printed where nobody sees it.
                     with warnings.catch_warnings(record=True) as caught:
                         warnings.simplefilter("always")
                         following = next(slices, None)
                     notes += [str(one.message) for one in caught]
                     if following is None:
-                        end = "done"
                         break
-                    self.continuation = following
+                    is_new = continuation is None
+                    self.continuation = continuation = following
                     started = time.perf_counter()
                     if started > due:
-                        self.view.tokens = following.shown_tokens()
+                        self.view.show(continuation, is_new)
                         took = time.perf_counter() - started
                         due = started + max(UPDATE_INTERVAL, UPDATE_SHARE * took)
                     await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            if continuation is not None:
+                continuation.state = "stopped"
         finally:
-            self.generate.disabled, self.stop_button.disabled = False, True
-            if written := self.continuation:
-                self.view.tokens = written.shown_tokens()
-                rate = len(written.tokens) / max(written.seconds, 1e-9)
-                words = f"{end}: {len(written.tokens)} tokens, {rate:,.0f} per second"
-                self.say("; ".join([words, *notes]))
+            if continuation is not None:
+                self._finish(continuation, notes)
 
-    def _make_inputs(self, now: GenerationConfig) -> None:
+    def _finish(self, continuation: Continuation, notes: list[str]) -> None:
+        self.view.show(continuation, is_new=False)
+        rate = continuation.n_tokens / max(continuation.seconds, 1e-9)
+        words = f"{continuation.state}: {continuation.n_tokens} tokens, {rate:,.0f} per second"
+        self.say("; ".join([words, *notes]))
+
+    def _set_writing(self, writing: bool) -> None:
+        self.generate.disabled, self.stop_button.disabled = writing, not writing
+
+    def _make_inputs(self, now: GenerationConfig, prompt: str) -> None:
         number, slider = widgets.BoundedIntText, widgets.FloatSlider
-        self.prompt = labelled(widgets.Textarea, "Prompt", "auto", value="Once upon a time", rows=3)
+        self.prompt = labelled(widgets.Textarea, "Prompt", "auto", value=prompt, rows=3)
         self.temperature = labelled(
             slider, "Temperature", "26em", min=0, max=max(3, now.temperature), step=0.05,
             value=now.temperature,
@@ -384,6 +470,7 @@ class Playground(BaseWidget):
         self.tokens = labelled(
             number, "Tokens", "10em", min=1, max=100_000, value=now.max_new_tokens
         )
+        self.samples = labelled(number, "Samples", "9em", min=1, max=16, value=now.num_samples)
         # Text: any whole number is a seed, and a browser's number input ends at 2^53.
         self.seed = labelled(widgets.Text, "Seed", "14em", value=str(now.seed or 0))
         self.new_seed = widgets.Checkbox(
@@ -401,8 +488,6 @@ def show_playground(
     """Display a playground, and below it a line for readers without a kernel."""
     from IPython.display import display
 
-    if device is not None:
-        model.to(choose_device(device))
-    display(Playground(model, tokenizer, config))
+    display(Playground(model, tokenizer, config, device))
     line = "Nothing to click above? It needs a kernel: run this cell. In a terminal, the same call"
     display({"text/plain": f"{line} asks for one prompt after another."}, raw=True)

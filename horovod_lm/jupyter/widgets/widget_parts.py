@@ -93,6 +93,15 @@ def _visible_character(character: str) -> str:
     return character
 
 
+def has_event_loop() -> bool:
+    """Whether an event loop runs in this thread, as it does in Jupyter's kernel."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
 class BaseWidget(widgets.VBox):
     """A widget with a line for its state and its errors, and at most one background task."""
 
@@ -130,9 +139,10 @@ class BaseWidget(widgets.VBox):
 
         return callback
 
-    def on_change(self, control: widgets.Widget, act: Callable[[], None]) -> None:
-        """Call `act` whenever the control's value changes."""
+    def on_change(self, control: widgets.Widget, act: Callable[[], None]) -> Any:
+        """Call `act` whenever the control's value changes; return the control."""
         control.observe(self.guarded(lambda _: act()), "value")
+        return control
 
     def button(
         self, description: str, icon: str, tooltip: str, act: Callable[[], None], **layout: str
@@ -142,14 +152,30 @@ class BaseWidget(widgets.VBox):
         made.on_click(self.guarded(lambda _: act()))
         return made
 
-    def start_task(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Start a task in the kernel's event loop."""
+    def start_task(
+        self,
+        work: Callable[..., Coroutine[Any, Any, None]],
+        *arguments: Any,
+        at_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Start the task in the kernel's event loop; `at_end` is called however it ends.
+
+        Without a running event loop, as in plain IPython, return when the task has ended.
+        """
 
         async def task() -> None:
             with self.errors_shown():
-                await work()
+                await work(*arguments)
 
-        self._task = asyncio.get_running_loop().create_task(task())
+        if not has_event_loop():
+            try:
+                asyncio.run(task())
+            finally:
+                at_end()
+            return
+        self._task = asyncio.create_task(task())
+        # A callback: a task that is cancelled before its first step never runs.
+        self._task.add_done_callback(lambda _: at_end())
 
     def cancel_task(self) -> None:
         """Cancel the task if it runs."""

@@ -1,5 +1,5 @@
 // Where a head looks: a map of cells, lines from token to token, and every head at a glance.
-// Tokens are set as text, never as HTML. Exact weights are read out on hovering and beside the lines.
+// Tokens are set as text, never as HTML. Exact weights are read out on hovering and by arrow keys.
 
 const SVG = "http://www.w3.org/2000/svg";
 const ROW = 18; // pixels of a token in the view of lines
@@ -47,21 +47,23 @@ function render({ model, el }) {
     <div class="lm-panes">
       <div><h4>heat map (row: token that looks; column: token looked at)</h4><div class="lm-map">
         <div class="lm-columns"></div><div class="lm-rows"></div>
-        <canvas class="lm-canvas" role="img" aria-label="heat map"></canvas></div></div>
+        <canvas class="lm-canvas" tabindex="0" role="img"
+          aria-label="heat map: arrow keys move from cell to cell"></canvas></div></div>
       <div><h4>from token to token</h4><div class="lm-links" tabindex="0" role="group"
         aria-label="from token to token: arrow keys choose the token that looks"></div></div>
       <div><h4>all heads (layer.head: entropy in bits)</h4><div class="lm-heads" role="group"
-        aria-label="all heads: choose one"></div></div>
+        aria-label="all heads: choose one; arrow keys move between them"></div></div>
     </div>`;
   const [says, columnNames, rowNames, canvas, links, heads] =
     ["says", "columns", "rows", "canvas", "links", "heads"].map((name) => el.querySelector(`.lm-${name}`));
 
   let weights = new Float32Array(0); // of the chosen head, T x T
-  let row = 0; // the token that looks
+  let [row, column] = [0, 0];
   const tokens = () => model.get("tokens");
   const weight = (query, key) => weights[query * tokens().length + key];
 
   function say(query, key) {
+    [row, column] = [query, key];
     says.textContent =
       `“${short(tokens()[query])}” (${query + 1}) looks at “${short(tokens()[key])}” (${key + 1}): ` +
       `${weight(query, key).toPrecision(6)}`;
@@ -80,8 +82,10 @@ function render({ model, el }) {
       const texts = fits ? tokens() : [];
       names.replaceChildren(...texts.map((one) => element("bdi", { textContent: short(one) })));
     }
+    [row, column] = [Math.min(row, size - 1), Math.min(column, size - 1)];
+    drawLinks();
     drawHeads();
-    chooseRow(row);
+    say(row, Math.min(column, row));
   }
 
   function drawLinks() {
@@ -144,6 +148,7 @@ function render({ model, el }) {
     }
     [...heads.children].forEach((button, number) => {
       button.ariaPressed = String(number === chosen);
+      button.tabIndex = number === chosen ? 0 : -1;
     });
   }
 
@@ -165,11 +170,24 @@ function render({ model, el }) {
     links.scrollTop = Math.max(top + 2 * ROW - links.clientHeight, Math.min(links.scrollTop, top - ROW));
   }
 
-  links.addEventListener("keydown", (event) => {
-    const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
-    if (!step || event.ctrlKey || event.altKey || event.metaKey || !weights.length) return;
-    event.preventDefault();
-    chooseRow(row + step);
+  const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+  const onKey = (part, act) =>
+    part.addEventListener("keydown", (event) => {
+      const step = steps[event.key];
+      if (!step || event.ctrlKey || event.altKey || event.metaKey || !weights.length) return;
+      event.preventDefault();
+      act(step);
+    });
+  onKey(canvas, ([down, right]) => {
+    const last = tokens().length - 1;
+    say(clamp(row + down, 0, last), clamp(column + right, 0, last));
+    drawLinks();
+  });
+  onKey(links, ([down, right]) => chooseRow(row + down + right));
+  onKey(heads, ([down, right]) => {
+    const places = [...heads.children];
+    const now = places.indexOf(document.activeElement);
+    places[now + down * model.get("grid")[1] + right]?.focus();
   });
   canvas.addEventListener("mousemove", (event) => say(...cellAt(event)));
   canvas.addEventListener("click", (event) => chooseRow(cellAt(event)[0]));

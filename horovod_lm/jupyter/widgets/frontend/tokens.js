@@ -1,4 +1,4 @@
-// A text, token by token: coloured, selected by clicks or keys.
+// Continuations, token by token: coloured, selected by clicks or keys.
 // Token text is set as text, never as HTML.
 
 const KEYS = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10, Home: -Infinity, End: Infinity };
@@ -17,31 +17,39 @@ function render({ model, el }) {
     swatch.style.background = colour;
     legend.append(swatch, " ");
   }
-  const label = "tokens of the text; arrow keys step through them";
-  const box = element("div", "lm-sample", "", { tabIndex: 0, role: "listbox", ariaLabel: label });
-  const prompt = element("bdi", "lm-prompt");
-  box.append(prompt);
-  el.append(legend, box);
+  const samples = element("div", "lm-samples");
+  el.append(legend, samples);
   const identity = Math.random().toString(36).slice(2); // unique among views
+  let shown = null; // number of the continuation that is drawn
 
-  function choose(place) {
-    const last = model.get("tokens").length - 1;
-    if (last >= 0) model.send(Math.max(0, Math.min(last, place)));
+  function choose(sample, index) {
+    const length = model.get("samples")[sample].length;
+    if (length) model.send([sample, Math.max(0, Math.min(length - 1, index))]);
   }
 
-  box.addEventListener("keydown", (event) => {
+  function onKey(event, sample) {
     if (!(event.key in KEYS) || event.ctrlKey || event.altKey || event.metaKey) return;
     event.preventDefault();
-    choose(model.get("selected") + KEYS[event.key]);
-  });
-  box.addEventListener("click", (event) => {
-    const token = event.target.closest(".lm-token");
-    if (token) choose(Number(token.dataset.index));
-  });
+    const [chosen, index] = model.get("selected");
+    choose(sample, (chosen === sample ? index : -1) + KEYS[event.key]);
+  }
 
-  function addToken([text, probability, colour], index) {
+  function addSample(sample) {
+    const label = `tokens of sample ${sample + 1}; arrow keys step through them`;
+    const box = element("div", "lm-sample", "", { tabIndex: 0, role: "listbox", ariaLabel: label });
+    box.append(element("bdi", "lm-prompt", model.get("prompt")));
+    box.addEventListener("keydown", (event) => onKey(event, sample));
+    box.addEventListener("click", (event) => {
+      const token = event.target.closest(".lm-token");
+      if (token) choose(sample, Number(token.dataset.index));
+    });
+    samples.append(box);
+    return box;
+  }
+
+  function addToken(box, sample, index, [text, probability, colour]) {
     const title = `probability ${probability}`;
-    const id = `lm-${identity}-${index}`;
+    const id = `lm-${identity}-${sample}-${index}`;
     const ariaLabel = `${text}, ${title}`;
     const token = element("span", "lm-token", text, { id, title, ariaLabel, role: "option" });
     token.dataset.index = index;
@@ -50,26 +58,33 @@ function render({ model, el }) {
   }
 
   function draw() {
-    const tokens = model.get("tokens");
-    box.hidden = !tokens.length;
-    prompt.textContent = model.get("prompt");
-    if (!tokens.length) box.replaceChildren(prompt); // a new text begins
-    const shown = box.children.length - 1; // without the prompt
-    tokens.slice(shown).forEach((token, place) => addToken(token, shown + place));
+    if (shown !== model.get("number")) samples.replaceChildren();
+    shown = model.get("number");
+    model.get("samples").forEach((tokens, sample) => {
+      const box = samples.children[sample] ?? addSample(sample);
+      for (let index = box.children.length - 1; index < tokens.length; index++) {
+        addToken(box, sample, index, tokens[index]);
+      }
+    });
     mark();
   }
 
   function mark() {
-    for (const old of box.querySelectorAll("[aria-selected]")) old.ariaSelected = null;
-    const token = box.querySelector(`[data-index='${model.get("selected")}']`);
-    if (token) token.ariaSelected = "true";
-    box.setAttribute("aria-activedescendant", token?.id ?? "");
+    const [chosen, index] = model.get("selected");
+    for (const old of samples.querySelectorAll("[aria-selected]")) old.ariaSelected = null;
+    [...samples.children].forEach((box, sample) => {
+      const token = sample === chosen ? box.children[index + 1] : null; // after the prompt
+      if (token) token.ariaSelected = "true";
+      box.setAttribute("aria-activedescendant", token?.id ?? "");
+    });
   }
 
-  const listeners = { tokens: draw, selected: mark };
+  const listeners = { samples: draw, number: draw, selected: mark };
   for (const [name, act] of Object.entries(listeners)) model.on(`change:${name}`, act);
   draw();
+  model.send("opened");
   return () => {
+    model.send("closed");
     for (const [name, act] of Object.entries(listeners)) model.off(`change:${name}`, act);
   };
 }
