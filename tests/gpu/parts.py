@@ -112,7 +112,7 @@ def largest(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float
 
 @torch.no_grad()
 def logits(found: Found) -> None:
-    """The device's logits are the CPU's."""
+    """The device's logits are the CPU's, and those of `transformers` where it is installed."""
     ids = random_ids(found.shape, 2)
     model = build_model(found.shape).eval()
     expected = model.double()(ids)[0]
@@ -122,6 +122,22 @@ def logits(found: Found) -> None:
     with torch.autocast(found.device.type, torch.bfloat16):
         ours = model(ids.to(found.device))[0]
     found.at_most("bfloat16, to the CPU's", difference(ours, expected), 0.05)
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        found.fact("transformers", "not installed: compared with our own CPU result only")
+        return
+    from horovod_lm.models.gpt2 import from_gpt2
+
+    theirs = GPT2LMHeadModel(GPT2Config(**found.shape, bos_token_id=0, eos_token_id=0)).eval()
+    for parameter in theirs.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.02)
+    ours = from_gpt2(theirs).eval()
+    ids = ids.to(found.device)
+    for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        theirs, ours = theirs.to(found.device, dtype), ours.to(found.device, dtype)
+        off = difference(ours(ids)[0], theirs(ids).logits)
+        found.at_most(f"{dtype}, to transformers'", off, limit)
 
 
 def chunked_cross_entropy(found: Found) -> None:
@@ -218,6 +234,12 @@ def resume(found: Found) -> None:
         run_distributed_training(config, 0, 1, 0, checkpoint, again)
         one, two = final_model(found, whole), final_model(found, again)
         found.at_most(f"{amp}, parameters", largest(one["model"], two["model"]), 0.0)
+        moments = [
+            {f"{number} {name}": value for number, state in end["optimizer"]["state"].items()
+             for name, value in state.items()}
+            for end in (one, two)
+        ]  # fmt: skip
+        found.at_most(f"{amp}, the optimizer's state", largest(*moments), 0.0)
 
 
 def two_ranks(found: Found) -> None:
