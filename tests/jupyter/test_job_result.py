@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import os
+import socket
 import threading
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from horovod_lm.jupyter.run_cell import rank_cell
 from horovod_lm.jupyter.run_cell.framed_horovodrun import frame_output
@@ -88,18 +92,49 @@ def test_errors_and_values_that_python_cannot_show_or_load_are_said():
         JobResult(2, values={1: rank_cell.pickled_value(Unusual())}).load_values()
 
 
-@pytest.mark.horovod
-def test_a_rank_s_output_is_cut_into_lines_without_the_last_words_of_its_shell(monkeypatch):
+@pytest.fixture(scope="module")
+def forward():
+    """What horovodrun runs for a rank's pipe, and the list that it reports lines to."""
     from horovod.runner.common.util import safe_shell_exec
 
-    for name in ("prefix_connection", "execute"):  # these are restored afterwards
-        monkeypatch.setattr(safe_shell_exec, name, getattr(safe_shell_exec, name))
+    names = ("prefix_connection", "execute")
+    original = {name: getattr(safe_shell_exec, name) for name in names}
     lines: list[str] = []
     frame_output(lambda event, rank, text: lines.append(text), 0.0)
-    for written in (b"Killed\n50%\rgo\xffing on\r\nKilled\n", b"[7]<stdout>:no end"):
-        read_end, write_end = os.pipe()
-        os.write(write_end, written)
-        os.close(write_end)
-        source = open(read_end, "rb", buffering=0)
-        safe_shell_exec.prefix_connection(source, None, "stderr", 1, False)
-    assert lines == ["Killed\n", "50%\r", "go\ufffding on\r\n", "[7]<stdout>:no end\n"]
+    yield safe_shell_exec.prefix_connection, lines
+    for name, function in original.items():
+        setattr(safe_shell_exec, name, function)
+
+
+PIECES = st.one_of(
+    st.binary(max_size=40), st.sampled_from([b"\n", b"\r\n", b"50%\r", b"[7]<stdout>:x"])
+)
+
+
+@pytest.mark.horovod
+@given(st.lists(PIECES.filter(len), max_size=12))
+def test_a_rank_s_bytes_are_cut_into_lines_and_nothing_is_lost(forward, pieces):
+    run, lines = forward
+    lines.clear()
+    ours, source = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a piece for each read
+    for piece in pieces:
+        os.write(ours.fileno(), piece)
+    ours.close()
+    run(source, None, "stdout", 1, False)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    sent = "".join(map(decoder.decode, pieces)) + decoder.decode(b"", final=True)
+    ended = sent + "\n" * (not sent.endswith(("\n", "\r")) and sent != "")
+    assert "".join(lines) == ended
+    assert all(line.endswith(("\n", "\r")) for line in lines)
+    assert not any(end in line[:-2] for line in lines for end in "\n\r")
+
+
+@pytest.mark.horovod
+def test_the_last_words_of_a_killed_rank_s_shell_are_left_out(forward):
+    run, lines = forward
+    lines.clear()
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"Killed\ngoing on\nKilled\n")
+    os.close(write_end)
+    run(open(read_end, "rb", buffering=0), None, "stderr", 1, False)
+    assert lines == ["Killed\n", "going on\n"]

@@ -12,24 +12,29 @@ the exit code of a rank that fails:
 
 from __future__ import annotations
 
-import contextlib
+import codecs
 import json
 import os
+import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 EVENTS_VARIABLE = "HOROVOD_LM_EVENTS"
 SECONDS_TO_AGREE = 1.0  # after a failure, for other ranks to fail with errors of their own
+LONGEST_LINE = 2**16  # characters; a longer one is reported in pieces
 SHELL_REPORTS = ("Killed\n", "Terminated\n")  # by the shell that started a killed rank
+_END_OF_LINE = re.compile(r"(?<=\n)|(?<=\r)(?!\n)")
 
 
 def frame_output(report: Callable[..., None], seconds_to_agree: float) -> None:
     """Make horovodrun report the output of ranks, and the exit codes of those that fail.
 
-    It hears of a failure after `seconds_to_agree`, and then ends the other ranks.
+    Args:
+        report: takes an event's name and its values.
+        seconds_to_agree: delay before horovodrun hears of a failure and ends the other ranks.
     """
     from horovod.runner.common.util import safe_shell_exec
 
@@ -42,16 +47,12 @@ def frame_output(report: Callable[..., None], seconds_to_agree: float) -> None:
             forward(source, stream, prefix, rank, timestamp)
             return
         held = ""
-        with open(
-            source.fileno(), encoding="utf-8", errors="replace", newline="", closefd=False
-        ) as lines:
-            for line in lines:
-                if held:
-                    report("output", rank=rank, text=held)
-                held = line if prefix == "stderr" and line in SHELL_REPORTS else ""
-                if not held:
-                    end = "" if line.endswith(("\n", "\r")) else "\n"
-                    report("output", rank=rank, text=line + end)
+        for line in _lines(source.fileno()):
+            if held:
+                report("output", rank=rank, text=held)
+            held = line if prefix == "stderr" and line in SHELL_REPORTS else ""
+            if not held:
+                report("output", rank=rank, text=line)
         source.close()
 
     def framed_execute(*args: Any, index: int | None = None, **options: Any) -> int:
@@ -65,6 +66,20 @@ def frame_output(report: Callable[..., None], seconds_to_agree: float) -> None:
     safe_shell_exec.execute = framed_execute
 
 
+def _lines(pipe: int) -> Iterator[str]:
+    """Yield the lines that come from a pipe; a missing newline at the end is added."""
+    decoder, rest = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    while chunk := os.read(pipe, LONGEST_LINE):
+        *lines, rest = _END_OF_LINE.split(rest + decoder.decode(chunk))
+        yield from lines
+        if len(rest) > LONGEST_LINE:
+            yield rest
+            rest = ""
+    rest += decoder.decode(b"", final=True)
+    if rest:
+        yield rest + "\n"
+
+
 def main() -> int | None:
     """Run horovodrun's command line."""
     events = int(os.environ.pop(EVENTS_VARIABLE))
@@ -72,10 +87,12 @@ def main() -> int | None:
 
     def report(event: str, **values: Any) -> None:
         line = json.dumps({"event": event, **values}).encode() + b"\n"
-        # Where that fails, the notebook is gone, and horovodrun will be ended.
-        with lock, contextlib.suppress(OSError):
-            while line:
-                line = line[os.write(events, line) :]
+        with lock:
+            try:
+                while line:
+                    line = line[os.write(events, line) :]
+            except OSError:  # the notebook is gone, and horovodrun will be ended
+                pass
 
     elastic = "--host-discovery-script" in sys.argv
     frame_output(report, 0.0 if elastic else SECONDS_TO_AGREE)
