@@ -265,9 +265,11 @@ def _check_settings(config: Config, metadata: dict[str, Any]) -> None:
     """Raise DataError for data that were prepared with other settings."""
     folder, prepared = config.resolve(config.data.data_dir), metadata["settings"]
     for key, wanted in data_settings(config).items():
-        if prepared.get(key) != wanted:
+        before = prepared.get(key, "unset")
+        if before != wanted:
+            before = before if str(before).isprintable() else repr(before)
             raise DataError(
-                f"the data in {folder} were prepared with {key}={prepared.get(key, 'unset')}, but "
+                f"the data in {folder} were prepared with {key}={before}, but "
                 f"the configuration has {wanted}: call prepare_data(config) again, or choose "
                 "another data.data_dir"
             )

@@ -26,6 +26,12 @@ def how_it_ended(code: int) -> str:
 class UserError(Exception):
     """An error that a user can correct. Commands print its text without a traceback."""
 
+    def __str__(self) -> str:
+        # The text may repeat what a file holds, and a terminal obeys control characters.
+        text = super().__str__()
+        shown = (one if one.isprintable() or one in "\n\t" else repr(one)[1:-1] for one in text)
+        return "".join(shown)
+
     def _render_traceback_(self) -> list[str]:
         # IPython shows this instead of a traceback.
         return [f"{type(self).__name__}: {self}"]

@@ -116,13 +116,13 @@ def test_what_cannot_run_is_one_sentence_and_starts_nothing(
 def fails(run, note_fault):
     """Run a cell that fails when all ranks are there; return its error, which comes in time."""
 
-    def run_cell(body: str, sentence: str) -> RankError:
+    def run_cell(body: str, sentence: str, options: str = "", limit: float = 0) -> RankError:
         with pytest.raises(RankError, match=sentence) as caught:
-            run("-np 2", READY + body)
+            run(f"-np 2 {options}", READY + body)
         ready = re.findall(r"READY ([\d.]+)", caught.value.shown)
         seconds = time.time() - max(map(float, ready))
         note_fault(seconds, caught.value)
-        assert seconds < SECONDS_TO_DETECT
+        assert seconds < limit + SECONDS_TO_DETECT
         assert children() == []
         return caught.value
 
@@ -178,6 +178,20 @@ def test_an_exception_has_the_rank_s_own_traceback_with_the_cell_s_lines(fails):
     ]
     assert error.trace.count("Traceback") == 1 and "rank_cell" not in error.trace
     assert error.rank == 1
+
+
+def test_a_rank_that_stays_away_is_named_by_the_stall_check(fails):
+    error = fails(
+        "if hvd.rank() == 1:\n    time.sleep(120)\n" + REDUCE,
+        r"rank 1 did not come to 'together', where rank 0 waited for 2 s: every rank must",
+        "--stall 2",
+        limit=2,
+    )
+    # Times, places in Horovod's source and the number of its reports would differ each time.
+    report = error.shown[error.shown.index("[0] Horovod") :].splitlines()
+    assert sum(line.startswith("[0]") for line in report) == 3
+    assert report[0].startswith("[0] Horovod: One or more tensors were submitted")
+    assert report[1:3] == ["[0] Missing ranks:", "[0] 1: [allreduce.together]"]
 
 
 def test_rank_0_is_shown_while_it_runs_and_an_interrupt_ends_every_rank(kernel):
