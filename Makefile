@@ -58,7 +58,7 @@ release:  ## run before a release: make test with what it leaves out for time, a
 faults: setup  ## kill, freeze and fill disks, and write the table of tests/faults/README.md
 	@FAULTS_TABLE=tests/faults/README.md $(RUN) -m pytest -m fault
 
-fuzz: setup  ## try 10,000 damaged or foreign files, settings, prompts and cells: 5 minutes
+fuzz: setup  ## try 10,000 damaged or foreign files, settings, prompts and cells: 2 minutes
 	@FUZZ=1 $(RUN) -m pytest tests/fuzz
 
 bench: setup  ## compare speed with the peers on this machine: QUICK=1 (5 minutes), NANOGPT=PATH of its model.py
