@@ -8,6 +8,7 @@ The hosts are listed in the YAML file, and the hostfile is generated.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -70,6 +71,8 @@ def replace_file(path: Path, text: str, mode: int = 0o644) -> None:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
         temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
 
 

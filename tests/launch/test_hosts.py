@@ -20,6 +20,15 @@ def with_hosts(hosts: list[dict], **distributed: object) -> Config:
     return config_from_dict({"distributed": {"hosts": hosts, **distributed}}, ROOT)
 
 
+def test_a_file_that_cannot_be_replaced_leaves_nothing(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "folder", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match="cannot be written"):
+            launcher.replace_file(path, "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
 TWO = [{"name": "node1", "slots": 4}, {"name": "10.0.0.2", "slots": 2}]
 
 
