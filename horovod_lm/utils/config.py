@@ -407,6 +407,8 @@ def config_from_dict(
     Raises:
         ConfigError: one sentence with `name`, the key, and the nearest valid key.
     """
+    if isinstance(overrides, str):
+        overrides = [overrides]
     if not isinstance(overrides, Mapping):
         overrides = dict(map(_parse_override, overrides))
     try:

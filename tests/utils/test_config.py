@@ -243,7 +243,7 @@ def test_overrides_as_strings_and_as_mappings(write):
         config = load_config(path, overrides)
         assert (config.model.d_model, config.model.n_heads) == (32, 4)
         assert config.training.max_steps is None and config.data.paths == ["a", "b"]
-    config = load_config(path, ["distributed.environment.OMP_NUM_THREADS=1"])
+    config = load_config(path, "distributed.environment.OMP_NUM_THREADS=1")
     assert config.distributed.environment == {"OMP_NUM_THREADS": "1"}  # a text
 
 
