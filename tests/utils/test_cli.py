@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from horovod_lm.utils.cli import command, program, shown
+from horovod_lm.utils.errors import UserError
 
 COMMANDS = Path(sys.executable).parent
 
@@ -23,6 +24,10 @@ def test_another_environments_program_of_the_same_name_is_not_used(tmp_path, mon
         monkeypatch.setenv("PATH", path)
         assert program("python") == sys.executable
         assert program("horovodrun") == str(COMMANDS / "horovodrun")
+
+
+def test_an_error_shows_control_characters_and_does_not_send_them():
+    assert str(UserError("a\x1b[2Jb\nc\ud800")) == "a\\x1b[2Jb\nc\\ud800"
 
 
 @pytest.mark.parametrize(
