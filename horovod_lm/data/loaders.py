@@ -93,8 +93,16 @@ class ShardedBatchSampler(Sampler[list[int]]):
     - a step's samples depend only on G: one rank with batch 2B uses those of two ranks with B;
     - the last step may be smaller, its pieces even empty, but no sample is dropped or repeated.
 
-    (`torch.utils.data.DistributedSampler` repeats samples to fill the last step.) Without
-    `shuffle`, the samples are used in order.
+    (`torch.utils.data.DistributedSampler` repeats samples to fill the last step.)
+
+    Args:
+        num_samples: samples in the dataset.
+        batch_size: samples in a micro-batch of one rank.
+        gradient_accumulation_steps: micro-batches of one rank in a step.
+        rank: this process, from 0.
+        world_size: number of processes.
+        seed: determines the permutations.
+        shuffle: False uses the samples in order.
     """
 
     def __init__(

@@ -46,8 +46,8 @@ def prepare_data(config: Config, progress: Progress = lambda *_: None) -> dict[s
     """Make the token files of `config` in `config.data.data_dir`, unless they exist.
 
     Any number of processes may call this at once: one prepares, the others wait and then find the
-    data. If a preparation is killed, the earlier data remain. Returns the content of
-    `metadata.json`.
+    data. If a preparation is killed, the earlier data remain. `progress` is called with each phase
+    and its completed fraction. Returns the content of `metadata.json`.
 
     Raises:
         DataError: the text cannot be read, is too small, or does not fit the model's vocabulary.

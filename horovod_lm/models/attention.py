@@ -159,9 +159,12 @@ class KVCache:
 
 
 class MultiHeadAttention(nn.Module):
-    """Causal multi-head self-attention, as in GPT-2: H = `n_heads` heads of C / H numbers each.
+    """Causal multi-head self-attention, as in GPT-2.
 
-    `dropout` is the probability of dropping an attention weight in training.
+    Args:
+        d_model: C, numbers per position.
+        n_heads: H; must divide `d_model`.
+        dropout: probability of dropping an attention weight, in training.
     """
 
     def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0) -> None:

@@ -165,6 +165,9 @@ def choose_device(wanted: torch.device | str | None = None, local_rank: int = 0)
 
     `wanted` is "cpu", "cuda", "cuda:1" ...: the CPU, with a note, if there is no such GPU. None or
     "auto" is a GPU if there is one.
+
+    Raises:
+        ConfigError: torch has no device of this name.
     """
     if wanted in (None, "auto"):
         if not torch.cuda.is_available():
